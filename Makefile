@@ -1,0 +1,50 @@
+# What a developer types. PYTHON is the interpreter that makes the virtual environment; VENV is where it stands.
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.headstart-installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+
+.DEFAULT_GOAL := help
+.PHONY: help install test quick check format docs demo clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+
+install: $(INSTALLED) ## make the virtual environment
+
+# A bare Debian has venv without ensurepip: the environment is then made without pip and filled by the system's.
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || $(PYTHON) -m venv --clear --without-pip $(VENV)
+	if $(BIN)/python -m pip --version > /dev/null 2>&1; then $(BIN)/python -m pip install -q -e '.[dev]'; \
+	else $(PYTHON) -m pip --python $(BIN)/python install -q -e '.[dev]'; fi
+	touch $@
+
+test: $(INSTALLED) ## run the whole suite
+	$(BIN)/python -m pytest -q
+
+quick: $(INSTALLED) ## run the suite without the slow tests
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+check: $(INSTALLED) ## formatting, lint, types, direction of imports, generated pages
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python tools/cli_docs.py --check
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+format: $(INSTALLED) ## put the code into its form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(INSTALLED) ## write the generated pages
+	$(BIN)/python tools/cli_docs.py
+
+demo: $(INSTALLED) ## transfer between scanned digits in two minutes, without network
+	$(BIN)/headstart demo
+
+clean: ## remove the virtual environment and all caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

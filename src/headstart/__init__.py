@@ -1,0 +1,40 @@
+"""headstart: fine-tune pretrained image classifiers, fast and without the traps.
+
+Names are imported when first used, so `import headstart` and `headstart --help` do not wait for torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_ROOMS = {
+    "checkpoint": ("load", "save"),
+    "classifier": ("Classifier", "create_classifier"),
+    "dataset": ("ImageTable", "Splits", "load_images", "open_image", "split"),
+    "errors": (
+        "CheckpointError", "DataError", "HeadstartError", "Interrupted", "ModelError", "RecipeError", "SetupError",
+    ),
+    "evaluation": ("Evaluation", "evaluate", "predict_logits"),
+    "freezing": ("FreezeLine", "set_freeze_line"),
+    "plots": ("plot_confusion", "plot_history", "preview_sheet", "show_batch"),
+    "recipe": ("AugmentSpec", "HeadSpec", "HiddenLayer", "Recipe", "Stage", "load_recipe"),
+    "recipes": ("FitResult", "evaluate_run", "fine_tune", "fit", "predict_files"),
+    "report": ("write_report",),
+    "run": ("read_run",),
+    "runtime": ("Runtime", "make_runtime"),
+    "layers": ("summary",),
+    "train": ("StageResult",),
+    "transforms": ("DataSpec", "load_view"),
+}  # fmt: skip
+_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'headstart' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,242 @@
+"""A classifier is a backbone followed by a head: pixels on the 0-255 scale in, logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from .backbones import backbone_features, backbone_map, create_backbone, override_spec, seeded
+from .errors import HeadstartError, ModelError
+from .heads import create_head
+from .recipe import HeadSpec
+from .tracing import trace
+from .transforms import DataSpec, normalise
+
+
+class Classifier(nn.Module):
+    """Backbone, pooling and head, with the preprocessing and the class names that belong to them.
+
+    Pixels are `uint8` or float on the 0-255 scale, [N, 3, S, S]; the classifier normalises at its own door, so that
+    no caller can do it twice or forget it.
+
+    Attributes:
+        backbone, head: the two parts; `head` takes features [N, D].
+        spec: the preprocessing of the pictures.
+        class_names: one name per logit.
+        pool: how the feature map becomes features; see `HeadSpec.pool`.
+        head_spec: what `create_head` was given; None for a module of the user's.
+        backbone_name, backbone_args: what `create_backbone` was given; None and {} for a module of the user's.
+        freeze_line: where `set_freeze_line` last put the line; None while everything is trainable.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        spec: DataSpec,
+        class_names: Sequence[str],
+        *,
+        pool: str = "backbone",
+        head_spec: HeadSpec | None = None,
+        backbone_name: str | None = None,
+        backbone_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.head, self.spec, self.pool = backbone, head, spec, pool
+        self.class_names = tuple(class_names)
+        self.head_spec, self.backbone_name, self.backbone_args = head_spec, backbone_name, dict(backbone_args or {})
+        self.freeze_line: Any = None
+        self._kept_in_eval: tuple[nn.Module, ...] = ()
+        self.num_features = _num_features(backbone, spec, pool)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Logits [N, C] for pixels [N, 3, S, S] on the 0-255 scale."""
+        return self.head(self.features(pixels))  # type: ignore[no-any-return]
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pooled features [N, D], what the head takes."""
+        x = self._enter(pixels)
+        if x.shape[-1] == self.spec.image_size:
+            return backbone_features(self.backbone, x, self.pool)
+        try:
+            out = backbone_features(self.backbone, x, self.pool)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise self._wrong_size(x, str(error)) from error
+        if out.shape[1] != self.num_features:
+            raise self._wrong_size(x, f"{out.shape[1]} features instead of {self.num_features}")
+        return out
+
+    def feature_map(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The backbone's feature map [N, C, H, W] before pooling, whatever layout the network itself uses."""
+        return backbone_map(self.backbone, self._enter(pixels))
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for everything behind the freeze line; what stands in front stays in evaluation mode."""
+        super().train(mode)
+        self.keep_frozen()
+        return self
+
+    def keep_frozen(self) -> None:
+        """Put what must not run in training mode back into evaluation mode; every forward pass does so itself."""
+        for module in self._kept_in_eval:
+            if module.training:
+                module.training = False
+
+    def plan_modes(self, kept_in_eval: Sequence[nn.Module]) -> None:
+        """Keep exactly these modules (each without its children) in evaluation mode from now on."""
+        mode = self.training
+        self._kept_in_eval = tuple(kept_in_eval)
+        self.train(mode)
+
+    @property
+    def backbone_is_frozen(self) -> bool:
+        """Whether nothing of the backbone is trained and nothing of it is in training mode."""
+        kept = {id(m) for m in self._kept_in_eval}
+        return not any(p.requires_grad for p in self.backbone.parameters()) and all(
+            id(m) in kept for m in self.backbone.modules()
+        )
+
+    def _enter(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.keep_frozen()
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise ModelError(f"The classifier takes pixels [N, 3, S, S]; it was given {tuple(pixels.shape)}.")
+        if _looks_normalised(pixels):
+            raise ModelError(
+                "The classifier takes pixels on the 0-255 scale and normalises them itself; it was given values from "
+                f"{float(pixels.min()):.3g} to {float(pixels.max()):.3g}. Leave out the scaling before it."
+            )
+        return normalise(pixels, self.spec)
+
+    def _wrong_size(self, x: torch.Tensor, reason: str) -> ModelError:
+        first = reason.strip().splitlines()[0] if reason.strip() else "no reason given"
+        return ModelError(
+            f"{self.backbone_name or type(self.backbone).__name__} was made for {self.spec.image_size} px pictures and "
+            f"does not take {x.shape[-2]} x {x.shape[-1]} ({first}). Create it with image_size={x.shape[-1]}."
+        )
+
+
+def create_classifier(
+    backbone: str | nn.Module,
+    class_names: Sequence[str],
+    *,
+    head: HeadSpec | nn.Module | None = None,
+    weights: str | Path = "hub",
+    data_spec: DataSpec | None = None,
+    pool: str | None = None,
+    features_from: str | None = None,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    seed: int = 0,
+    image_size: int | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
+    interpolation: str | None = None,
+    crop_pct: float | None = None,
+    fit: str | None = None,
+) -> Classifier:
+    """Put a new head on a backbone; nothing is frozen until `set_freeze_line` says so.
+
+    Args:
+        backbone: a timm name (see `create_backbone` for `weights`, `drop_rate`, `drop_path_rate`), or any module
+            that takes normalised pictures [N, 3, S, S] and gives features [N, D] or a feature map [N, C, H, W].
+        head: a spec, or any module that takes features [N, D] and gives logits [N, C]; None is one Linear.
+        data_spec: the preprocessing; needed with a module, with a name it replaces the weights' own.
+        pool, features_from: for a head that is a module; a spec says it itself.
+        seed: seeds the head, and the backbone where it starts from random weights.
+        image_size, ..., fit: single values of the preprocessing put in place of the weights' own.
+    Raises:
+        ModelError: parts that do not fit together; also whatever `create_backbone` raises.
+    """
+    names = _checked_names(class_names)
+    head = HeadSpec() if head is None else head
+    if isinstance(head, HeadSpec):
+        if pool is not None or features_from is not None:
+            raise ModelError("pool and features_from are part of the head's spec; give them there: HeadSpec(pool=...).")
+        pool, features_from = head.pool, head.features_from
+    pool = pool or "backbone"
+    changes: dict[str, Any] = {"mean": mean, "std": std, "interpolation": interpolation}
+    changes |= {"image_size": image_size, "crop_pct": crop_pct, "fit": fit}
+    name: str | None = None
+    args: dict[str, Any] = {}
+    if isinstance(backbone, str):
+        size = image_size if image_size is not None else data_spec.image_size if data_spec else None
+        args = {"pool": pool, "features_from": features_from, "drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+        net, spec = create_backbone(backbone, weights=weights, image_size=size, seed=seed, **args)
+        name, args = backbone, {**args, "image_size": spec.image_size}
+        spec = data_spec or spec
+    else:
+        net, spec = backbone, _spec_for_module(data_spec, features_from, drop_rate, drop_path_rate)
+    spec = override_spec(spec, **changes)
+    # An earlier block has nothing of the network's own head behind it, so its map is averaged.
+    pool = "avg" if features_from and pool == "backbone" else pool
+    model = Classifier(net, nn.Identity(), spec, names, pool=pool, backbone_name=name, backbone_args=args)
+    if isinstance(head, HeadSpec):
+        model.head_spec = head
+        with seeded(seed):
+            model.head = create_head(head, model.num_features, len(names))
+    else:
+        model.head = head
+        _check_head(head, model.num_features, len(names))
+    return model
+
+
+def _checked_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(class_names)
+    if isinstance(class_names, str) or len(names) < 2 or len(set(names)) != len(names):
+        raise ModelError(f"class_names is {class_names!r}; it takes two or more different names.")
+    return names
+
+
+def _spec_for_module(
+    data_spec: DataSpec | None, features_from: str | None, drop_rate: float, drop_path_rate: float
+) -> DataSpec:
+    if data_spec is None:
+        raise ModelError(
+            "A backbone of your own needs data_spec: the size, mean, std, interpolation and crop its weights expect."
+        )
+    for option, value in (
+        ("features_from", features_from),
+        ("drop_rate", drop_rate),
+        ("drop_path_rate", drop_path_rate),
+    ):
+        if value:
+            raise ModelError(f"{option}={value!r} is for backbones by name; build your own module with it instead.")
+    return data_spec
+
+
+def _looks_normalised(pixels: torch.Tensor) -> bool:
+    """Float pixels with values no 0-255 picture has: below 0, or a whole batch within 0-1.5 that is not constant."""
+    if not pixels.is_floating_point() or pixels.is_meta or pixels.numel() == 0 or torch.compiler.is_compiling():
+        return False
+    low, high = (float(v) for v in pixels.detach().aminmax())
+    return low < 0 or (high <= 1.5 and high > low)
+
+
+def _num_features(backbone: nn.Module, spec: DataSpec, pool: str) -> int:
+    shape = (1, 3, spec.image_size, spec.image_size)
+    try:
+        seen = trace(backbone, lambda net, x: backbone_features(net, x, pool), shape)
+    except HeadstartError:
+        raise
+    except Exception as error:  # a module of the user's may raise anything
+        raise ModelError(
+            f"{type(backbone).__name__} does not run on pictures of {spec.image_size} x {spec.image_size}: {error}"
+        ) from error
+    assert seen.output_shape is not None
+    return seen.output_shape[1]
+
+
+def _check_head(head: nn.Module, num_features: int, num_classes: int) -> None:
+    try:
+        shape = trace(head, lambda h, x: h(x), (2, num_features)).output_shape
+    except Exception as error:
+        raise ModelError(f"The head does not run on features [N, {num_features}]: {error}") from error
+    if shape != (2, num_classes):
+        raise ModelError(
+            f"The head gives {shape} for two pictures with {num_features} features; expected (2, {num_classes}), one "
+            "logit per class."
+        )

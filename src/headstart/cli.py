@@ -1,0 +1,381 @@
+"""The command line: parse, call, print, exit code. What the commands do lives in the library.
+
+Nothing heavy is imported before a command runs, so that every `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import terminal
+from .cli_options import (
+    DEFAULT_BACKBONE,
+    DEFAULT_RECIPE,
+    add_augment_option,
+    add_bad_files_option,
+    add_head_options,
+    add_machine_options,
+    add_picture_options,
+    add_recipe_options,
+    add_stage_options,
+    apply_overrides,
+    picture_overrides,
+)
+from .errors import HeadstartError, Interrupted, RecipeError, near_matches
+from .recipe import load_recipe
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+HELP_WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word after `headstart`: its options and the function that runs it and returns the exit code."""
+
+    title: str
+    usage: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    notes: str = ""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line on stderr for a wrong option, with near matches, instead of the whole usage."""
+
+    def error(self, message: str) -> Any:
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}\nSee `{self.prog} --help`.\n")
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    columns = int(os.environ.get("COLUMNS") or 0) or _terminal_columns()
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=min(HELP_WIDTH, columns - 2))
+
+
+def _terminal_columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns
+    except (OSError, ValueError):
+        return HELP_WIDTH + 2
+
+
+class _Version(argparse.Action):
+    """`--version`: the installed version, looked up only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        from importlib.metadata import version
+
+        print(f"headstart {version('headstart')}")
+        parser.exit()
+
+
+# ---- fit -------------------------------------------------------------------------------------------------------
+
+
+def _fit_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("photos", metavar="PHOTOS", help="folder with one folder per class, or with train/val/test")
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", metavar="RUN", help="run folder (default: runs/PHOTOS-BACKBONE, numbered if taken)")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing run folder")
+    group.add_argument("--limit", type=int, metavar="N", help="dry run on N pictures")
+    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    _fit_data_options(parser)
+    group = parser.add_argument_group("backbone")
+    group.add_argument("--backbone", metavar="NAME", help=f"any timm model (default: {DEFAULT_BACKBONE})")
+    group.add_argument(
+        "--weights",
+        metavar="WHICH",
+        help="hub, none, a .safetensors or .pth file, or an earlier run folder (default: hub, or none where the recipe "
+        "trains from scratch)",
+    )
+    add_picture_options(parser)
+    add_head_options(parser)
+    add_recipe_options(parser)
+    add_stage_options(parser)
+    add_machine_options(parser)
+
+
+def _fit_data_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--val", type=float, metavar="X", help="share held out for validation where PHOTOS has no such folder"
+    )
+    group.add_argument("--test", type=float, metavar="X", help="share held out for the test, likewise")
+    group.add_argument("--val-folder", metavar="NAME", help="split folder of PHOTOS to use for validation")
+    group.add_argument("--test-folder", metavar="NAME", help="split folder of PHOTOS to use as the test split")
+    add_bad_files_option(group)
+
+
+def _fit(args: argparse.Namespace) -> int:
+    options = vars(args)
+    recipe = apply_overrides(load_recipe(args.recipe or DEFAULT_RECIPE), options)
+    spec_overrides = picture_overrides(options)
+    backbone = args.backbone or DEFAULT_BACKBONE
+    from . import recipes
+
+    result = recipes.fine_tune(
+        args.photos,
+        backbone=backbone,
+        weights=args.weights or ("hub" if recipe.pretrained else "none"),
+        out=args.out or default_run_path(args.photos, backbone, overwrite=args.overwrite),
+        recipe=recipe,
+        overwrite=args.overwrite,
+        spec_overrides=spec_overrides,
+        progress=not args.quiet,
+        **_given(args, "bad_files", "val", "test", "val_folder", "test_folder", "limit"),
+        **_given(args, "device", "precision", "workers"),
+    )
+    print(terminal.closing_table(result.metrics))
+    print(f"\nrun     {result.run_path}\nreport  {result.report_path}")
+    return 0
+
+
+def default_run_path(photos: str, backbone: str, *, overwrite: bool = False) -> Path:
+    """`runs/<photos>-<backbone>`; with `-2`, `-3`, ... behind it when that is taken and not to be overwritten."""
+    backbone = backbone.replace("/", "-").replace(":", "-")
+    base = Path("runs") / f"{Path(photos).resolve().name or 'photos'}-{backbone}"
+    path, number = base, 1
+    while path.exists() and not overwrite:
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that were given; the library's own defaults serve for the others."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+# ---- evaluate --------------------------------------------------------------------------------------------------
+
+
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="RUN", help="run folder written by `headstart fit`")
+    parser.add_argument("folder", metavar="FOLDER", help="folder with one folder per class, named as in training")
+    parser.add_argument("--json", action="store_true", help="print every figure as JSON instead of tables")
+    add_bad_files_option(parser)
+    add_machine_options(parser)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from . import recipes
+
+    metrics = recipes.evaluate_run(
+        args.model, args.folder, progress=True, **_given(args, "device", "precision", "workers", "bad_files")
+    )
+    if args.json:
+        print(json.dumps(metrics, indent=1))
+        return 0
+    print(terminal.per_class_table(metrics), "\n\n", terminal.scores_table({Path(args.folder).name: metrics}), sep="")
+    return 0
+
+
+# ---- predict ---------------------------------------------------------------------------------------------------
+
+
+def _predict_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="RUN", help="run folder written by `headstart fit`")
+    parser.add_argument("paths", nargs="+", metavar="FILE|FOLDER", help="pictures, or folders of them")
+    parser.add_argument("--top", type=int, metavar="K", help="name the K most probable classes of each picture")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--csv", metavar="OUT", help="write a CSV file instead of printing")
+    form.add_argument("--json", action="store_true", help="print JSON: a list with an object per picture")
+    add_bad_files_option(parser)
+    add_machine_options(parser)
+
+
+def _predict(args: argparse.Namespace) -> int:
+    if args.top is not None and args.top < 1:
+        raise RecipeError(f"--top is {args.top}; it takes a whole number from 1.")
+    from . import recipes
+    from .dataset import list_image_files, map_threads
+    from .decode import bad_reason
+
+    files = list_image_files(args.paths)
+    reasons = map_threads(bad_reason, files, workers=args.workers or 0)
+    good = [path for path, reason in zip(files, reasons, strict=True) if reason is None]
+    rows = recipes.predict_files(args.model, good, progress=True, **_given(args, "device", "precision", "workers"))
+    for path, reason in zip(files, reasons, strict=True):
+        if reason is not None:
+            print(f"headstart predict: {path} cannot be read: {reason}", file=sys.stderr)
+    _print_predictions(rows, args)
+    return 0 if len(good) == len(files) or args.bad_files == "skip" else EXIT_BAD_INPUT
+
+
+def _print_predictions(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
+    if args.csv:
+        from .run import to_csv, write_atomic
+
+        write_atomic(args.csv, to_csv(*_csv_rows(rows, args.top)))
+    elif args.json:
+        print(json.dumps([_json_row(row, args.top) for row in rows], indent=1, ensure_ascii=False))
+    elif rows:
+        print(terminal.predictions_table(rows, top=args.top or 1))
+
+
+def _json_row(row: Mapping[str, Any], top: int | None) -> dict[str, Any]:
+    """All classes' probabilities, or with `--top` the most probable ones in order."""
+    if top is None:
+        return dict(row)
+    best = [{"class": name, "prob": prob} for name, prob in terminal.ranking(row, top)]
+    return {"path": row["path"], "pred": row["pred"], "prob": row["prob"], "top": best}
+
+
+def _csv_rows(rows: Sequence[Mapping[str, Any]], top: int | None) -> tuple[list[str], list[list[str]]]:
+    """A column for each class, as in a run's predictions.csv; with `--top` the second, third, ... behind the first."""
+    if top is None:
+        names = list(rows[0]["probs"]) if rows else []
+        header = ["path", "pred", "prob", *(f"p:{name}" for name in names)]
+        return header, [
+            [row["path"], row["pred"], repr(row["prob"]), *(repr(row["probs"][name]) for name in names)] for row in rows
+        ]
+    places = min(top, len(rows[0]["probs"])) if rows else 1
+    header = ["path", "pred", "prob", *(name for n in range(2, places + 1) for name in (f"pred_{n}", f"prob_{n}"))]
+    return header, [
+        [row["path"], *(cell for name, prob in terminal.ranking(row, top) for cell in (name, repr(prob)))]
+        for row in rows
+    ]
+
+
+# ---- summary, preview, demo ------------------------------------------------------------------------------------
+
+
+def _summary_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="BACKBONE|RUN", help="a timm model's name, or a run folder")
+
+
+def _summary(args: argparse.Namespace) -> int:
+    return 0
+
+
+def _preview_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("photos", metavar="PHOTOS", help="folder with one folder per class, or with train/val/test")
+    parser.add_argument("--out", metavar="FILE", help="picture to write")
+    add_augment_option(parser)
+    add_picture_options(parser)
+
+
+def _preview(args: argparse.Namespace) -> int:
+    return 0
+
+
+def _demo_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="FOLDER", help="where the pictures and the runs go (default: runs/demo)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the split, the first weights and the order")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from . import demo
+
+    result = demo.run_demo(progress=not args.quiet, **_given(args, "out", "seed"))
+    print(terminal.scores_table(result.scores))
+    print(f"\nreport  {result.report_path}")
+    return 0
+
+
+# ---- main ------------------------------------------------------------------------------------------------------
+
+COMMANDS: dict[str, Command] = {
+    "fit": Command(
+        "train a classifier on a folder of labelled pictures",
+        "PHOTOS [options]",
+        _fit_options,
+        _fit,
+    ),
+    "evaluate": Command(
+        "score a trained model on a folder of labelled pictures", "RUN FOLDER [options]", _evaluate_options, _evaluate
+    ),
+    "predict": Command("name the classes of pictures", "RUN FILE|FOLDER... [options]", _predict_options, _predict),
+    "summary": Command(
+        "list a model's layers, with the freeze line drawn in", "BACKBONE|RUN [options]", _summary_options, _summary
+    ),
+    "preview": Command(
+        "draw a sheet of labelled pictures and of one picture's augmentations",
+        "PHOTOS [options]",
+        _preview_options,
+        _preview,
+    ),
+    "demo": Command(
+        "transfer between scanned digits in two minutes, without network", "[options]", _demo_options, _demo
+    ),
+}
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of `headstart`, and that of each command by its name."""
+    shared: dict[str, Any] = {"formatter_class": _formatter, "allow_abbrev": False}
+    parser = _Parser(
+        prog="headstart",
+        usage="headstart COMMAND ...",
+        description="Fine-tune pretrained image classifiers. `headstart COMMAND --help` lists a command's options.",
+        **shared,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    parser.add_argument("--debug", action="store_true", help="show the whole trace of an error")
+    words = parser.add_subparsers(metavar="COMMAND", dest="command", required=True, title="commands", prog="headstart")
+    parsers: dict[str, argparse.ArgumentParser] = {}
+    for name, command in COMMANDS.items():
+        one = words.add_parser(
+            name,
+            help=command.title,
+            usage=f"headstart {name} {command.usage}",
+            description=f"{command.title[0].upper()}{command.title[1:]}.",
+            epilog=command.notes,
+            **shared,
+        )
+        command.add_options(one)
+        # Left out of the namespace when absent, so that `headstart --debug fit` is not undone.
+        one.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the trace of an error")
+        parsers[name] = one
+    return parser, parsers
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser, parsers = build_parser()
+    args, extra = parser.parse_known_args(argv)
+    if extra:
+        one = parsers[args.command]
+        flags = tuple(flag for action in one._actions for flag in action.option_strings if flag.startswith("--"))
+        flag = extra[0].partition("=")[0]
+        close = near_matches(flag, flags, n=1) if flag.startswith("-") else ""
+        one.error(f"{extra[0]!r} is not understood.{close}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    args = _parse(argv)
+    try:
+        code = COMMANDS[args.command].run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `headstart summary vgg16 | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (HeadstartError, OSError, KeyboardInterrupt) as error:
+        return _explain(error, args)
+
+
+def _explain(error: BaseException, args: argparse.Namespace) -> int:
+    """One clear message on stderr, behind the trace when `--debug` asks for it; returns the exit code."""
+    if args.debug:
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, (Interrupted, KeyboardInterrupt)):
+        print(str(error) or "Stopped by hand. Give the same command again to start over.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(f"headstart {args.command}: error: {error}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

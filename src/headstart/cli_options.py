@@ -1,0 +1,350 @@
+"""The options of the command line and what they change in a recipe. No defaults live here: `recipe` has them all.
+
+An option that is not given is None and leaves what the recipe says; help texts show the named recipes' own values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import RecipeError, near_matches
+from .recipe import POLICIES, RECIPES, AugmentSpec, HeadSpec, HiddenLayer, Recipe, Stage
+
+DEFAULT_BACKBONE = "mobilenetv2_100"
+DEFAULT_RECIPE = "fine-tune"
+
+
+def _whole(flag: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise RecipeError(f"{flag} is {text!r}; it takes a whole number.") from None
+
+
+def _number(flag: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise RecipeError(f"{flag} is {text!r}; it takes a number.") from None
+
+
+def _switch(flag: str, text: str) -> bool:
+    if text not in ("on", "off"):
+        raise RecipeError(f"{flag} is {text!r}; it takes on or off.")
+    return text == "on"
+
+
+def _word(flag: str, text: str) -> str:
+    return text
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option that sets the field of the same name: how its text is read, and what its help says."""
+
+    name: str
+    read: Callable[[str, str], Any]
+    metavar: str
+    help: str
+
+    @property
+    def flag(self) -> str:
+        """How it is written on the command line: `--lr-scale` for `lr_scale`."""
+        return "--" + self.name.replace("_", "-")
+
+
+STAGE_OPTIONS = (
+    Option("freeze_line", _word, "WHERE", "what is trained: head, all, last:N, or from a block on (layer4, blocks.6*)"),
+    Option("batchnorm", _word, "MODE", "the backbone's BatchNorm behind the line: fixed, frozen or train"),
+    Option("epochs", _whole, "N", "passes over the training pictures"),
+    Option("batch_size", _whole, "N", "pictures per batch"),
+    Option("accumulate", _whole, "N", "batches per optimiser step"),
+    Option("optimizer", _word, "NAME", "adamw, adam, rmsprop or sgd (momentum 0.9)"),
+    Option("lr_scale", _number, "X", "the stage's learning rate as a multiple of --lr"),
+    Option("head_lr_multiplier", _number, "X", "the head's rate over the backbone's"),
+    Option("weight_decay", _number, "X", "decoupled; not on norms and biases"),
+    Option("schedule", _word, "NAME", "of the learning rate: constant, cosine or one-cycle"),
+    Option("warmup", _number, "X", "share of the steps in which the rate rises from 0"),
+    Option("label_smoothing", _number, "X", "share of each label spread over all classes"),
+    Option("class_weights", _word, "HOW", "none, or balanced: rare classes weigh more in the loss"),
+    Option("balanced_sampling", _switch, "on|off", "draw every class equally often"),
+    Option("early_stop", _whole, "N", "epochs without a better score before the stage ends, 0 is off"),
+    Option("clip_norm", _number, "X", "largest gradient norm, 0 is off"),
+    Option("select", _word, "SCORE", "the best epoch is chosen by validation loss or accuracy"),
+    Option("views", _whole, "N", "augmented copies of each picture stored for a stage with a frozen backbone"),
+    Option("on_collapse", _word, "WHAT", "when the rate wrecks the trained head: retry lower, stop, or ignore"),
+)
+
+RECIPE_OPTIONS = (
+    Option("lr", _number, "X", "nominal learning rate of the head; each stage takes a multiple of it"),
+    Option("seed", _whole, "N", "of the split, the head's first weights, the order and the augmentation"),
+    Option("drop_rate", _number, "X", "dropout in the backbone"),
+    Option("drop_path_rate", _number, "X", "stochastic depth in the backbone"),
+)
+
+
+def recipe_values(value: Callable[[Recipe], Iterable[object]]) -> str:
+    """What the named recipes say, for a help text: `0.01`, or `fine-tune 30,6; head 30` where they differ."""
+    by_recipe = {name: _joined(value(recipe)) for name, recipe in RECIPES.items()}
+    if len(set(by_recipe.values())) == 1:
+        return next(iter(by_recipe.values()))
+    return "; ".join(f"{name} {text}" for name, text in by_recipe.items())
+
+
+def _stage_values(name: str) -> str:
+    return recipe_values(lambda recipe: [getattr(stage, name) for stage in recipe.stages])
+
+
+def _recipe_values(name: str) -> str:
+    return recipe_values(lambda recipe: [getattr(recipe, name)])
+
+
+def _joined(values: Iterable[object]) -> str:
+    texts = [_text(value) for value in values]
+    return texts[0] if len(set(texts)) == 1 else ",".join(texts)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def add_stage_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `Stage`, in a group of their own."""
+    group = parser.add_argument_group(
+        "stages",
+        "One value for all stages, or one per stage with commas between (--epochs 20,5);\n"
+        "an empty place leaves that stage as it is (--epochs ,5).",
+    )
+    for option in STAGE_OPTIONS:
+        default = _stage_values(option.name)
+        group.add_argument(option.flag, metavar=option.metavar, help=_help(option.help, default))
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """The recipe itself and what holds for all its stages."""
+    group = parser.add_argument_group("recipe")
+    group.add_argument(
+        "--recipe",
+        metavar="NAME|FILE",
+        help=_help(f"{', '.join(RECIPES)}, or a JSON file such as a run's recipe.json", DEFAULT_RECIPE),
+    )
+    for option in RECIPE_OPTIONS:
+        default = _recipe_values(option.name)
+        group.add_argument(option.flag, metavar=option.metavar, help=_help(option.help, default))
+    add_augment_option(group)
+
+
+def add_augment_option(parser: argparse._ActionsContainer) -> None:
+    """`--augment`: a policy's name or a file."""
+    default = recipe_values(lambda recipe: [recipe.augment])
+    text = f"changes made to training pictures: {', '.join(POLICIES)}, or a JSON file with ranges"
+    parser.add_argument("--augment", metavar="POLICY|FILE", help=_help(text, default))
+
+
+def add_head_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `HeadSpec`."""
+    group = parser.add_argument_group("head")
+
+    def default(name: str) -> str:
+        return recipe_values(lambda recipe: [getattr(recipe.head, name) or "none"])
+
+    group.add_argument(
+        "--pool",
+        metavar="HOW",
+        help=_help("backbone (what the network does itself), avg, max or flatten", default("pool")),
+    )
+    group.add_argument(
+        "--hidden",
+        metavar="SPEC",
+        help="hidden layers, first one first, commas between: width[:activation][:bn-before|bn-after][:dropout], such "
+        "as 256:relu or 512:none:bn-after:0.2,64:gelu; activation none, relu or gelu; none takes all away "
+        + _default(default("hidden")),
+    )
+    group.add_argument(
+        "--head-batchnorm",
+        action=argparse.BooleanOptionalAction,
+        help=_help("BatchNorm on the features", recipe_values(lambda recipe: [recipe.head.batchnorm])),
+    )
+    group.add_argument(
+        "--head-dropout",
+        metavar="X",
+        help=_help("dropout before the last layer", recipe_values(lambda recipe: [recipe.head.dropout])),
+    )
+    group.add_argument(
+        "--output", metavar="KIND", help=_help("softmax, or sigmoid: one output for two classes", default("output"))
+    )
+    group.add_argument(
+        "--features-from",
+        metavar="BLOCK",
+        help="take the features from this earlier block and leave out what is behind it",
+    )
+
+
+def add_picture_options(parser: argparse.ArgumentParser) -> None:
+    """How pictures are brought to the network: each backbone has its own, an option overrides it."""
+    group = parser.add_argument_group("pictures", "Each backbone brings its own values; they travel with the model.")
+    group.add_argument("--image-size", metavar="PX", help="side of the square the network sees")
+    group.add_argument("--mean", metavar="R,G,B", help="subtracted, on the 0-1 scale; one number serves all channels")
+    group.add_argument("--std", metavar="R,G,B", help="divided by, on the 0-1 scale")
+    group.add_argument("--interpolation", metavar="HOW", help="nearest, bilinear, bicubic or lanczos")
+    group.add_argument("--crop-pct", metavar="X", help="share of the short side that the centre crop keeps")
+    group.add_argument("--fit", metavar="HOW", help="crop the centre, squash to a square, or letterbox on the mean")
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Where to compute, and what to do about files that cannot be read."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
+    group.add_argument("--precision", metavar="HOW", help="auto, fp32 or bf16 (default: auto)")
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="threads that read pictures (default: one per core, at most 8)"
+    )
+
+
+def add_bad_files_option(parser: argparse._ActionsContainer) -> None:
+    """`--bad-files`: the same words in every command."""
+    parser.add_argument(
+        "--bad-files",
+        choices=("error", "skip"),
+        help="a picture that cannot be read: stop, or name it and go on (default: error)",
+    )
+
+
+def _default(text: str) -> str:
+    return f"(default: {text})".replace("%", "%%")
+
+
+def _help(text: str, default: str) -> str:
+    return f"{text.replace('%', '%%')} {_default(default)}"
+
+
+def apply_overrides(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
+    """The recipe with every given option put in its place.
+
+    Args:
+        options: option names with underscores -> their text; None or absent leaves what the recipe says.
+    Raises:
+        RecipeError: a value that cannot be read or is out of range, or a list whose length is not that of the stages.
+    """
+    changes: dict[str, Any] = {
+        option.name: option.read(option.flag, options[option.name])
+        for option in RECIPE_OPTIONS
+        if options.get(option.name) is not None
+    }
+    if options.get("augment") is not None:
+        changes["augment"] = read_augment(options["augment"])
+    return replace(recipe, **changes, head=_head(recipe.head, options), stages=_stages(recipe, options))
+
+
+def _stages(recipe: Recipe, options: Mapping[str, Any]) -> tuple[Stage, ...]:
+    changes: list[dict[str, Any]] = [{} for _ in recipe.stages]
+    for option in STAGE_OPTIONS:
+        text = options.get(option.name)
+        if text is None:
+            continue
+        for change, part in zip(changes, _per_stage(option.flag, text, recipe), strict=True):
+            if part:
+                change[option.name] = option.read(option.flag, part)
+    return tuple(replace(stage, **change) for stage, change in zip(recipe.stages, changes, strict=True))
+
+
+def _per_stage(flag: str, text: str, recipe: Recipe) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    names = [stage.name for stage in recipe.stages]
+    if len(parts) == 1:
+        if not parts[0]:
+            raise RecipeError(f"{flag} is empty. Give a value, or leave the option out to keep what the recipe says.")
+        return parts * len(names)
+    if len(parts) != len(names):
+        raise RecipeError(
+            f"{flag} is {text!r}: {len(parts)} values, but recipe {recipe.name!r} has {len(names)} "
+            f"stage{'s' * (len(names) > 1)} ({', '.join(names)}). Give one value for all, or one per stage."
+        )
+    return parts
+
+
+def _head(head: HeadSpec, options: Mapping[str, Any]) -> HeadSpec:
+    changes: dict[str, Any] = {
+        name: options[name] for name in ("pool", "output", "features_from") if options.get(name) is not None
+    }
+    if options.get("hidden") is not None:
+        changes["hidden"] = read_hidden(options["hidden"])
+    if options.get("head_batchnorm") is not None:
+        changes["batchnorm"] = options["head_batchnorm"]
+    if options.get("head_dropout") is not None:
+        changes["dropout"] = _number("--head-dropout", options["head_dropout"])
+    return replace(head, **changes)
+
+
+def read_hidden(text: str) -> tuple[HiddenLayer, ...]:
+    """`512:none:bn-after:0.2,64:gelu` as hidden layers; `none` is no hidden layer.
+
+    The parts behind the width may be left out, and are told apart by what they are.
+    """
+    return () if text == "none" else tuple(_hidden_layer(part) for part in text.split(","))
+
+
+def _hidden_layer(text: str) -> HiddenLayer:
+    width, *parts = text.strip().split(":")
+    values: dict[str, Any] = {"width": _whole("--hidden: width", width)}
+    for part in parts:
+        name, value = _hidden_part(part)
+        if name in values:
+            raise RecipeError(f"--hidden: {text!r} gives its {name} twice.")
+        values[name] = value
+    return HiddenLayer(**values)
+
+
+def _hidden_part(part: str) -> tuple[str, str | float]:
+    if part.startswith("bn-"):
+        return "batchnorm", part.removeprefix("bn-")
+    if part[:1].isdigit() or part[:1] in "-.":
+        return "dropout", _number("--hidden: dropout", part)
+    return "activation", part
+
+
+def read_augment(text: str) -> str | AugmentSpec:
+    """A policy's name as it is, or the ranges from a JSON file."""
+    if text in POLICIES:
+        return text
+    path = Path(text)
+    if not path.is_file():
+        raise RecipeError(
+            f"--augment is {text!r}: neither a policy ({', '.join(POLICIES)}) nor a file."
+            f"{near_matches(text, tuple(POLICIES))}"
+        )
+    try:
+        return AugmentSpec.from_dict(json.loads(path.read_text(encoding="utf-8")), where=text)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecipeError(f"--augment {text}: not a JSON file ({error}).") from None
+
+
+def picture_overrides(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The given ones among image_size, mean, std, interpolation, crop_pct and fit, read from their text."""
+    readers: dict[str, Callable[[str, str], Any]] = {
+        "image_size": _whole,
+        "mean": _channels,
+        "std": _channels,
+        "interpolation": _word,
+        "crop_pct": _number,
+        "fit": _word,
+    }
+    return {
+        name: read("--" + name.replace("_", "-"), options[name])
+        for name, read in readers.items()
+        if options.get(name) is not None
+    }
+
+
+def _channels(flag: str, text: str) -> tuple[float, ...]:
+    values = tuple(_number(flag, part) for part in text.split(","))
+    if len(values) not in (1, 3):
+        raise RecipeError(f"{flag} is {text!r}; it takes three numbers with commas between, or one for all channels.")
+    return values * 3 if len(values) == 1 else values

@@ -1,0 +1,425 @@
+"""A folder of labelled pictures -> `ImageTable` -> stratified splits; which picture comes when is a pure function."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from .decode import MAX_PIXELS, bad_reason, open_image, quiet_pillow
+from .errors import DataError, near_matches
+from .folders import IMAGE_EXTENSIONS, find_pictures, natural_key, read_layout
+
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "MAX_PIXELS",
+    "SPLITS",
+    "ImageTable",
+    "Splits",
+    "available_cores",
+    "check_images",
+    "epoch_order",
+    "list_image_files",
+    "load_images",
+    "map_threads",
+    "open_image",
+    "random_stream",
+    "split",
+]
+
+SPLITS = ("train", "val", "test")
+BAD_FILES = ("error", "skip")
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTable:
+    """N labelled pictures in a fixed order, with one class map whatever splits they stand in.
+
+    labels: int64 [N], indices into `class_names`. split_names: per picture 'train', 'val' or 'test' where the folder
+    came with split folders, else ''. bad_files: (file, reason) of pictures left out under `bad_files="skip"`.
+    ignored: (extension, count) of files in the class folders that are no pictures. Both belong to the load: parts
+    made with `select` carry them on.
+    """
+
+    root: Path
+    paths: tuple[Path, ...]
+    labels: npt.NDArray[np.int64]
+    class_names: tuple[str, ...]
+    split_names: tuple[str, ...]
+    bad_files: tuple[tuple[Path, str], ...] = ()
+    ignored: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        labels = np.array(self.labels, dtype=np.int64)
+        labels.setflags(write=False)
+        object.__setattr__(self, "labels", labels)
+        if not len(self.paths) == len(labels) == len(self.split_names):
+            raise DataError(
+                f"ImageTable: {len(self.paths)} paths, {len(labels)} labels and {len(self.split_names)} split names; "
+                "it takes one of each per picture."
+            )
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.class_names):
+            raise DataError(f"ImageTable: a label lies outside 0 .. {len(self.class_names) - 1}.")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @cached_property
+    def relative_paths(self) -> tuple[str, ...]:
+        """Paths relative to `root`, with forward slashes and in one Unicode form: the same on every system."""
+        return tuple(unicodedata.normalize("NFC", p.relative_to(self.root).as_posix()) for p in self.paths)
+
+    def class_counts(self) -> npt.NDArray[np.int64]:
+        """Pictures per class, int64 [C]; 0 for a class that has none here."""
+        return np.bincount(self.labels, minlength=len(self.class_names)).astype(np.int64)
+
+    def select(self, indices: npt.ArrayLike) -> ImageTable:
+        """The pictures at `indices` (positions or a mask of length N), in that order; class map and root stay."""
+        chosen = np.arange(len(self))[np.asarray(indices, dtype=None if np.size(indices) else np.int64)]
+        return replace(
+            self,
+            paths=tuple(self.paths[i] for i in chosen),
+            labels=self.labels[chosen],
+            split_names=tuple(self.split_names[i] for i in chosen),
+        )
+
+    def limit(self, n: int, seed: int = 0) -> ImageTable:
+        """At most `n` pictures, drawn in proportion from every class of every split: a quick dry run.
+
+        Small groups keep up to three pictures, so that a split can still be made, where `n` allows it.
+
+        Raises:
+            DataError: `n` is smaller than the number of classes times splits.
+        """
+        if n >= len(self):
+            return self
+        groups = self._groups()
+        if n < len(groups):
+            raise DataError(
+                f"limit is {n}; {self.root} has {len(groups)} groups (classes times splits) and each needs a "
+                f"picture: {len(groups)} or more."
+            )
+        quotas = _quotas([len(members) for members in groups.values()], n)
+        chosen: list[int] = []
+        for (name, label), quota in zip(groups, quotas, strict=True):
+            members = _shuffled(self, groups[name, label], random_stream(seed, _word(self.class_names[label]), 3))
+            chosen.extend(members[:quota])
+        return self.select(sorted(chosen))
+
+    def _groups(self) -> dict[tuple[str, int], list[int]]:
+        groups: dict[tuple[str, int], list[int]] = {}
+        for i, key in enumerate(zip(self.split_names, self.labels.tolist(), strict=True)):
+            groups.setdefault(key, []).append(i)
+        return groups
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """Train fits, val chooses, test is scored once at the end; each picture stands in exactly one of them."""
+
+    train: ImageTable
+    val: ImageTable
+    test: ImageTable
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.train.class_names
+
+    def named(self) -> dict[str, ImageTable]:
+        """The three tables by name, in the order train, val, test."""
+        return {"train": self.train, "val": self.val, "test": self.test}
+
+
+def load_images(
+    folder: str | Path,
+    *,
+    bad_files: str = "error",
+    class_names: Sequence[str] | None = None,
+    val_folder: str | None = None,
+    test_folder: str | None = None,
+    check: bool = True,
+    workers: int = 0,
+) -> ImageTable:
+    """Read a folder of pictures, one folder per class, with or without split folders around them.
+
+    PHOTOS/cat/1.jpg, or PHOTOS/train/cat/1.jpg beside `val` (`valid`, `validation`) and `test` in any letter case.
+    The class map is that of the training folders, naturally sorted (2 before 10). Hidden folders and files are
+    skipped; other files in the class folders are counted in `ignored`.
+
+    Args:
+        bad_files: what happens to pictures that do not decode: `error` names them, `skip` leaves them out and lists
+            them in `ImageTable.bad_files`.
+        class_names: impose this class map (a saved model's); folders of some of its classes are then enough.
+        val_folder, test_folder: the folder that serves as this split, when its name does not say so.
+        check: decode every picture once, to the last row, before anything is trained.
+        workers: threads for the check; 0 is one per CPU core.
+    Raises:
+        DataError: no such folder, another layout (multi-label, nested, flat), an empty class, fewer than two
+            classes, a class that training does not have, pictures that do not decode.
+    """
+    root = Path(folder).expanduser().absolute()
+    layout = read_layout(root, shown=str(folder), val_folder=val_folder, test_folder=test_folder)
+    names = _class_map(layout.splits, class_names, shown=str(folder))
+    index = {name: i for i, name in enumerate(names)}
+    rows = [
+        (path, index[name], split_name)
+        for split_name, classes in layout.splits.items()
+        for name, paths in classes.items()
+        for path in paths
+    ]
+    table = ImageTable(
+        root=root,
+        paths=tuple(row[0] for row in rows),
+        labels=np.array([row[1] for row in rows], dtype=np.int64),
+        class_names=names,
+        split_names=tuple(row[2] for row in rows),
+        ignored=tuple(sorted(layout.ignored.items())),
+    )
+    return check_images(table, bad_files=bad_files, workers=workers) if check else table
+
+
+def check_images(
+    table: ImageTable,
+    *,
+    bad_files: str = "error",
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImageTable:
+    """Decode every picture of the table once and name, or leave out, those that do not decode.
+
+    Args:
+        bad_files: `error` or `skip`, as in `load_images`.
+        progress: called with (pictures done, pictures in all) now and then.
+    Raises:
+        DataError: bad pictures under `error` (the first 20 with their reasons); under `skip`, a class of which no
+            training picture is left.
+    """
+    if bad_files not in BAD_FILES:
+        raise DataError(f"bad_files is {bad_files!r}; allowed: {', '.join(BAD_FILES)}.")
+    with quiet_pillow():
+        reasons = map_threads(bad_reason, table.paths, workers=workers, progress=progress)
+    bad = [(i, reason) for i, reason in enumerate(reasons) if reason is not None]
+    if not bad:
+        return table
+    if bad_files == "error":
+        lines = "".join(f"\n  {table.relative_paths[i]}: {reason}" for i, reason in bad[:20])
+        more = f"\n  ... and {len(bad) - 20:,} more" if len(bad) > 20 else ""
+        raise DataError(
+            f"{len(bad):,} of {len(table):,} pictures in {table.root} cannot be read:{lines}{more}\n"
+            'Repair or remove them, or leave them out with --bad-files skip (bad_files="skip").'
+        )
+    kept = table.select([i for i, reason in enumerate(reasons) if reason is None])
+    lost = np.flatnonzero((_train_counts(table) > 0) & (_train_counts(kept) == 0))
+    if len(lost):
+        names = ", ".join(table.class_names[i] for i in lost[:5])
+        raise DataError(
+            f"No training picture of {names} in {table.root} can be read "
+            f"({table.relative_paths[bad[0][0]]}: {bad[0][1]}). Repair the pictures or remove the class."
+        )
+    return replace(kept, bad_files=table.bad_files + tuple((table.paths[i], reason) for i, reason in bad))
+
+
+def split(table: ImageTable, *, val: float = 0.15, test: float = 0.15, seed: int = 0) -> Splits:
+    """Train, val and test; a split the folder brings is kept, a missing one is held out of train, class by class.
+
+    A pure function of the seed, the relative paths and the class names: the same in any process, on any system, in
+    any order of the files. Each held-out split gets its share of each class, at least one picture; which pictures
+    are test does not depend on `val`.
+
+    Args:
+        val, test: share of each class's pictures to hold out, in [0, 1); 0 leaves the split empty. Without effect
+            for a split the folder brings.
+    Raises:
+        DataError: a share out of range, or a class with too few pictures for the splits asked for.
+    """
+    for name, share in (("val", val), ("test", test)):
+        if not 0 <= share < 1:
+            raise DataError(f"{name} is {share!r}; it takes a share of the pictures from 0 to below 1.")
+    if val + test >= 1:
+        raise DataError(f"val {val} and test {test} leave nothing to train on; together they stay below 1.")
+    given = set(table.split_names)
+    shares = {name: share for name, share in (("test", test), ("val", val)) if share and name not in given}
+    assigned = np.array([name or "train" for name in table.split_names], dtype="<U5")
+    pool = np.flatnonzero(assigned == "train")
+    _require_enough(table, pool, tuple(shares))
+    for label, name in enumerate(table.class_names):
+        members = _shuffled(table, pool[table.labels[pool] == label].tolist(), random_stream(seed, _word(name), 2))
+        start = 0
+        for split_name, count in _held_out(len(members), shares).items():
+            assigned[members[start : start + count]] = split_name
+            start += count
+    train, val_table, test_table = (table.select(np.flatnonzero(assigned == name)) for name in SPLITS)
+    return Splits(train=train, val=val_table, test=test_table)
+
+
+def epoch_order(n: int, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The order of `n` items in one epoch: an int64 permutation that depends on (n, seed, epoch) alone."""
+    return _permutation(n, random_stream(seed, epoch, 1))
+
+
+def list_image_files(paths: Iterable[str | Path]) -> list[Path]:
+    """Files as given, and the pictures in folders (at any depth, naturally sorted, hidden ones left out), each once.
+
+    Raises:
+        DataError: a path that does not exist, a folder without pictures, nothing at all.
+    """
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = find_pictures(path)
+            if not inside:
+                raise DataError(f"No picture in {path}; looked for {', '.join(sorted(IMAGE_EXTENSIONS))} at any depth.")
+            found.update(dict.fromkeys(inside))
+        elif path.exists():
+            found[path] = None
+        else:
+            siblings = [p.name for p in islice(path.parent.iterdir(), 10_000)] if path.parent.is_dir() else []
+            raise DataError(f"No file or folder {path}.{near_matches(path.name, siblings)}")
+    if not found:
+        raise DataError("No picture asked for; name files or folders.")
+    return list(found)
+
+
+def random_stream(seed: int, word: int, purpose: int, view: int = 0) -> np.random.Philox:
+    """A stream of random bits of its own for each (seed, word, purpose, view), the same on every platform.
+
+    Philox is keyed: no stream depends on how far another has been read. The low words of its counter run, the high
+    ones keep purposes and views apart. Source: Salmon et al. 2011.
+    """
+    low64 = 2**64 - 1
+    key = np.array([seed & low64, word & low64], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=np.array([0, 0, view & low64, purpose], dtype=np.uint64))
+
+
+def available_cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_threads(
+    function: Callable[[_Item], _Result],
+    items: Sequence[_Item],
+    *,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[_Result]:
+    """`[function(item) for item in items]` in threads; decoding and resizing run outside Python's lock.
+
+    Args:
+        workers: threads; 0 is one per CPU core, 1 stays in the calling thread.
+        progress: called with (items done, items in all) after each part of at most 64.
+    """
+    workers = workers or available_cores()
+    size = max(1, min(64, len(items) // (4 * workers)))
+    parts = [items[i : i + size] for i in range(0, len(items), size)]
+    results: list[_Result] = []
+
+    def run(part: Sequence[_Item]) -> list[_Result]:
+        return [function(item) for item in part]
+
+    def gather(outputs: Iterable[list[_Result]]) -> list[_Result]:
+        for output in outputs:
+            results.extend(output)
+            if progress is not None:
+                progress(len(results), len(items))
+        return results
+
+    if min(workers, len(parts)) <= 1:
+        return gather(map(run, parts))
+    pool = ThreadPoolExecutor(workers)
+    try:
+        return gather(pool.map(run, parts))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the pictures still queued
+
+
+def _class_map(
+    splits: dict[str, dict[str, list[Path]]], class_names: Sequence[str] | None, *, shown: str
+) -> tuple[str, ...]:
+    """The class names in label order, after checking every split's folders against them."""
+    if class_names is not None:
+        names = tuple(class_names)
+        owner = "the imposed class map"
+    else:
+        names = tuple(sorted(splits.get("train", splits.get("", {})), key=natural_key))
+        owner = "the training folder" if "train" in splits else shown
+    for split_name, classes in splits.items():
+        for name in classes:
+            if name not in names:
+                where = f"split {split_name!r} of {shown}" if split_name else shown
+                raise DataError(
+                    f"Class {name!r} in {where} is not among the {len(names)} classes of {owner}: "
+                    f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}.{near_matches(name, names)} "
+                    "Rename or remove the folder."
+                )
+    if class_names is None and len(names) < 2:
+        raise DataError(
+            f"One class only in {shown} ({names[0]!r}); a classifier needs two or more, one folder of pictures each."
+        )
+    return names
+
+
+def _train_counts(table: ImageTable) -> npt.NDArray[np.int64]:
+    mask = np.array([name in ("", "train") for name in table.split_names], dtype=bool)
+    return np.bincount(table.labels[mask], minlength=len(table.class_names)).astype(np.int64)
+
+
+def _require_enough(table: ImageTable, pool: npt.NDArray[np.int64], missing: tuple[str, ...]) -> None:
+    needed = 1 + len(missing)
+    counts = np.bincount(table.labels[pool], minlength=len(table.class_names))
+    short = np.flatnonzero(counts < needed)
+    if len(short):
+        named = ", ".join(f"{table.class_names[i]!r} has {counts[i]}" for i in short[:5])
+        more = f" and {len(short) - 5} classes more" if len(short) > 5 else ""
+        raise DataError(
+            f"Too few training pictures in {table.root}: class {named}{more}; one each for "
+            f"{' and '.join(('train', *sorted(missing, reverse=True)))} makes {needed}. "
+            "Add pictures, remove the class, or bring your own split folders (train, val, test)."
+        )
+
+
+def _held_out(n: int, shares: dict[str, float]) -> dict[str, int]:
+    """How many of `n` pictures each missing split gets: its rounded share, at least 1, and train keeps at least 1."""
+    counts = {name: max(1, int(n * share + 0.5)) for name, share in shares.items()}
+    while sum(counts.values()) >= n and counts:
+        counts[max(counts, key=lambda name: counts[name])] -= 1
+    return counts
+
+
+def _quotas(sizes: list[int], n: int) -> list[int]:
+    """Share out `n` over groups of these sizes: in proportion, but first up to three each where `n` allows."""
+    floor = next(k for k in (3, 2, 1) if sum(min(size, k) for size in sizes) <= n)
+    quotas = [min(size, floor) for size in sizes]
+    wanted = [n * size / sum(sizes) for size in sizes]
+    for _ in range(n - sum(quotas)):
+        open_groups = [i for i, size in enumerate(sizes) if quotas[i] < size]
+        quotas[max(open_groups, key=lambda i: wanted[i] - quotas[i])] += 1
+    return quotas
+
+
+def _shuffled(table: ImageTable, members: list[int], stream: np.random.Philox) -> list[int]:
+    """`members` in an order that depends on their relative paths and the stream, not on their order in the table."""
+    by_path = sorted(members, key=lambda i: table.relative_paths[i])
+    return [by_path[i] for i in _permutation(len(by_path), stream)]
+
+
+def _permutation(n: int, stream: np.random.Philox) -> npt.NDArray[np.int64]:
+    """Raw bits, sorted: numpy keeps a bit generator's stream for ever, but not what `Generator.permutation` makes."""
+    return np.argsort(np.asarray(stream.random_raw(n)), kind="stable").astype(np.int64)
+
+
+def _word(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

@@ -1,0 +1,121 @@
+"""Predict and score: every picture once, in evaluation mode, from its plain view."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .classifier import Classifier
+from .dataset import ImageTable
+from .errors import DataError
+from .features import Advance, Source
+from .metrics import evaluate_probs, softmax
+from .pixels import Pixels
+from .runtime import Runtime, make_runtime
+
+BATCH_SIZE = 32  # one batch shape everywhere: the same picture in the same batch then gives the same bits
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of N labelled pictures: `metrics` (see `headstart.metrics`) and `probs` [N, C]."""
+
+    table: ImageTable
+    probs: np.ndarray
+    metrics: dict[str, Any]
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, table: ImageTable) -> Self:
+        """Score logits [N, C], in the order of the table."""
+        probs = softmax(logits.numpy())
+        return cls(table, probs, evaluate_probs(probs, table.labels, table.class_names))
+
+    @property
+    def preds(self) -> np.ndarray:
+        """The most probable class id of each picture, [N]."""
+        return self.probs.argmax(axis=1)
+
+
+def predict_logits(
+    model: Classifier, pixels: Pixels, *, runtime: Runtime | None = None, advance: Advance | None = None
+) -> Tensor:
+    """Logits [N, C] in float32, in the order of the table; the last short batch is included."""
+    runtime = runtime or make_runtime(precision="fp32")
+    mine = runtime.share(torch.arange(len(pixels)))
+    rows = []
+    model.to(runtime.device)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), runtime.autocast():
+        for part in mine.split(BATCH_SIZE):
+            rows.append(model(pixels.batch(part.tolist(), [0] * len(part)).to(runtime.device)).float())
+            if advance:
+                advance(len(part))
+    model.train(was_training)
+    logits = torch.cat(rows) if rows else torch.zeros(0, len(model.class_names), device=runtime.device)
+    return runtime.gather(logits, len(pixels)).cpu()
+
+
+def evaluate(
+    model: Classifier, table: ImageTable, *, runtime: Runtime | None = None, advance: Advance | None = None
+) -> Evaluation:
+    """Score the model on labelled pictures.
+
+    Raises:
+        DataError: the table's classes are not the model's; a file cannot be read.
+    """
+    if table.class_names != model.class_names:
+        raise DataError(
+            f"The pictures' classes ({', '.join(table.class_names)}) are not the model's"
+            f" ({', '.join(model.class_names)})."
+            " Load them with load_images(folder, class_names=model.class_names)."
+        )
+    runtime = runtime or make_runtime(precision="fp32")
+    pixels = Pixels(table, model.spec, workers=runtime.workers, cache_bytes=0)
+    return Evaluation.from_logits(predict_logits(model, pixels, runtime=runtime, advance=advance), table)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Plain cross-entropy and accuracies of one pass, the figures that choose between states."""
+
+    loss: float
+    accuracy: float
+    top5: float | None
+    n: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss, "accuracy": self.accuracy, "top5": self.top5, "n": self.n}
+
+
+def score(
+    model: Classifier, source: Source, *, indices: Tensor, runtime: Runtime, batch_size: int = BATCH_SIZE
+) -> Score:
+    """Plain cross-entropy (nats), accuracy and top-5 accuracy of these pictures, in evaluation mode, plain views."""
+    logits = source_logits(model, source, indices=indices, runtime=runtime, batch_size=batch_size)
+    labels = source.labels[indices]
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+    top5 = (ranks < 5).double().mean().item() if logits.shape[1] > 5 else None
+    loss = torch.nn.functional.cross_entropy(logits.double(), labels).item()
+    return Score(loss, (logits.argmax(1) == labels).double().mean().item(), top5, len(indices))
+
+
+def source_logits(
+    model: Classifier, source: Source, *, indices: Tensor, runtime: Runtime, batch_size: int = BATCH_SIZE
+) -> Tensor:
+    """Logits [len(indices), C], float32 on the CPU, of these pictures in their plain views, in evaluation mode."""
+    mine = runtime.share(indices)
+    rows = []
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), runtime.autocast():
+        for part in mine.split(batch_size):
+            inputs = source.batch(part.tolist(), [0] * len(part)).to(runtime.device)
+            rows.append(source.forward(model, inputs).float())
+    model.train(was_training)
+    logits = torch.cat(rows) if rows else torch.zeros(0, len(model.class_names), device=runtime.device)
+    return runtime.gather(logits, len(indices)).cpu()

@@ -1,0 +1,414 @@
+"""The freeze line: what stands in front of it is a fixed function of the pixels, what stands behind it is trained.
+
+Two different things are kept apart: *trainable* (gradients, `requires_grad`) and *training mode* (batch statistics
+are used and learned, dropout and drop-path act). In front of the line nothing is trainable and nothing is in training
+mode. Behind it everything is trainable and in training mode, except BatchNorm, which `batchnorm` governs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backbones import backbone_features, block_aliases
+from .classifier import Classifier
+from .errors import ModelError, near_matches
+from .recipe import BATCHNORM_MODES
+from .tracing import Trace, trace
+
+_STATISTICS = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class FreezeLine:
+    """Where the line stands and what that means.
+
+    frozen, trained: backbone layers in front of and behind the line, in order of execution, by their timm names.
+    head: the head's layers, always trained. Parameters are counted over backbone and head; statistics are the
+    numbers in running means and variances.
+    """
+
+    where: str
+    batchnorm: str
+    frozen: tuple[str, ...]
+    trained: tuple[str, ...]
+    head: tuple[str, ...]
+    trainable_parameters: int
+    frozen_parameters: int
+    statistics: int
+
+    def describe(self) -> str:
+        """One line for the terminal: what is trained, how much of it, and what BatchNorm does."""
+        if not self.trained:
+            part = "the head; the whole backbone is frozen"
+        elif not self.frozen:
+            part = "the whole backbone and the head"
+        else:
+            part = f"the head and {len(self.trained)} of {len(self.trained) + len(self.frozen)} backbone layers"
+            part += f", from {self.trained[0]} on"
+        counts = f"{self.trainable_parameters:,} parameters trained, {self.frozen_parameters:,} frozen"
+        modes = {
+            "fixed": "statistics fixed, scale and shift trained",
+            "frozen": "frozen",
+            "train": "statistics learned",
+        }
+        batchnorm = f"; BatchNorm behind the line: {modes[self.batchnorm]}" if self.trained and self.statistics else ""
+        return f"training {part} ({counts}{batchnorm})"
+
+
+# ---------------------------------------------------------------- layers in order of execution
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A module with parameters of its own and none below it, or a single parameter of a module that has both."""
+
+    name: str
+    start: int
+    parameters: tuple[str, ...]
+
+
+def backbone_layers(model: Classifier) -> tuple[str, ...]:
+    """The backbone's layers that own parameters, in order of execution.
+
+    A parameter that a block holds itself (ViT's `pos_embed`, ConvNeXt's `gamma`) is a layer of its own name.
+    Parameters that the forward pass never reads are not layers; they are never trained.
+    """
+    return tuple(layer.name for layer in _layers(model.backbone, _trace(model)))
+
+
+def _trace(model: Classifier) -> Trace:
+    shape = (1, 3, model.spec.image_size, model.spec.image_size)
+    return trace(model.backbone, lambda net, x: backbone_features(net, x, model.pool), shape)
+
+
+def _layers(net: nn.Module, seen: Trace) -> list[_Layer]:
+    calls = seen.first_calls()
+    layers = []
+    for name, module in net.named_modules():
+        own = [(f"{name}.{n}" if name else n) for n, _ in module.named_parameters(recurse=False)]
+        used = [n for n in own if n in seen.first_use]
+        if not used:
+            continue
+        if len(own) < len(list(module.parameters())):  # children have some as well
+            layers += [_Layer(n, seen.first_use[n], (n,)) for n in used]
+        else:
+            start = min(seen.first_use[n] for n in used)
+            layers.append(_Layer(name, min(start, calls[name].start) if name in calls else start, tuple(own)))
+    return sorted(layers, key=lambda layer: layer.start)
+
+
+def _line_position(model: Classifier, layers: list[_Layer], where: str) -> int:
+    """The number of layers in front of the line."""
+    if where == "head":
+        return len(layers)
+    if where == "all":
+        return 0
+    if where.startswith("last:"):
+        return len(layers) - _last_n(where, len(layers))
+    names = [layer.name for layer in layers]
+    aliases = block_aliases(model.backbone)
+    for position, name in enumerate(names):
+        if any(fnmatchcase(n, where) for n in _with_parents(name)) or any(
+            fnmatchcase(alias, where) and name in modules for alias, modules in aliases.items()
+        ):
+            return position
+    known = tuple(dict.fromkeys([*aliases, *(n for name in names for n in _with_parents(name))]))
+    modules = {n for n, _ in model.backbone.named_modules()}
+    why = "it has no parameters" if where in modules else "no layer or block of the backbone has that name"
+    raise ModelError(
+        f"freeze line {where!r} selects nothing: {why}.{near_matches(where.strip('*'), known)} "
+        f"Allowed: head, all, last:N (1 to {len(names)}), or a name or wildcard, for example "
+        f"{', '.join([*aliases, *dict.fromkeys(n.split('.')[0] for n in names)][-4:])}."
+    )
+
+
+def _last_n(where: str, count: int) -> int:
+    text = where.removeprefix("last:")
+    if not text.isdecimal() or not 1 <= int(text) <= count:
+        raise ModelError(
+            f"freeze line {where!r}: {text or 'nothing'} is not a number from 1 to {count}, the backbone layers that "
+            "own parameters. Use head to freeze them all, all to train them all."
+        )
+    return int(text)
+
+
+def _with_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+
+
+# ---------------------------------------------------------------- setting the line
+
+
+def is_batchnorm(module: nn.Module) -> bool:
+    """Whether the module keeps running statistics: every BatchNorm of PyTorch and timm, frozen ones, SyncBatchNorm."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or any(
+        module._buffers.get(n) is not None for n in _STATISTICS
+    )
+
+
+def set_freeze_line(model: Classifier, where: str, *, batchnorm: str = "fixed") -> FreezeLine:
+    """Freeze everything in front of the line and make everything behind it trainable; the head always is.
+
+    Args:
+        where: `head` (the whole backbone is frozen), `all` (nothing is), `last:N` (the last N backbone layers that
+            own parameters are trained), or a block's or layer's name or wildcard (`layer4`, `blocks.6*`; VGG's
+            `block1`..`block5`): the line stands before the first match in order of execution. On VGG16 `last:3` is
+            `block5`, what Keras's `layers[:-4]` leaves trainable, since Keras counts the pooling layer too.
+        batchnorm: of the backbone behind the line: `fixed` (statistics fixed, scale and shift trained), `frozen`
+            (nothing of it trained) or `train` (statistics learned too). Other norms (LayerNorm, GroupNorm) keep no
+            statistics and are trained like any layer. The head's own BatchNorm always learns.
+    Returns:
+        The line, also kept as `model.freeze_line`.
+    Raises:
+        ModelError: the pattern selects nothing, N is out of range, or nothing would be trained.
+    """
+    if batchnorm not in BATCHNORM_MODES:
+        raise ModelError(
+            f"batchnorm is {batchnorm!r}; allowed: {', '.join(BATCHNORM_MODES)}."
+            f"{near_matches(batchnorm, BATCHNORM_MODES)}"
+        )
+    net, seen = model.backbone, _trace(model)
+    layers = _layers(net, seen)
+    position = _line_position(model, layers, where)
+    behind = layers[position:]
+    norms = {id(p) for m in net.modules() if is_batchnorm(m) for p in m.parameters(recurse=False)}
+    trained = {n for layer in behind for n in layer.parameters}
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name in trained and not (batchnorm == "frozen" and id(parameter) in norms))
+    for parameter in model.head.parameters():
+        parameter.requires_grad_(True)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelError(f"With the freeze line at {where!r} nothing would be trained: the head has no parameters.")
+    start = behind[0].start if behind else None
+    model.plan_modes(_kept_in_eval(net, seen, start, batchnorm))
+    model.freeze_line = _describe(model, where, batchnorm, layers, position)
+    return model.freeze_line  # type: ignore[no-any-return]
+
+
+def _kept_in_eval(net: nn.Module, seen: Trace, line: int | None, batchnorm: str) -> list[nn.Module]:
+    """Modules that stay in evaluation mode: all in front of the line, and BatchNorm behind it unless it learns.
+
+    A module's own flag counts, not its children's. One that begins in front of the line and ends behind it (the
+    network itself, for one) is behind it: what networks do with the flag themselves, dropout before they return,
+    comes last.
+    """
+    if line is None:
+        return list(net.modules())
+    # What also runs in front of the line must be fixed there, so a module's first call decides.
+    calls = seen.first_calls()
+    in_front: dict[str, bool] = {}
+    kept = []
+    for name, module in net.named_modules():  # parents come before their children
+        if name in calls:
+            in_front[name] = calls[name].end < line
+        else:  # read by its parent instead of called: as its own weights say, or else as its parent
+            prefix = f"{name}." if name else ""
+            uses = [seen.first_use[n] for n in (prefix + t for t in _tensor_names(module)) if n in seen.first_use]
+            in_front[name] = max(uses) < line if uses else in_front.get(name.rpartition(".")[0], False)
+        if in_front[name] or (is_batchnorm(module) and batchnorm != "train"):
+            kept.append(module)
+    return kept
+
+
+def _tensor_names(module: nn.Module) -> list[str]:
+    return [n for n, _ in (*module.named_parameters(), *module.named_buffers())]
+
+
+def _describe(model: Classifier, where: str, batchnorm: str, layers: list[_Layer], position: int) -> FreezeLine:
+    names = [layer.name for layer in layers]
+    counts = {True: 0, False: 0}
+    for parameter in model.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    head = [n for n, m in model.head.named_modules() if next(m.parameters(recurse=False), None) is not None]
+    return FreezeLine(
+        where=where,
+        batchnorm=batchnorm,
+        frozen=tuple(names[:position]),
+        trained=tuple(names[position:]),
+        head=tuple(head),
+        trainable_parameters=counts[True],
+        frozen_parameters=counts[False],
+        statistics=count_statistics(model),
+    )
+
+
+def count_statistics(module: nn.Module) -> int:
+    """The numbers in running means and variances."""
+    return sum(b.numel() for n, b in module.named_buffers() if n.rpartition(".")[2] in _STATISTICS)
+
+
+# ---------------------------------------------------------------- parameter groups
+
+
+def param_groups(
+    model: Classifier, *, lr: float, head_lr_multiplier: float = 1.0, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Split the trainable parameters into optimiser groups: backbone and head, each with and without weight decay.
+
+    Norms, biases, single numbers per channel and what the network itself exempts (`no_weight_decay()`, such as
+    position embeddings) are not decayed.
+
+    Args:
+        lr: learning rate of the backbone, per optimiser step; the head has `lr * head_lr_multiplier`.
+        weight_decay: of the parameters that are decayed; 0 is none.
+    Returns:
+        Groups with `params`, `lr`, `weight_decay` and `name`, input side first; empty ones are left out. Together
+        they hold every trainable parameter exactly once.
+    Raises:
+        ModelError: nothing is trainable.
+    """
+    exempt = getattr(model.backbone, "no_weight_decay", None)
+    skip = set(exempt()) if callable(exempt) else set()
+    groups = []
+    seen: set[int] = set()
+    for part, net, rate in (("backbone", model.backbone, lr), ("head", model.head, lr * head_lr_multiplier)):
+        norms = {id(p) for m in net.modules() if _is_norm(m) for p in m.parameters(recurse=False)}
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
+        for name, p in net.named_parameters():
+            if not p.requires_grad or id(p) in seen:
+                continue
+            seen.add(id(p))
+            no_decay = p.ndim <= 1 or id(p) in norms or name.endswith("bias") or (part == "backbone" and name in skip)
+            (plain if no_decay else decayed).append(p)
+        groups += [
+            {"params": decayed, "lr": rate, "weight_decay": weight_decay, "name": part},
+            {"params": plain, "lr": rate, "weight_decay": 0.0, "name": f"{part}, no decay"},
+        ]
+    groups = [g for g in groups if g["params"]]
+    if not groups:
+        raise ModelError("Nothing is trainable. Set a freeze line: set_freeze_line(model, 'head').")
+    return groups
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return is_batchnorm(module) or isinstance(module, (nn.LayerNorm, nn.GroupNorm)) or "Norm" in type(module).__name__
+
+
+# ---------------------------------------------------------------- the contract
+
+
+def tensors_digest(items: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over names, types, shapes and bytes of the tensors, in the order given."""
+    digest = hashlib.sha256()
+    for name, tensor in items:
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        flat = tensor.detach().contiguous().cpu().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+class Contract:
+    """Holds a stage to its freeze line: checks at the start, watches cheaply in between, checks again at the end.
+
+    The model's freeze line is set and the optimiser built before; both must then stay as they are.
+
+    Raises:
+        ModelError: at the start, when nothing is trained, or when what is trainable is not exactly what the
+            optimiser holds, once each.
+    """
+
+    def __init__(self, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
+        self._line = model.freeze_line
+        self._trainable = {n: p.requires_grad for n, p in model.named_parameters()}
+        if not any(self._trainable.values()):
+            raise ModelError(
+                "This stage would train nothing. Move the freeze line back: set_freeze_line(model, 'head')."
+            )
+        self._check_optimizer()
+        self._frozen = dict(_fixed_tensors(model))
+        self._versions = {n: t._version for n, t in self._frozen.items()}
+        self._digests = {n: (tensors_digest([(n, t)]), _size(t)) for n, t in self._frozen.items()}
+
+    def watch(self) -> None:
+        """Compare flags, identities and tensor versions with the start; no tensor is read, so it costs little.
+
+        Raises:
+            ModelError: naming what was changed behind the stage's back.
+        """
+        if self.model.freeze_line is not self._line:
+            raise ModelError("The freeze line was moved during the stage. End the stage first, then set the line.")
+        changed = [n for n, p in self.model.named_parameters() if self._trainable.get(n) is not p.requires_grad]
+        if changed:
+            raise ModelError(
+                f"requires_grad was changed after the optimiser was built: {_listed(changed)}. The optimiser does not "
+                "follow it. Set the freeze line before the stage starts, and leave requires_grad alone during it."
+            )
+        self._check_optimizer()
+        now = dict(_fixed_tensors(self.model))
+        replaced = [
+            n
+            for n in (*self._frozen, *(n for n in now if n not in self._frozen))
+            if now.get(n) is not self._frozen.get(n)
+        ]
+        if replaced:
+            raise ModelError(f"Frozen tensors were replaced during the stage: {_listed(replaced)}.")
+        written = [n for n, t in now.items() if t._version != self._versions[n]]
+        if written:
+            raise ModelError(f"Frozen tensors were written to during the stage: {_listed(written)}.")
+        self.model.keep_frozen()
+
+    def finish(self) -> None:
+        """Hash every frozen parameter and buffer again.
+
+        Raises:
+            ModelError: naming what changed, with its size before and after.
+        """
+        now = dict(_fixed_tensors(self.model))
+        changed = []
+        for name, (digest, size) in self._digests.items():
+            if name not in now:
+                changed.append(f"{name} (gone)")
+            elif tensors_digest([(name, now[name])]) != digest:
+                changed.append(f"{name} (norm {size:.9g} -> {_size(now[name]):.9g})")
+        if changed:
+            raise ModelError(f"Frozen tensors changed during the stage: {_listed(changed)}.")
+
+    def _check_optimizer(self) -> None:
+        names = {id(p): n for n, p in self.model.named_parameters()}
+        held = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+        trainable = {id(p) for p in self.model.parameters() if p.requires_grad}
+        twice = {i for i in held if held.count(i) > 1} if len(set(held)) != len(held) else set()
+        problems = [
+            ("trainable but not in the optimiser", trainable - set(held)),
+            ("in the optimiser but not trainable", set(held) - trainable),
+            ("in the optimiser more than once", twice),
+        ]
+        wrong = [
+            f"{what}: {_listed([names.get(i, 'a tensor of no part of the model') for i in ids])}"
+            for what, ids in problems
+            if ids
+        ]
+        if wrong:
+            raise ModelError(f"What is trainable is not what the optimiser holds. {'; '.join(wrong)}.")
+
+
+def _fixed_tensors(model: Classifier) -> Iterable[tuple[str, torch.Tensor]]:
+    """Parameters that are not trainable, and buffers of modules that stay in evaluation mode."""
+    kept = {id(m) for m in model._kept_in_eval}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            yield name, parameter
+    for prefix, module in model.named_modules():
+        if id(module) in kept:
+            for name, buffer in module.named_buffers(recurse=False):
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def _size(tensor: torch.Tensor) -> float:
+    return float(tensor.detach().double().norm()) if tensor.numel() else 0.0
+
+
+def _listed(names: Iterable[str], limit: int = 5) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

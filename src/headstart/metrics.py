@@ -1,0 +1,150 @@
+"""Arrays in, numbers and intervals out: the figures of an evaluation, equal to scikit-learn's on the same arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .errors import DataError
+
+Z95 = 1.959963984540054  # 97.5 % point of the normal distribution
+
+
+def softmax(logits: ArrayLike) -> NDArray[np.float64]:
+    """Probabilities `[N, C]` from logits `[N, C]`, in float64 so that rows sum to 1 within 1e-15."""
+    z = np.asarray(logits, dtype=np.float64)
+    e = np.exp(z - z.max(axis=-1, keepdims=True))
+    return np.asarray(e / e.sum(axis=-1, keepdims=True), dtype=np.float64)
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """95 % interval for a share of `successes` in `n` independent trials; (0, 1) when `n` is 0.
+
+    Unlike the textbook `p +- 1.96 sd` it stays inside [0, 1] and has width at p = 0 and p = 1.
+    Reference: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = successes / n, Z95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * float(np.sqrt(p * (1 - p) / n + z2 / (4 * n * n)))
+    # Rounding puts the exact ends 0 and 1 a few 1e-17 off.
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == n else min(1.0, centre + half)
+    return low, high
+
+
+def sample_losses(probs: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
+    """Minus the log of the probability given to the true class, `[N]` in nats.
+
+    A probability of 0 counts as float64's epsilon (2.2e-16, a loss of 36), as in scikit-learn, so one hopeless
+    picture cannot make a mean infinite.
+    """
+    p, y = np.asarray(probs, dtype=np.float64), np.asarray(labels, dtype=np.int64)
+    eps = np.finfo(np.float64).eps
+    return np.asarray(-np.log(np.clip(p[np.arange(len(y)), y], eps, 1.0)), dtype=np.float64)
+
+
+def log_loss(probs: ArrayLike, labels: ArrayLike) -> float:
+    """Mean of `sample_losses`: the plain cross-entropy in nats."""
+    return float(sample_losses(probs, labels).mean())
+
+
+def topk_accuracy(probs: ArrayLike, labels: ArrayLike, k: int) -> float:
+    """Share of rows whose label is among the `k` largest probabilities; of equal ones the lower class number counts.
+
+    With that rule k = 1 is exactly the accuracy of `argmax`, and the figure never falls as k grows.
+    """
+    p, y = np.asarray(probs), np.asarray(labels)
+    best = np.argsort(-p, axis=1, kind="stable")[:, :k]
+    return float((best == y[:, None]).any(axis=1).mean())
+
+
+def confusion_matrix(labels: ArrayLike, preds: ArrayLike, num_classes: int) -> NDArray[np.int64]:
+    """Counts `[C, C]`: row = true class, column = predicted class; the sum is the number of pictures."""
+    y, q = np.asarray(labels, dtype=np.int64), np.asarray(preds, dtype=np.int64)
+    counts = np.bincount(y * num_classes + q, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes).astype(np.int64)
+
+
+def _ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`above / below`, 0 where nothing is below (scikit-learn's `zero_division=0`)."""
+    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+
+
+def _checked(
+    probs: ArrayLike, labels: ArrayLike, class_names: Sequence[str]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    p, y = np.asarray(probs, dtype=np.float64), np.asarray(labels)
+    classes = len(class_names)
+    if p.ndim != 2 or p.shape[1] != classes or y.shape != p.shape[:1]:
+        raise DataError(
+            f"Probabilities of shape {list(p.shape)} with labels of shape {list(y.shape)} for {classes} classes; "
+            f"expected [N, {classes}] and [N]."
+        )
+    if len(y) == 0:
+        raise DataError("Nothing to evaluate: 0 pictures. Give at least one labelled picture.")
+    if not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= classes:
+        raise DataError(
+            f"Labels run from {y.min()} to {y.max()} ({y.dtype}); expected whole numbers 0 to {classes - 1}."
+        )
+    off = np.flatnonzero(~(np.isfinite(p).all(axis=1) & (np.abs(p.sum(axis=1) - 1) < 1e-3) & (p >= 0).all(axis=1)))
+    if len(off):
+        raise DataError(
+            f"{len(off)} of {len(p)} rows are not probabilities (row {off[0]} sums to {p[off[0]].sum():g}); "
+            "expected values from 0 to 1 that sum to 1. Logits become probabilities by `softmax`."
+        )
+    return p, y.astype(np.int64)
+
+
+def evaluate_probs(probs: ArrayLike, labels: ArrayLike, class_names: Sequence[str]) -> dict[str, Any]:
+    """All figures of one evaluation as plain JSON values.
+
+    Args:
+        probs: `[N, C]`, each row from 0 to 1 and summing to 1.
+        labels: `[N]` class numbers.
+        class_names: C names; a class without a picture in `labels` is allowed.
+    Returns:
+        n, accuracy, accuracy_ci95 (Wilson), top5 (None when C <= 5), log_loss (nats), balanced_accuracy (mean recall
+        of the classes present), weighted_precision, weighted_recall, weighted_f1, majority_baseline (share of the
+        largest class in `labels`), per_class (name, n, precision, recall, f1, recall_ci95) and confusion (row = true
+        class). A ratio with nothing below the line is 0, as scikit-learn's `zero_division=0`; a class without a
+        picture has the recall interval [0, 1].
+    Raises:
+        DataError: shapes that do not fit, no picture, a label out of range, rows that are not probabilities.
+    """
+    p, y = _checked(probs, labels, class_names)
+    preds, n, classes = p.argmax(axis=1), len(y), len(class_names)
+    confusion = confusion_matrix(y, preds, classes)
+    hits = confusion.diagonal().astype(np.float64)
+    support, predicted = confusion.sum(axis=1).astype(np.float64), confusion.sum(axis=0).astype(np.float64)
+    precision, recall = _ratio(hits, predicted), _ratio(hits, support)
+    f1 = _ratio(2 * hits, support + predicted)
+    weights = support / n
+    return {
+        "n": n,
+        "accuracy": float(hits.sum() / n),
+        "accuracy_ci95": list(wilson_interval(float(hits.sum()), n)),
+        "top5": topk_accuracy(p, y, 5) if classes > 5 else None,
+        "log_loss": log_loss(p, y),
+        "balanced_accuracy": float(recall[support > 0].mean()),
+        "weighted_precision": float(weights @ precision),
+        "weighted_recall": float(weights @ recall),
+        "weighted_f1": float(weights @ f1),
+        "majority_baseline": float(support.max() / n),
+        "per_class": [
+            {
+                "name": name,
+                "n": int(support[c]),
+                "precision": float(precision[c]),
+                "recall": float(recall[c]),
+                "f1": float(f1[c]),
+                "recall_ci95": list(wilson_interval(float(hits[c]), int(support[c]))),
+            }
+            for c, name in enumerate(class_names)
+        ],
+        "confusion": confusion.tolist(),
+    }

@@ -1,0 +1,108 @@
+"""Decoded pictures in memory: the plain evaluation view of each, and augmented views drawn from it on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .augment import augmented_batch
+from .dataset import ImageTable, open_image
+from .recipe import AugmentSpec
+from .transforms import DataSpec, load_view, working_image
+
+Augment = AugmentSpec | Callable[[Tensor], Tensor]
+
+
+class Pixels:
+    """The pictures of one split, ready to be batched.
+
+    View 0 of a picture is its evaluation view, the very one that `predict` computes. View v > 0 is augmented and
+    is a pure function of (seed, index, v). Decoded pictures are kept up to `cache_bytes`; beyond that they are
+    decoded again, so memory stays bounded and nothing else changes.
+
+    Args:
+        table: N pictures.
+        spec: size, interpolation, crop of the views.
+        augment: ranges, or any torchvision v2 transform of the user's.
+        seed: the views' random numbers start here.
+        workers: threads that decode.
+        cache_bytes: memory for decoded pictures, evaluation views and working images together.
+    """
+
+    def __init__(
+        self,
+        table: ImageTable,
+        spec: DataSpec,
+        *,
+        augment: Augment | None = None,
+        seed: int = 0,
+        workers: int = 2,
+        cache_bytes: int = 2 << 30,
+    ) -> None:
+        self.table, self.spec, self.seed = table, spec, seed
+        self.augment = AugmentSpec() if augment is None else augment
+        self._room = cache_bytes
+        self._plain: dict[int, Tensor] = {}
+        self._working: dict[int, np.ndarray] = {}
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="headstart-decode")
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def is_augmented(self) -> bool:
+        """False when every view equals the plain one."""
+        return not (isinstance(self.augment, AugmentSpec) and self.augment.is_identity)
+
+    def batch(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
+        """Pictures as uint8 [B, 3, S, S]; view 0 is the plain one.
+
+        Raises:
+            DataError: a file can no longer be read; the message names it.
+        """
+        out: list[Tensor | None] = [None] * len(indices)
+        plain = [p for p, v in enumerate(views) if v == 0 or not self.is_augmented]
+        mixed = [p for p, v in enumerate(views) if v != 0 and self.is_augmented]
+        for p, picture in zip(plain, self._pool.map(lambda p: self._plain_view(indices[p]), plain), strict=True):
+            out[p] = picture
+        if mixed:
+            images = list(self._pool.map(lambda p: self._working_image(indices[p]), mixed))
+            drawn = augmented_batch(
+                images,
+                self.spec,
+                self.augment,
+                seed=self.seed,
+                indices=[int(indices[p]) for p in mixed],
+                views=[int(views[p]) for p in mixed],
+            )
+            for p, picture in zip(mixed, drawn, strict=True):
+                out[p] = picture
+        return torch.stack([picture for picture in out if picture is not None])
+
+    def _plain_view(self, index: int) -> Tensor:
+        kept = self._plain.get(index)
+        if kept is not None:
+            return kept
+        picture = load_view(self.table.paths[index], self.spec)
+        if self._reserve(picture.numel()):
+            self._plain[index] = picture
+        return picture
+
+    def _working_image(self, index: int) -> np.ndarray:
+        kept = self._working.get(index)
+        if kept is not None:
+            return kept
+        picture = working_image(open_image(self.table.paths[index]), self.spec)
+        if self._reserve(picture.nbytes):
+            self._working[index] = picture
+        return picture
+
+    def _reserve(self, nbytes: int) -> bool:
+        if nbytes > self._room:
+            return False
+        self._room -= nbytes
+        return True

@@ -1,0 +1,336 @@
+"""Recipes as frozen value objects: the only home of defaults, range checks included, unknown keys refused.
+
+A recipe is a head, an augmentation and a short list of stages; a stage is a freeze line, a rate and a length.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from .errors import RecipeError, near_matches
+
+ACTIVATIONS = ("none", "relu", "gelu")
+POOLS = ("backbone", "avg", "max", "flatten")
+OUTPUTS = ("softmax", "sigmoid")
+BATCHNORM_MODES = ("fixed", "frozen", "train")
+OPTIMIZERS = ("adamw", "adam", "rmsprop", "sgd")
+SCHEDULES = ("constant", "cosine", "one-cycle")
+ON_COLLAPSE = ("retry", "stop", "ignore")
+
+
+def _choice(owner: str, name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise RecipeError(
+            f"{owner}: {name} is {value!r}; allowed: {', '.join(allowed)}.{near_matches(str(value), tuple(allowed))}"
+        )
+
+
+def _number(
+    owner: str,
+    name: str,
+    value: object,
+    low: float,
+    high: float = math.inf,
+    *,
+    whole: bool = False,
+    above: bool = False,
+) -> None:
+    kind = (int,) if whole else (int, float)
+    is_number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(float(value))
+    if not is_number or not low <= float(value) <= high or (above and float(value) == low):  # type: ignore[arg-type]
+        what = "a whole number" if whole else "a number"
+        span = f"{'above' if above else 'from'} {low:g}" + (f" to {high:g}" if high < math.inf else "")
+        raise RecipeError(f"{owner}: {name} is {value!r}; it takes {what} {span}.")
+
+
+class _Spec:
+    """Closed-schema reading and writing shared by the value objects below."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
+        """Build from plain JSON values; an unknown key is an error that lists near matches."""
+        where = where or cls.__name__
+        if not isinstance(data, Mapping):
+            raise RecipeError(f"{where}: expected an object with named values, got {data!r}.")
+        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for key in data:
+            if key not in names:
+                raise RecipeError(f"{where}: unknown key {key!r}. Known: {', '.join(names)}.{near_matches(key, names)}")
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        try:
+            return cls(**cls._nested(values, where))
+        except TypeError as error:
+            raise RecipeError(f"{where}: {error}.") from None
+
+    @classmethod
+    def _nested(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
+        return values
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` is its inverse."""
+        return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+
+@dataclass(frozen=True)
+class HiddenLayer(_Spec):
+    """One hidden layer of a head: Linear, then its activation, with BatchNorm before or after it, then dropout."""
+
+    width: int
+    activation: str = "relu"
+    batchnorm: str = "none"  # none | before | after (the activation)
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _number("hidden layer", "width", self.width, 1, 65536, whole=True)
+        _choice("hidden layer", "activation", self.activation, ACTIVATIONS)
+        _choice("hidden layer", "batchnorm", self.batchnorm, ("none", "before", "after"))
+        _number("hidden layer", "dropout", self.dropout, 0, 0.99)
+
+
+@dataclass(frozen=True)
+class HeadSpec(_Spec):
+    """What is put on the backbone: pooling, BatchNorm on the features, hidden layers, dropout, the last layer.
+
+    `pool="backbone"` is what the network itself does before its classifier; `avg`, `max` and `flatten` act on the
+    feature map [N, C, H, W] and leave out everything the network does after it (VGG's fully connected layers).
+    `output="sigmoid"` is one output for two classes, trained as binary cross-entropy.
+    `features_from` names an earlier block of the backbone; everything behind it is left out.
+    """
+
+    pool: str = "backbone"
+    batchnorm: bool = False
+    hidden: tuple[HiddenLayer, ...] = ()
+    dropout: float = 0.0
+    output: str = "softmax"
+    features_from: str | None = None
+
+    def __post_init__(self) -> None:
+        _choice("head", "pool", self.pool, POOLS)
+        _choice("head", "output", self.output, OUTPUTS)
+        _number("head", "dropout", self.dropout, 0, 0.99)
+        if not isinstance(self.batchnorm, bool):
+            raise RecipeError(f"head: batchnorm is {self.batchnorm!r}; it takes true or false.")
+
+    @classmethod
+    def _nested(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
+        hidden = values.get("hidden", ())
+        values["hidden"] = tuple(HiddenLayer.from_dict(h, where=f"{where}: hidden[{i}]") for i, h in enumerate(hidden))
+        return values
+
+
+@dataclass(frozen=True)
+class AugmentSpec(_Spec):
+    """Ranges of the random changes made to training pictures; 0 turns a change off.
+
+    rotation: degrees either way. translation: fraction of the side either way. zoom: fraction in or out.
+    crop_scale: (low, high) area fraction of a random resized crop, (1, 1) is off; crop_ratio: its aspect range.
+    hflip, vflip: probabilities. contrast, brightness: factor in 1 +- x. channel_brightness: the same, drawn for
+    each channel. noise: standard deviation on the 0-1 scale. downsample: least side fraction the picture may be
+    shrunk to before it is enlarged again; 1 is off.
+    """
+
+    rotation: float = 0.0
+    translation: float = 0.0
+    zoom: float = 0.0
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.0
+    vflip: float = 0.0
+    contrast: float = 0.0
+    brightness: float = 0.0
+    channel_brightness: float = 0.0
+    noise: float = 0.0
+    downsample: float = 1.0
+
+    def __post_init__(self) -> None:
+        _number("augment", "rotation", self.rotation, 0, 180)
+        for name in ("translation", "hflip", "vflip", "contrast", "brightness", "channel_brightness", "noise"):
+            _number("augment", name, getattr(self, name), 0, 1)
+        _number("augment", "zoom", self.zoom, 0, 0.9)
+        _number("augment", "downsample", self.downsample, 0.05, 1)
+        for name, low, high in (("crop_scale", 0.01, 1.0), ("crop_ratio", 0.1, 10.0)):
+            pair = getattr(self, name)
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise RecipeError(f"augment: {name} is {pair!r}; it takes two numbers.")
+            for value in pair:
+                _number("augment", name, value, low, high)
+            if pair[0] > pair[1]:
+                raise RecipeError(f"augment: {name} is {pair!r}; the first must not exceed the second.")
+
+    @property
+    def is_identity(self) -> bool:
+        """True when no change is ever made, whatever the random numbers."""
+        return self == replace(AugmentSpec(), crop_ratio=self.crop_ratio)
+
+
+POLICIES: dict[str, AugmentSpec] = {
+    "none": AugmentSpec(),
+    "light": AugmentSpec(hflip=0.5, crop_scale=(0.7, 1.0)),
+    "photo": AugmentSpec(hflip=0.5, crop_scale=(0.5, 1.0), rotation=10, brightness=0.2, contrast=0.2),
+    "strong": AugmentSpec(
+        hflip=0.5, crop_scale=(0.3, 1.0), rotation=20, brightness=0.3, contrast=0.3, channel_brightness=0.1, noise=0.02
+    ),
+    "document": AugmentSpec(rotation=3, translation=0.05, zoom=0.05, brightness=0.2, contrast=0.2),
+    "overhead": AugmentSpec(hflip=0.5, vflip=0.5, rotation=180, crop_scale=(0.6, 1.0), brightness=0.2, contrast=0.2),
+}
+
+
+@dataclass(frozen=True)
+class Stage(_Spec):
+    """One stretch of training with the freeze line in one place.
+
+    lr_scale: the stage's rate is `recipe.lr * lr_scale`. head_lr_multiplier: the head's rate over the backbone's.
+    views: how many views of each picture are stored when the stage trains from stored features (1 is the plain
+    picture alone). warmup: share of the steps in which the rate rises from 0. early_stop: epochs without a better
+    score before the stage ends, 0 is off. clip_norm: largest gradient norm, 0 is off. accumulate: batches per
+    optimiser step. class_weights: `none`, `balanced` or one number per class. collapse_ratio: the alarm goes off
+    when the validation loss of the first steps exceeds the entry loss by this factor and `collapse_margin` nats.
+    """
+
+    name: str = "head"
+    freeze_line: str = "head"
+    batchnorm: str = "fixed"
+    epochs: int = 30
+    batch_size: int = 64
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    lr_scale: float = 1.0
+    head_lr_multiplier: float = 1.0
+    weight_decay: float = 0.01
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    label_smoothing: float = 0.0
+    class_weights: str | tuple[float, ...] = "none"
+    balanced_sampling: bool = False
+    early_stop: int = 0
+    clip_norm: float = 0.0
+    select: str = "loss"
+    views: int = 4
+    on_collapse: str = "retry"
+    collapse_ratio: float = 1.5
+    collapse_margin: float = 0.25
+
+    def __post_init__(self) -> None:
+        owner = f"stage {self.name!r}"
+        if not isinstance(self.name, str) or not self.name:
+            raise RecipeError(f"stage: name is {self.name!r}; it takes a word.")
+        if not isinstance(self.freeze_line, str) or not self.freeze_line:
+            raise RecipeError(f"{owner}: freeze_line is {self.freeze_line!r}; it takes head, all, last:N or a block.")
+        _choice(owner, "batchnorm", self.batchnorm, BATCHNORM_MODES)
+        _number(owner, "epochs", self.epochs, 1, 100_000, whole=True)
+        _number(owner, "batch_size", self.batch_size, 1, 1_000_000, whole=True)
+        _number(owner, "accumulate", self.accumulate, 1, 10_000, whole=True)
+        _choice(owner, "optimizer", self.optimizer, OPTIMIZERS)
+        _number(owner, "lr_scale", self.lr_scale, 0, 1e6, above=True)
+        _number(owner, "head_lr_multiplier", self.head_lr_multiplier, 0, 1e6, above=True)
+        _number(owner, "weight_decay", self.weight_decay, 0, 100)
+        _choice(owner, "schedule", self.schedule, SCHEDULES)
+        _number(owner, "warmup", self.warmup, 0, 0.9)
+        _number(owner, "label_smoothing", self.label_smoothing, 0, 0.99)
+        if isinstance(self.class_weights, str):
+            _choice(owner, "class_weights", self.class_weights, ("none", "balanced"))
+        else:
+            for weight in self.class_weights:
+                _number(owner, "class_weights", weight, 0)
+        if not isinstance(self.balanced_sampling, bool):
+            raise RecipeError(f"{owner}: balanced_sampling is {self.balanced_sampling!r}; it takes true or false.")
+        _number(owner, "early_stop", self.early_stop, 0, whole=True)
+        _number(owner, "clip_norm", self.clip_norm, 0)
+        _choice(owner, "select", self.select, ("loss", "accuracy"))
+        _number(owner, "views", self.views, 1, 1000, whole=True)
+        _choice(owner, "on_collapse", self.on_collapse, ON_COLLAPSE)
+        _number(owner, "collapse_ratio", self.collapse_ratio, 1)
+        _number(owner, "collapse_margin", self.collapse_margin, 0)
+
+
+HEAD_STAGE = Stage()
+FINE_TUNE_STAGE = Stage(name="fine-tune", freeze_line="all", epochs=6, batch_size=32, lr_scale=0.01, warmup=0.1)
+
+
+@dataclass(frozen=True)
+class Recipe(_Spec):
+    """A head, an augmentation, a nominal head rate and the stages that use them.
+
+    lr: nominal learning rate of the head; every stage's own rate is a multiple of it. pretrained: False starts
+    the backbone from random weights. augment: a policy's name or an `AugmentSpec`.
+    """
+
+    name: str = "fine-tune"
+    stages: tuple[Stage, ...] = (HEAD_STAGE, FINE_TUNE_STAGE)
+    head: HeadSpec = HeadSpec()
+    lr: float = 1e-2
+    augment: str | AugmentSpec = "photo"
+    pretrained: bool = True
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _number("recipe", "lr", self.lr, 0, 100, above=True)
+        _number("recipe", "seed", self.seed, 0, 2**63 - 1, whole=True)
+        _number("recipe", "drop_rate", self.drop_rate, 0, 0.99)
+        _number("recipe", "drop_path_rate", self.drop_path_rate, 0, 0.99)
+        if not isinstance(self.pretrained, bool):
+            raise RecipeError(f"recipe: pretrained is {self.pretrained!r}; it takes true or false.")
+        if not self.stages:
+            raise RecipeError("recipe: stages is empty; a recipe trains in at least one stage.")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise RecipeError(f"recipe: stage names repeat ({', '.join(names)}); give each its own.")
+        if isinstance(self.augment, str):
+            _choice("recipe", "augment", self.augment, tuple(POLICIES))
+
+    @property
+    def augment_spec(self) -> AugmentSpec:
+        """The augmentation as ranges, whether the recipe names a policy or spells it out."""
+        return POLICIES[self.augment] if isinstance(self.augment, str) else self.augment
+
+    @classmethod
+    def _nested(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
+        if "stages" in values:
+            stages = values["stages"]
+            if not isinstance(stages, tuple):
+                raise RecipeError(f"{where}: stages is {stages!r}; it takes a list of stages.")
+            values["stages"] = tuple(Stage.from_dict(s, where=f"{where}: stages[{i}]") for i, s in enumerate(stages))
+        if "head" in values:
+            values["head"] = HeadSpec.from_dict(values["head"], where=f"{where}: head")
+        if isinstance(values.get("augment"), Mapping):
+            values["augment"] = AugmentSpec.from_dict(values["augment"], where=f"{where}: augment")
+        return values
+
+
+RECIPES: dict[str, Recipe] = {
+    "fine-tune": Recipe(),
+    "head": Recipe(name="head", stages=(HEAD_STAGE,)),
+    "joint": Recipe(
+        name="joint",
+        stages=(replace(FINE_TUNE_STAGE, name="joint", epochs=10, head_lr_multiplier=10.0),),
+    ),
+    "scratch": Recipe(
+        name="scratch",
+        pretrained=False,
+        stages=(Stage(name="scratch", freeze_line="all", batchnorm="train", epochs=30, lr_scale=0.1, warmup=0.1),),
+    ),
+}
+
+
+def load_recipe(name_or_file: str | Path) -> Recipe:
+    """A named recipe, or one read from a JSON file of the closed schema (what `recipe.json` in a run folder holds)."""
+    if str(name_or_file) in RECIPES:
+        return RECIPES[str(name_or_file)]
+    path = Path(name_or_file)
+    if not path.is_file():
+        raise RecipeError(
+            f"Recipe {str(name_or_file)!r} is neither a known recipe ({', '.join(RECIPES)}) nor a file."
+            f"{near_matches(str(name_or_file), tuple(RECIPES))}"
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecipeError(f"Recipe {path}: not a JSON file ({error}).") from None
+    return Recipe.from_dict(data, where=str(path))

@@ -1,0 +1,475 @@
+"""The user's verbs: short functions that compose the rooms, read from top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import train as training
+from .checkpoint import load, save
+from .classifier import Classifier, create_classifier
+from .dataset import ImageTable, Splits, load_images, split
+from .errors import Interrupted, ModelError, RecipeError
+from .evaluation import Evaluation, evaluate, predict_logits, source_logits
+from .features import FeatureSource, StageData, make_source
+from .freezing import set_freeze_line
+from .metrics import softmax
+from .pixels import Augment, Pixels
+from .recipe import POLICIES, RECIPES, HeadSpec, Recipe, Stage, load_recipe
+from .run import Run, environment, open_run
+from .runtime import Runtime, make_runtime
+from .terminal import ProgressBar, duration, say
+from .train import Progress, StageResult
+from .transforms import DataSpec
+
+
+@dataclass
+class FitResult:
+    """What `fine_tune` returns: the model in its best state, and what the run folder holds."""
+
+    model: Classifier
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+    splits: Splits
+    recipe: Recipe
+    run_path: Path | None
+    report_path: Path | None
+
+
+@dataclass
+class _Diary:
+    """What a run writes down as it goes: history records, stages, and the seconds of each phase."""
+
+    run: Run | None
+    show: bool
+    history: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    phases: list[dict[str, Any]] = field(default_factory=list)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases.append({"name": name, "seconds": time.perf_counter() - started})
+
+    def log(self, record: dict[str, Any]) -> None:
+        record = {**record, "stage_index": len(self.stages)}
+        self.history.append(record)
+        if self.run:
+            self.run.append_history(record)
+        if record["event"]:
+            say(record["event"]["message"], enabled=self.show)
+
+
+def fine_tune(
+    data: str | Path | ImageTable | Splits,
+    *,
+    backbone: str | nn.Module = "mobilenetv2_100",
+    weights: str | Path = "hub",
+    out: str | Path | None = None,
+    recipe: str | Path | Recipe = "fine-tune",
+    head: HeadSpec | nn.Module | None = None,
+    data_spec: DataSpec | None = None,
+    spec_overrides: dict[str, Any] | None = None,
+    augment: Augment | None = None,
+    val: float = 0.15,
+    test: float = 0.15,
+    val_folder: str | None = None,
+    test_folder: str | None = None,
+    bad_files: str = "error",
+    overwrite: bool = False,
+    device: str = "auto",
+    precision: str = "auto",
+    workers: int | None = None,
+    limit: int | None = None,
+    progress: bool = False,
+) -> FitResult:
+    """Pictures in, a fine-tuned classifier out.
+
+    Reads and checks the pictures, splits them, puts a new head on the backbone, trains the recipe's stages (by
+    default the head on the frozen backbone, then everything at a rate 100 times smaller), keeps the best state by
+    validation score and scores the test split once, at the end.
+
+    Args:
+        data: a folder of pictures, an `ImageTable`, or `Splits` made beforehand.
+        backbone: a timm name, or any module with a `data_spec`.
+        weights: `hub`, `none`, a weights file, or a run folder of this program.
+        out: the run folder to write; None writes nothing.
+        recipe: a recipe's name, a JSON file, or a `Recipe`.
+        head, augment: replace the recipe's; a head module or a torchvision v2 transform of your own is not saved
+            in the recipe.
+        spec_overrides: image_size, mean, std, interpolation, crop_pct, fit in place of the backbone's own.
+        val, test: shares held out where the data bring no such split.
+        bad_files: `error` names every unreadable file and stops; `skip` leaves them out and lists them in the report.
+        device, precision, workers: see `make_runtime`.
+        limit: use this many pictures only, class by class: a dry run.
+        progress: bars and a line for each step on standard error.
+    Raises:
+        HeadstartError: one of its leaves, with what to do; nothing is left behind unless training had begun.
+        Interrupted: stopped by hand during training; the run folder holds the best state so far.
+    """
+    runtime = make_runtime(device=device, precision=precision, workers=workers)
+    plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if isinstance(head, HeadSpec):
+        plan = replace(plan, head=head)
+    weights = _weights_of(plan, weights)
+    show = progress and runtime.is_main
+    run = open_run(out, overwrite=overwrite) if out is not None and runtime.is_main else None
+    diary = _Diary(run, show)
+    try:
+        with diary.phase("read pictures"):
+            splits = _splits(
+                data, seed=plan.seed, val=val, test=test, val_folder=val_folder, test_folder=test_folder,
+                bad_files=bad_files, workers=runtime.workers, limit=limit,
+            )  # fmt: skip
+        _say_data(splits, show)
+        with diary.phase("load backbone"):
+            model = create_classifier(
+                backbone, splits.class_names, head=plan.head if not isinstance(head, nn.Module) else head,
+                weights=str(weights), data_spec=data_spec, drop_rate=plan.drop_rate,
+                drop_path_rate=plan.drop_path_rate, seed=plan.seed, **(spec_overrides or {}),
+            ).to(runtime.device)  # fmt: skip
+        for stage in plan.stages:  # a line that selects nothing is found before hours are spent in front of it
+            set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
+    except BaseException as error:
+        if run:
+            run.discard()
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted("Stopped before training began; nothing was written.") from None
+        raise
+    if run:
+        _write_plan(run, plan, splits)
+    trainset = Pixels(
+        splits.train, model.spec, augment=augment or plan.augment_spec, seed=plan.seed, workers=runtime.workers
+    )
+    valset = Pixels(splits.val, model.spec, workers=runtime.workers)
+    try:
+        for stage in plan.stages:
+            source = _run_stage(model, trainset, valset, stage, plan, diary, runtime)
+    except KeyboardInterrupt:
+        raise Interrupted(_leave_usable(run, model, diary, splits)) from None
+    return _finish(model, splits, plan, diary, runtime, source)
+
+
+def fit(
+    model: Classifier,
+    splits: Splits,
+    stage: Stage | None = None,
+    *,
+    lr: float | None = None,
+    augment: str | Augment = "photo",
+    seed: int = 0,
+    runtime: Runtime | None = None,
+    starts_trained: bool = False,
+    log: training.Log | None = None,
+    progress: bool = False,
+) -> StageResult:
+    """Train one stage from where the freeze line stands; the model ends in its best state by validation score.
+
+    Args:
+        stage: lengths and rates; its freeze line must be where the model's stands. None takes the defaults there.
+        lr: the stage's learning rate; None is the default nominal head rate times the stage's `lr_scale`.
+        augment: a policy's name, an `AugmentSpec` or a torchvision v2 transform.
+        starts_trained: the head was trained before; a collapse in the first steps is then caught and rolled back.
+    Raises:
+        ModelError: the stage's line is not the model's.
+    """
+    runtime = runtime or make_runtime()
+    line = model.freeze_line
+    if stage is None:
+        stage = Stage(freeze_line=line.where, batchnorm=line.batchnorm) if line else Stage(freeze_line="all")
+    if line is None:
+        line = set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
+    if (stage.freeze_line, stage.batchnorm) != (line.where, line.batchnorm):
+        raise ModelError(
+            f"Stage {stage.name!r} has its freeze line at {stage.freeze_line!r} (batchnorm {stage.batchnorm}), the"
+            f" model's stands at {line.where!r} (batchnorm {line.batchnorm}). Call set_freeze_line(model,"
+            f" {stage.freeze_line!r}, batchnorm={stage.batchnorm!r}) first."
+        )
+    model.to(runtime.device)
+    policy = POLICIES[augment] if isinstance(augment, str) else augment
+    trainset = Pixels(splits.train, model.spec, augment=policy, seed=seed, workers=runtime.workers)
+    valset = Pixels(splits.val, model.spec, workers=runtime.workers)
+    return _train(
+        model, trainset, valset, stage, runtime=runtime, show=progress, seed=seed, starts_trained=starts_trained,
+        lr=lr if lr is not None else RECIPES["fine-tune"].lr * stage.lr_scale, log=log,
+    )[0]  # fmt: skip
+
+
+def evaluate_run(
+    run: str | Path,
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    workers: int | None = None,
+    bad_files: str = "error",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Score a saved model on a folder of labelled pictures; the same figures as `metrics.json` holds per split."""
+    runtime = make_runtime(device=device, precision=precision, workers=workers)
+    model = load(run, device=runtime.device)
+    table = load_images(folder, bad_files=bad_files, class_names=model.class_names, workers=runtime.workers)
+    with ProgressBar(len(table), "Evaluating", enabled=progress) as bar:
+        return evaluate(model, table, runtime=runtime, advance=bar.advance).metrics
+
+
+def predict_files(
+    run: str | Path | Classifier,
+    paths: Sequence[str | Path],
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    workers: int | None = None,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Predict pictures with a saved model.
+
+    Returns:
+        One dict per picture in the order given: `path`, `pred`, `prob`, and `probs` {class name: probability}.
+    Raises:
+        DataError: a file cannot be read.
+    """
+    runtime = make_runtime(device=device, precision=precision, workers=workers)
+    model = run.to(runtime.device) if isinstance(run, Classifier) else load(run, device=runtime.device)
+    files = tuple(Path(path) for path in paths)
+    table = ImageTable(
+        root=Path.cwd(),
+        paths=files,
+        labels=np.zeros(len(files), dtype=np.int64),
+        class_names=model.class_names,
+        split_names=("",) * len(files),
+    )
+    pixels = Pixels(table, model.spec, workers=runtime.workers, cache_bytes=0)
+    with ProgressBar(len(files), "Predicting", enabled=progress) as bar:
+        probs = softmax(predict_logits(model, pixels, runtime=runtime, advance=bar.advance).numpy())
+    return [
+        {
+            "path": str(path),
+            "pred": model.class_names[row.argmax()],
+            "prob": float(row.max()),
+            "probs": {name: float(p) for name, p in zip(model.class_names, row, strict=True)},
+        }
+        for path, row in zip(paths, probs, strict=True)
+    ]
+
+
+def _weights_of(plan: Recipe, weights: str | Path) -> str | Path:
+    if plan.pretrained:
+        return weights
+    if str(weights) not in ("hub", "none"):
+        raise RecipeError(
+            f"Recipe {plan.name!r} starts from random weights, but weights are given ({weights}). Leave them out, or"
+            " choose another recipe."
+        )
+    return "none"
+
+
+def _splits(
+    data: str | Path | ImageTable | Splits,
+    *,
+    seed: int,
+    val: float,
+    test: float,
+    val_folder: str | None,
+    test_folder: str | None,
+    bad_files: str,
+    workers: int,
+    limit: int | None,
+) -> Splits:
+    if isinstance(data, Splits):
+        return data
+    if not isinstance(data, ImageTable):
+        data = load_images(data, bad_files=bad_files, val_folder=val_folder, test_folder=test_folder, workers=workers)
+    if limit is not None:
+        data = data.limit(limit, seed=seed)
+    return split(data, val=val, test=test, seed=seed)
+
+
+def _say_data(splits: Splits, show: bool) -> None:
+    counts = f"{len(splits.train):,} train, {len(splits.val):,} val, {len(splits.test):,} test"
+    say(f"{len(splits.class_names)} classes; pictures: {counts}.", enabled=show)
+    bad = splits.train.bad_files
+    if bad:
+        say(f"{len(bad)} unreadable files are left out; the report lists them.", enabled=show)
+
+
+def _run_stage(
+    model: Classifier, trainset: Pixels, valset: Pixels, stage: Stage, plan: Recipe, diary: _Diary, runtime: Runtime
+) -> StageData:
+    line = set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
+    say(f"Stage {stage.name}: {line.describe()}", enabled=diary.show)
+    started = time.perf_counter()
+    with diary.phase(f"stage {stage.name}"):
+        result, source = _train(
+            model, trainset, valset, stage, runtime=runtime, show=diary.show, seed=plan.seed,
+            starts_trained=bool(diary.stages), lr=plan.lr * stage.lr_scale, log=diary.log,
+        )  # fmt: skip
+    seconds = time.perf_counter() - started
+    best = result.best
+    say(
+        f"  best epoch {result.best_epoch}: val loss {best.loss:.4f}, accuracy {best.accuracy:.4f}"
+        f" ({duration(seconds)})",
+        enabled=diary.show,
+    )
+    diary.stages.append(
+        {
+            "name": stage.name,
+            "seconds": seconds,
+            "epochs": result.epochs,
+            "best_epoch": result.best_epoch,
+            "best_val_loss": best.loss,
+            "best_val_accuracy": best.accuracy,
+            "freeze_line": stage.freeze_line,
+            "batchnorm": stage.batchnorm,
+            "trainable_parameters": line.trainable_parameters,
+            "frozen_parameters": line.frozen_parameters,
+            "trained": list(line.trained),
+            "lr": result.lr,
+            "views": (stage.views if trainset.is_augmented else 1) if model.backbone_is_frozen else None,
+            "events": result.events,
+        }
+    )
+    return source
+
+
+def _train(
+    model: Classifier,
+    trainset: Pixels,
+    valset: Pixels,
+    stage: Stage,
+    *,
+    lr: float,
+    seed: int,
+    runtime: Runtime,
+    starts_trained: bool,
+    show: bool,
+    log: training.Log | None,
+) -> tuple[StageResult, StageData]:
+    """Make the source that the freeze line calls for, then run the loop, each with its bar."""
+    stored = model.backbone_is_frozen
+    views = stage.views if trainset.is_augmented else 1
+    with ProgressBar(len(trainset) * views + len(valset), "  frozen backbone", enabled=show and stored) as bar:
+        source = make_source(trainset, valset, model, views=views, runtime=runtime, advance=bar.advance)
+    with ProgressBar(len(trainset) * stage.epochs, f"  {stage.name}", enabled=show) as bar:
+        result = training.fit(
+            model, source, stage, lr=lr, seed=seed, runtime=runtime, starts_trained=starts_trained, log=log,
+            report=_to_bar(bar),
+        )  # fmt: skip
+    return result, source
+
+
+def _to_bar(bar: ProgressBar) -> Callable[[Progress], None]:
+    seen = 0
+
+    def show(at: Progress) -> None:
+        nonlocal seen
+        if at.pictures >= seen:  # after a roll-back the count starts again: the bar waits
+            bar.advance(at.pictures - seen)
+            seen = at.pictures
+        if at.val:
+            bar.note(epoch=at.epoch, val_loss=f"{at.val.loss:.3f}", val_acc=f"{at.val.accuracy:.3f}")
+
+    return show
+
+
+def _write_plan(run: Run, plan: Recipe, splits: Splits) -> None:
+    run.write_json("recipe.json", plan.to_dict())
+    run.write_json("environment.json", environment())
+    rows = [
+        (path, name, splits.class_names[label])
+        for name, table in _tables(splits)
+        for path, label in zip(table.relative_paths, table.labels, strict=True)
+    ]
+    run.write_csv("splits.csv", ("path", "split", "label"), rows)
+
+
+def _tables(splits: Splits) -> tuple[tuple[str, ImageTable], ...]:
+    return ("train", splits.train), ("val", splits.val), ("test", splits.test)
+
+
+def _finish(
+    model: Classifier, splits: Splits, plan: Recipe, diary: _Diary, runtime: Runtime, last: StageData
+) -> FitResult:
+    """Score validation and test once with the final model, in float32, and write the run folder."""
+    exact = replace(runtime, dtype=torch.float32)
+    results: dict[str, Evaluation] = {}
+    with diary.phase("evaluate"), ProgressBar(len(splits.test), "  evaluating", enabled=diary.show) as bar:
+        if isinstance(last.val, FeatureSource):  # the backbone has seen these pictures in float32 already
+            everything = torch.arange(len(splits.val))
+            logits = source_logits(model, last.val, indices=everything, runtime=exact)
+            results["val"] = Evaluation.from_logits(logits, splits.val)
+        else:
+            results["val"] = evaluate(model, splits.val, runtime=exact)
+        results["test"] = evaluate(model, splits.test, runtime=exact, advance=bar.advance)
+    metrics = {name: result.metrics for name, result in results.items()} | _facts(model, diary, splits)
+    run = diary.run
+    report_path = None
+    if run:
+        save(model, run.path)
+        run.write_csv(*_predictions(results, splits.class_names))
+        run.write_json("metrics.json", metrics)
+        with diary.phase("report"):
+            from .report import write_report
+
+            write_report(run.path)
+        report_path = run.finish() / "report.html"
+    return FitResult(model, metrics, diary.history, splits, plan, run.path if run else None, report_path)
+
+
+def _facts(model: Classifier, diary: _Diary, splits: Splits, *, interrupted: bool = False) -> dict[str, Any]:
+    return {
+        "stages": diary.stages,
+        "phases": diary.phases,
+        "data": {
+            "root": str(splits.train.root),
+            **{f"n_{name}": len(table) for name, table in _tables(splits)},
+            "class_counts": {
+                name: dict(zip(splits.class_names, map(int, table.class_counts()), strict=True))
+                for name, table in _tables(splits)
+            },
+            "bad_files": [[str(path), reason] for path, reason in splits.train.bad_files],
+        },
+        "backbone": model.backbone_name or type(model.backbone).__name__,
+        "interrupted": interrupted,
+    }
+
+
+def _predictions(results: dict[str, Evaluation], class_names: Sequence[str]) -> tuple[str, list[str], list[list[Any]]]:
+    header = ["path", "split", "label", "pred", "prob", *(f"p:{name}" for name in class_names)]
+    rows = []
+    for name, result in results.items():
+        for path, label, row in zip(result.table.relative_paths, result.table.labels, result.probs, strict=True):
+            pred = int(row.argmax())
+            rows.append(
+                [path, name, class_names[label], class_names[pred], repr(float(row[pred])), *map(repr, map(float, row))]
+            )
+    return "predictions.csv", header, rows
+
+
+def _leave_usable(run: Run | None, model: Classifier, diary: _Diary, splits: Splits) -> str:
+    """Write what there is after Ctrl-C, and say how to go on."""
+    if run is None:
+        return "Stopped by hand. The model in memory is in its best state so far."
+    save(model, run.path)
+    run.write_json("metrics.json", _facts(model, diary, splits, interrupted=True))
+    from .report import write_report
+
+    write_report(run.path)
+    path = run.finish()
+    return (
+        f"Stopped by hand. {path} holds the best state so far, not yet scored on the test split.\n"
+        f"Score it:    headstart evaluate {path} FOLDER\n"
+        f"Use it:      headstart predict {path} FILES\n"
+        f"Train on:    headstart fit PHOTOS --weights {path} --out NEW_RUN"
+    )

@@ -1,0 +1,178 @@
+"""The report's sections about the result and the data: confusion, classes, worst mistakes, pictures per split."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import DataError
+from .report_charts import confusion_map, interval_bar, shade_legend
+from .report_page import NONE, details, esc, percent, section, span, table, wide
+from .run import RunRecord
+
+MISTAKES = 24
+THUMBNAIL_PX = 180
+MANY_CLASSES = 30  # beyond this, long tables open on a click
+SPLITS = {"train": "training", "val": "validation", "test": "test"}
+
+
+def confusion_section(scored: Mapping[str, Any], split: str) -> str:
+    if not scored:
+        return ""
+    confusion, names = np.array(scored["confusion"], dtype=np.int64), [row["name"] for row in scored["per_class"]]
+    pairs = [(int(confusion[r, c]), names[r], names[c]) for r, c in zip(*np.nonzero(confusion), strict=True) if r != c]
+    pairs.sort(key=lambda pair: -pair[0])
+    legend = shade_legend(confusion, wrong=False) + (shade_legend(confusion, wrong=True) if pairs else "")
+    rows = [(esc(true), esc(pred), f"{n:,}") for n, true, pred in pairs[:10]]
+    chart = wide(f"<figure>{confusion_map(confusion, names)}</figure>", label="confusion matrix")
+    if len(names) > 40:
+        chart = f'<div class="broad">{chart}</div>'
+    chart += f"<div>{legend}</div>"
+    often = ""
+    if len(names) > 2 and rows:
+        often = "<h3>Most frequent mistakes</h3>"
+        often += table(("True class", "Taken for", "Pictures"), rows, label="mistakes", numbers=(2,))
+    side_by_side = often and len(names) <= 12
+    return section(
+        "What is taken for what",
+        f'<p class="note">Pictures of the {SPLITS[split]} split: a row for each true class, a column for each '
+        "answer. The shade grows with the logarithm of the count, so that single mistakes stay visible.</p>",
+        f'<div class="pair"><div>{chart}</div><div>{often}</div></div>' if side_by_side else chart + often,
+    )
+
+
+def per_class_section(scored: Mapping[str, Any], split: str) -> str:
+    if not scored:
+        return ""
+    header = ("Class", "Pictures", "Recall", "95 % interval", "Precision", "F1")
+    ranked = sorted(scored["per_class"], key=lambda row: (row["n"] == 0, row["recall"]))
+    rows = [_class_row(row) for row in ranked]
+    foot = (
+        "weighted mean", f"{scored['n']:,}", percent(scored["weighted_recall"]), "",
+        percent(scored["weighted_precision"]), percent(scored["weighted_f1"]),
+    )  # fmt: skip
+    numbers = (1, 2, 4, 5)
+    note = (
+        '<p class="note">Weakest first. Recall: share of a class that is recognised. Precision: share of an answer '
+        f"that is right. Scored on the {SPLITS[split]} split.</p>"
+    )
+    if len(rows) <= MANY_CLASSES:
+        return section("Class by class", note, table(header, rows, label="classes", numbers=numbers, foot=foot))
+    rest = table(header, rows, label="all classes", numbers=numbers, foot=foot)
+    return section(
+        "Class by class",
+        note,
+        table(header, rows[:12], label="weakest classes", numbers=numbers),
+        details(f"All {len(rows)} classes", rest),
+    )
+
+
+def _class_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    if row["n"] == 0:
+        return esc(row["name"]), "0", NONE, "no picture", NONE, NONE
+    return (
+        esc(row["name"]),
+        f"{row['n']:,}",
+        percent(row["recall"]),
+        f"{interval_bar(row['recall'], row['recall_ci95'])} {span(row['recall_ci95'])}",
+        percent(row["precision"]),
+        percent(row["f1"]),
+    )
+
+
+def mistakes_section(run: RunRecord, split: str) -> str:
+    rows = [row for row in run.predictions if row["split"] == split]
+    if not rows:
+        return ""
+    wrong = [row for row in rows if row["label"] != row["pred"]]
+    if not wrong:
+        return section("Worst mistakes", f"<p>None: all {len(rows):,} {SPLITS[split]} pictures are right.</p>")
+    wrong.sort(key=lambda row: (_true_prob(row), row["path"]))
+    root = Path((run.metrics.get("data") or {}).get("root") or ".")
+    items = [_mistake(row, root) for row in wrong[:MISTAKES]]
+    gone = (
+        ""
+        if root.is_dir()
+        else f" The pictures are no longer at <code>{esc(root)}</code>, so only their names are shown."
+    )
+    which = (
+        f"All {len(wrong):,} wrong answers"
+        if len(items) == len(wrong)
+        else f"{len(items)} of {len(wrong):,} wrong answers"
+    )
+    note = (
+        f'<p class="note">{which}, those first that gave the true class the least probability (in brackets). '
+        f"Some may be labels that are wrong.{gone}</p>"
+    )
+    return section("Worst mistakes", note, f'<ul class="mistakes">{"".join(items)}</ul>')
+
+
+def _true_prob(row: Mapping[str, str]) -> float:
+    return float(row.get(f"p:{row['label']}") or 0.0)
+
+
+def _mistake(row: Mapping[str, str], root: Path) -> str:
+    data = _thumbnail(root, row["path"])
+    alt = f"{row['label']}, taken for {row['pred']}"
+    image = (
+        f'<img src="{data}" alt="{esc(alt)}" loading="lazy">' if data else '<div class="gone">picture not found</div>'
+    )
+    return (
+        f"<li>{image}<strong>{esc(row['label'])}</strong> ({percent(_true_prob(row))})<br>taken for "
+        f"<strong>{esc(row['pred'])}</strong> ({percent(float(row['prob']))})"
+        f'<div class="path">{esc(row["path"])}</div></li>'
+    )
+
+
+def _thumbnail(root: Path, relative: str) -> str | None:
+    """A small JPEG of one picture as a data address; None where it is gone, unreadable or outside the data folder."""
+    from .dataset import open_image
+
+    path = Path(os.path.normpath(root / relative))
+    if not path.is_relative_to(os.path.normpath(root)) or not path.is_file():
+        return None
+    try:
+        image = open_image(path)
+    except (DataError, OSError):
+        return None
+    image.thumbnail((2 * THUMBNAIL_PX, 2 * THUMBNAIL_PX))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def data_section(run: RunRecord) -> str:
+    data = run.metrics.get("data") or {}
+    counts: Mapping[str, Mapping[str, int]] = data.get("class_counts") or {}
+    splits = [split for split in ("train", "val", "test") if split in counts]
+    if not splits:
+        return ""
+    names = list(counts[splits[0]])
+    rows = [
+        (esc(n), *(f"{counts[s].get(n, 0):,}" for s in splits), f"{sum(counts[s].get(n, 0) for s in splits):,}")
+        for n in names
+    ]
+    totals = [sum(counts[s].values()) for s in splits]
+    foot = ("all", *(f"{t:,}" for t in totals), f"{sum(totals):,}")
+    header = ("Class", *(SPLITS[s].capitalize() for s in splits), "All")
+    body = table(header, rows, label="pictures per class and split", numbers=range(1, len(header)), foot=foot)
+    if len(names) > MANY_CLASSES:
+        total = table(header, [foot], label="pictures per split", numbers=range(1, len(header)))
+        body = total + details(f"All {len(names)} classes", body)
+    bad = data.get("bad_files") or []
+    listed = "".join(f"<li><code>{esc(path)}</code>: {esc(reason)}</li>" for path, reason in bad)
+    files = "1 unreadable file was" if len(bad) == 1 else f"{len(bad):,} unreadable files were"
+    skipped = details(f"{files} left out", f"<ul>{listed}</ul>") if bad else ""
+    return section(
+        "Data",
+        "<p>The training split is learned from, the validation split chooses the state that is kept, the test split is "
+        f'scored once, at the end.</p><p class="note">Read from <code>{esc(data.get("root", ""))}</code>.</p>',
+        body,
+        skipped or '<p class="note">No file was left out as unreadable.</p>',
+    )

@@ -1,0 +1,405 @@
+"""The run folder: its layout, atomic writes and log records. Torch-free.
+
+A run that replaces an older one is written beside it, in `<name>.new-<number>`, and takes its place only in
+`Run.finish()`: until then, whatever goes wrong, the older run stands untouched under its own name.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+RUN_FILES = (
+    "model.safetensors",
+    "model.json",
+    "recipe.json",
+    "environment.json",
+    "splits.csv",
+    "history.jsonl",
+    "metrics.json",
+    "predictions.csv",
+    "report.html",
+)
+_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file browsers leave in a folder they have shown
+_PACKAGES = (
+    "headstart",
+    "torch",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "scikit-learn",
+    "matplotlib",
+)
+
+
+# ---- atomic writes ---------------------------------------------------------------------------------------------
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut; not every system lets a folder be opened for that."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a new file's path beside `path`; on leaving without an error it is synced and takes `path`'s place.
+
+    A reader sees the old file or the whole new one, never a part. After an error nothing has changed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path` in one step; see `replacing`."""
+    with replacing(path) as temporary, temporary.open("xb") as file:
+        file.write(data)
+
+
+def _plain(value: Any) -> Any:
+    """Plain JSON values: NaN and infinity become null (JSON has neither), tuples lists, numpy numbers Python's."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (str, bool, int)) or value is None:
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return value.as_posix()
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    raise TypeError(f"{type(value).__name__} {value!r} has no JSON form")
+
+
+def to_json(value: Any, *, indent: int | None = None) -> bytes:
+    """UTF-8 JSON of plain values, numpy numbers and paths; NaN and infinity are written as null.
+
+    A name that is no valid Unicode (a file name from another encoding) is written as escapes, and reads back equal.
+    """
+    plain = _plain(value)
+    try:
+        return json.dumps(plain, ensure_ascii=False, allow_nan=False, indent=indent).encode()
+    except UnicodeEncodeError:
+        return json.dumps(plain, allow_nan=False, indent=indent).encode()
+
+
+def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    """UTF-8 CSV; commas, quotes and line breaks in a cell are quoted, and any file name reads back equal."""
+    table = [list(header), *(list(row) for row in rows)]
+    # The csv module leaves a lone carriage return bare when lines end in "\n", and then cannot read it back.
+    returns = any(isinstance(cell, str) and "\r" in cell for row in table for cell in row)
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL).writerows(
+        table
+    )
+    return text.getvalue().encode("utf-8", errors="surrogateescape")
+
+
+# ---- writing a run ---------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A run folder being written. Made by `open_run`.
+
+    path: where files go now. Equal to `target`, the folder asked for, except while an older run stands there; then
+    `finish()` moves the new run into place and sets `path` to `target`.
+    """
+
+    def __init__(self, path: Path, target: Path) -> None:
+        self.path = path
+        self.target = target
+        self._history_checked = False
+
+    def _file(self, name: str) -> Path:
+        if Path(name).name != name:
+            raise CheckpointError(f"Run file {name!r}: expected a plain file name, without folders.")
+        return self.path / name
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a UTF-8 text file in one step; what is no valid Unicode becomes a question mark."""
+        write_atomic(self._file(name), text.encode("utf-8", errors="replace"))
+        return self._file(name)
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write a JSON file in one step; see `to_json` for what is allowed in it."""
+        write_atomic(self._file(name), to_json(value, indent=1) + b"\n")
+        return self._file(name)
+
+    def write_csv(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
+        """Write a CSV file in one step; see `to_csv`."""
+        write_atomic(self._file(name), to_csv(header, rows))
+        return self._file(name)
+
+    def append_history(self, record: Mapping[str, Any]) -> None:
+        """Add one line to history.jsonl, on disk before this returns; a line torn by a crash before it is dropped."""
+        path = self._file("history.jsonl")
+        if not self._history_checked:
+            _mend_last_line(path)
+            self._history_checked = True
+        with path.open("ab") as file:
+            file.write(to_json(record) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self) -> Path:
+        """The run is complete: put it in place of the older one, if there is one, and remove that. Returns `path`.
+
+        Nothing happens on a second call or when no older run stood in the way.
+
+        Raises:
+            CheckpointError: the folders could not be moved; both runs are kept and the message says where.
+        """
+        if self.path != self.target:
+            old = _free_name(self.target, "old")
+            try:
+                if self.target.exists():
+                    _refuse_unless_run(self.target)  # it may have changed since the run was opened
+                    self.target.rename(old)
+                self.path.rename(self.target)
+            except OSError as error:
+                raise CheckpointError(
+                    f"Run {self.target}: the new run could not take its place ({error}). It is in {self.path}; "
+                    f"the older run is in {old if old.exists() else self.target}. Move them by hand."
+                ) from None
+            self.path = self.target
+            _sync_folder(self.target.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        return self.path
+
+    def discard(self) -> None:
+        """The run came to nothing: remove what it wrote. An older run under the same name is left as it was."""
+        for entry in list(self.path.iterdir()) if self.path.is_dir() else []:
+            if entry.name in RUN_FILES or entry.suffix == ".tmp":
+                entry.unlink()
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+
+def open_run(path: str | Path, *, overwrite: bool = False) -> Run:
+    """Make the folder of a new run, or with `overwrite` prepare to replace the run that stands there.
+
+    An older run is replaced only by `Run.finish()`. Only a folder that is itself a run of ours, and holds nothing
+    else, is ever replaced.
+
+    Raises:
+        CheckpointError: a file or a non-empty folder is there and `overwrite` is not set, or is set and the folder
+            is no run folder or holds other things too.
+    """
+    path = Path(path).expanduser().absolute()
+    target = path.resolve() if path.is_symlink() else path
+    try:
+        if target.exists() and not target.is_dir():
+            raise CheckpointError(f"Run {path}: a file of that name is there. Choose another folder with --out.")
+        if not target.exists() or not any(target.iterdir()):
+            target.mkdir(parents=True, exist_ok=True)
+            return Run(target, target)
+        if not overwrite:
+            what = "an earlier run" if is_run(target) else "a folder that is not empty"
+            raise CheckpointError(
+                f"Run {path}: {what} is there, and is not overwritten unasked. Choose another folder with --out"
+                + (", or pass --overwrite to replace it." if is_run(target) else ".")
+            )
+        _refuse_unless_run(target)
+        staging = _free_name(target, "new")
+        staging.mkdir()
+        return Run(staging, target)
+    except OSError as error:
+        raise CheckpointError(f"Run {path}: the folder cannot be made ({error}). Choose another with --out.") from None
+
+
+def _free_name(target: Path, word: str) -> Path:
+    """`<target>.<word>-N` for the first N that is free."""
+    n = 1
+    while (name := target.with_name(f"{target.name}.{word}-{n}")).exists():
+        n += 1
+    return name
+
+
+def _refuse_unless_run(folder: Path) -> None:
+    if not is_run(folder):
+        raise CheckpointError(
+            f"Run {folder}: --overwrite replaces run folders only, and this holds no recipe.json of a run. "
+            "Choose another folder with --out."
+        )
+    known = {*RUN_FILES, *_LITTER}
+    other = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_dir() or (entry.name not in known and not (entry.name.startswith(".") and entry.suffix == ".tmp"))
+    )
+    if other:
+        raise CheckpointError(
+            f"Run {folder}: --overwrite would also remove what is not part of the run: {', '.join(other[:5])}"
+            + (f" and {len(other) - 5} more" if len(other) > 5 else "")
+            + ". Move it elsewhere, or choose another folder with --out."
+        )
+
+
+def _mend_last_line(path: Path) -> None:
+    """End the last line if it is whole, cut it off if a crash tore it."""
+    data = path.read_bytes() if path.exists() else b""
+    if not data or data.endswith(b"\n"):
+        return
+    cut = data.rfind(b"\n") + 1
+    with path.open("rb+") as file:
+        try:
+            json.loads(data[cut:])
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+        except ValueError:
+            file.truncate(cut)
+
+
+# ---- reading a run ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder as it was read. Parts that an interrupted run did not reach are empty."""
+
+    path: Path
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    history: list[dict[str, Any]]
+    metrics: dict[str, Any]
+    model: dict[str, Any]
+
+    @cached_property
+    def predictions(self) -> list[dict[str, str]]:
+        """Rows of predictions.csv, read on first use; all values are text."""
+        return read_csv(self.path / "predictions.csv")
+
+    @cached_property
+    def splits(self) -> list[dict[str, str]]:
+        """Rows of splits.csv (path, split, label), read on first use."""
+        return read_csv(self.path / "splits.csv")
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether the folder holds a `recipe.json` of ours: an object whose stages each have a freeze line."""
+    try:
+        recipe = json.loads((Path(path) / "recipe.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    stages = recipe.get("stages") if isinstance(recipe, dict) else None
+    return isinstance(stages, list) and bool(stages) and all(isinstance(s, dict) and "freeze_line" in s for s in stages)
+
+
+def read_run(path: str | Path) -> RunRecord:
+    """Read a run folder; only recipe.json must be there, since an interrupted run may have written no more.
+
+    Raises:
+        CheckpointError: not a run folder, or a file in it that cannot be read.
+    """
+    path = Path(path)
+    if not is_run(path):
+        why = "it has no recipe.json of a run" if path.is_dir() else "there is no such folder"
+        raise CheckpointError(f"Run {path}: {why}. Give a folder that `headstart fit --out` has written.")
+    return RunRecord(
+        path,
+        recipe=_read_object(path / "recipe.json"),
+        environment=_read_object(path / "environment.json"),
+        history=read_history(path / "history.jsonl"),
+        metrics=_read_object(path / "metrics.json"),
+        model=_read_object(path / "model.json"),
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}). Restore the file or fit again.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def read_history(path: str | Path) -> list[dict[str, Any]]:
+    """Records of a history.jsonl, none where there is no file; a last line torn by a crash is left out.
+
+    Raises:
+        CheckpointError: a line other than the last is no JSON object.
+    """
+    path = Path(path)
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = [line for line in lines if line.strip()]
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not an object")
+            records.append(record)
+        except ValueError as error:
+            if number < len(lines):
+                raise CheckpointError(f"{path}, line {number} of {len(lines)}: not a JSON record ({error}).") from None
+    return records
+
+
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """Rows of a CSV file written by `to_csv`, as text by column name; none where there is no file."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def environment() -> dict[str, Any]:
+    """Time, machine and the versions of everything that can change a result, as plain JSON values."""
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "versions": versions,
+    }

@@ -1,0 +1,108 @@
+"""Where and how to compute: device, number format, worker threads, and this process's place among several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import RecipeError, SetupError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process's means. `dtype` is what convolutions and matrix products compute in; weights stay float32."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    workers: int = 2
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes files and prints."""
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Compute in `dtype` inside this context; float32 inside means nothing is changed."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This process's part of `rows`: every world-th one, from its own rank on."""
+        return rows[self.rank :: self.world]
+
+    def gather(self, part: Tensor, n: int) -> Tensor:
+        """The inverse of `share`: all `n` rows in order, from every process's part [n_rank, ...]."""
+        if self.world == 1:
+            return part
+        longest = -(-n // self.world)
+        padded = part.new_zeros((longest, *part.shape[1:]))
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        torch.distributed.all_gather(parts, padded.contiguous())
+        return torch.stack(parts, dim=1).flatten(0, 1)[:n]
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Add the gradients of all processes; each process has divided its loss by the whole batch's weight."""
+        if self.world == 1:
+            return
+        held = [p for p in parameters if p.requires_grad]
+        # A process whose share of the batch is empty has no gradients, but must take part in the sum all the same.
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in held])
+        torch.distributed.all_reduce(flat)
+        for p, total in zip(held, flat.split([p.numel() for p in held]), strict=True):
+            p.grad = total.view_as(p)
+
+
+def make_runtime(*, device: str = "auto", precision: str = "auto", workers: int | None = None) -> Runtime:
+    """Choose device and number format; under `accelerate launch` also this process's rank.
+
+    Args:
+        device: `auto` (a GPU where there is one) or a torch device such as `cpu`, `cuda`, `cuda:1`, `mps`.
+        precision: `fp32`, `bf16`, or `auto`: bf16 where the machine computes in it natively and a start-up
+            self-test of its kernels passes, else fp32.
+        workers: threads that decode and augment pictures; None means one per core, at most 8.
+    Raises:
+        SetupError: no such device. RecipeError: unknown precision.
+    """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise RecipeError(f"precision is {precision!r}; allowed: auto, fp32, bf16.")
+    if workers is not None and workers < 1:
+        raise RecipeError(f"workers is {workers}; it takes a whole number from 1.")
+    rank, world = 0, int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = _device(device)
+    if world > 1:
+        from accelerate import PartialState
+
+        state = PartialState(cpu=chosen.type == "cpu")
+        rank, world, chosen = state.process_index, state.num_processes, state.device
+    if precision == "auto":
+        from .fastops import bf16_works
+
+        dtype = torch.bfloat16 if bf16_works(chosen) else torch.float32
+    else:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return Runtime(chosen, dtype, workers or min(8, os.cpu_count() or 1), rank, world)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SetupError(
+            f"Device {name!r} cannot be used here ({reason}). Pass --device cpu, or leave it out: auto chooses."
+        ) from None
+    return device

@@ -1,0 +1,173 @@
+"""What the terminal shows: progress bars with rate and time left, plain tables, the closing table of a run.
+
+Bars and spoken lines go to stderr, so that stdout holds nothing but results. Needs neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+
+class ProgressBar:
+    """One bar on stderr with rate and time left; says nothing when stderr is not a terminal or `enabled` is False.
+
+    Use it as a context manager: `with ProgressBar(len(table), "Reading", unit="img") as bar: bar.advance(8)`.
+    """
+
+    def __init__(self, total: int, label: str, *, unit: str = "img", enabled: bool = True, keep: bool = False) -> None:
+        """Draw the bar.
+
+        Args:
+            total: how many units make the bar full.
+            label: what is being done, in front of the bar.
+            keep: leave the full bar on the screen; otherwise it makes room for what follows.
+        """
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=total,
+            desc=label,
+            unit=unit,
+            unit_scale=total >= 100_000,
+            disable=None if enabled else True,  # None: tqdm looks whether the file is a terminal
+            leave=keep,
+            dynamic_ncols=True,
+            file=sys.stderr,
+        )
+
+    def advance(self, n: int = 1) -> None:
+        """`n` more units are done."""
+        self._bar.update(n)
+
+    def note(self, **figures: float | str) -> None:
+        """Figures shown behind the bar, such as the running loss."""
+        self._bar.set_postfix(figures, refresh=False)
+
+    def close(self) -> None:
+        """End the bar; a second call does nothing."""
+        self._bar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def say(text: str, *, enabled: bool = True) -> None:
+    """Print a line on stderr, above a bar that may be running there."""
+    if enabled:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """`0:07`, `12:40` or `1:02:03`; under ten seconds with a decimal: `3.2 s`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def figure(value: float | int | str | None, digits: int = 3) -> str:
+    """A number as the tables print it: whole ones with thousands separators, `-` for None."""
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}"
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Columns padded with blanks, a rule under the header; the first `left` columns flush left, the others right."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(header), "-" * (sum(widths) + 2 * (len(widths) - 1)), *map(line, rows)])
+
+
+def scores_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """One row per split or model: accuracy with its 95 % interval, top-5, log loss, balanced accuracy, majority.
+
+    Args:
+        scores: name of the row -> what `evaluate` measured, as in `metrics.json`.
+    """
+    top5 = any(score.get("top5") is not None for score in scores.values())
+    header = ["", "pictures", "accuracy", "95 % interval", *["top-5"] * top5, "log loss", "balanced", "majority"]
+    rows = []
+    for name, score in scores.items():
+        low, high = score["accuracy_ci95"]
+        cells = [figure(score["accuracy"]), f"{low:.3f} - {high:.3f}", *[figure(score.get("top5"))] * top5]
+        cells += [figure(score[key]) for key in ("log_loss", "balanced_accuracy", "majority_baseline")]
+        rows.append([name, figure(int(score["n"])), *cells])
+    return format_table(header, rows)
+
+
+def per_class_table(metrics: Mapping[str, Any]) -> str:
+    """One row per class: pictures, precision, recall, F1; the weighted means below."""
+    rows = [
+        [row["name"], figure(int(row["n"])), *(figure(row[key]) for key in ("precision", "recall", "f1"))]
+        for row in metrics["per_class"]
+    ]
+    weighted = (figure(metrics[f"weighted_{key}"]) for key in ("precision", "recall", "f1"))
+    rows.append(["weighted mean", figure(int(metrics["n"])), *weighted])
+    return format_table(["class", "pictures", "precision", "recall", "F1"], rows)
+
+
+def stages_table(stages: Sequence[Mapping[str, Any]]) -> str:
+    """One row per stage: where the freeze line stood, how much was trained, the best epoch and its score, the time."""
+    header = ["stage", "freeze line", "trained", "best epoch", "val loss", "val accuracy", "time"]
+    rows = [
+        [
+            stage["name"],
+            stage["freeze_line"],
+            figure(stage["trainable_parameters"]),
+            f"{stage['best_epoch']} of {stage['epochs']}",
+            figure(stage["best_val_loss"]),
+            figure(stage["best_val_accuracy"]),
+            duration(stage["seconds"]),
+        ]
+        for stage in stages
+    ]
+    return format_table(header, rows, left=2)
+
+
+def closing_table(metrics: Mapping[str, Any]) -> str:
+    """What a run ends with, from the content of its `metrics.json`: the stages, then what each split scored."""
+    parts = [stages_table(metrics["stages"])] if metrics.get("stages") else []
+    scores = {name: metrics[name] for name in ("val", "test") if metrics.get(name)}
+    if scores:
+        parts.append(scores_table(scores))
+    return "\n\n".join(parts)
+
+
+def predictions_table(rows: Sequence[Mapping[str, Any]], *, top: int = 1) -> str:
+    """One row per picture with its `top` most probable classes and their probabilities.
+
+    Args:
+        rows: what `predict_files` returns.
+    """
+    ranked = [ranking(row, top) for row in rows]
+    places = max((len(place) for place in ranked), default=1)
+    header = ["picture", *(name for n in range(1, places + 1) for name in (f"{n}.", "prob"))]
+    cells = [
+        [str(row["path"]), *(cell for name, prob in place for cell in (name, figure(prob)))]
+        for row, place in zip(rows, ranked, strict=True)
+    ]
+    return format_table(header, cells, left=1 + 2 * places)
+
+
+def ranking(row: Mapping[str, Any], top: int) -> list[tuple[str, float]]:
+    """The `top` most probable classes of one prediction, all where there are fewer: (class name, probability)."""
+    return sorted(row["probs"].items(), key=lambda item: -item[1])[:top]

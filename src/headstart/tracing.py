@@ -1,0 +1,150 @@
+"""Watch one forward pass without computing it: what is called, in which order, with which shapes, using which weights.
+
+The pass runs on the meta device (shapes only) with the weights swapped for the call, so it costs neither memory nor
+arithmetic and leaves the module as it was. A module whose forward cannot run there is run once on black pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+Forward = Callable[[Any, torch.Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a submodule: positions count calls and uses of weights alike; shapes are of tensors, batch first."""
+
+    name: str
+    start: int
+    end: int
+    input_shape: tuple[int, ...] | None
+    output_shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass did: its calls by start, the position of each tensor's first use, the output's shape."""
+
+    calls: tuple[Call, ...]
+    first_use: dict[str, int]
+    output_shape: tuple[int, ...] | None
+
+    def first_calls(self) -> dict[str, Call]:
+        """The first call of each submodule, by name, in order of execution."""
+        found: dict[str, Call] = {}
+        for call in self.calls:
+            found.setdefault(call.name, call)
+        return found
+
+
+class _Method(nn.Module):
+    """`forward(module, x)` as a module, so that any function of a module can run with its weights swapped."""
+
+    def __init__(self, module: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.module = module
+        self.call = forward
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.call(self.module, x)
+
+
+class _Uses(TorchFunctionMode):
+    """Notes the first operation that reads each of the given tensors."""
+
+    def __init__(self, names: dict[int, str], clock: Iterator[int]) -> None:
+        super().__init__()
+        self.names, self.clock = names, clock
+        self.first_use: dict[str, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        # Asking a weight for its shape or dtype is not using it; those getters give no tensor back.
+        if getattr(func, "__name__", "") != "__get__" or isinstance(out, torch.Tensor):
+            for tensor in _tensors((args, tuple(kwargs.values()))):
+                name = self.names.get(id(tensor))
+                if name is not None and name not in self.first_use:
+                    self.first_use[name] = next(self.clock)
+        return out
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    first = next(_tensors(value), None)
+    return None if first is None else tuple(first.shape)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Every submodule in evaluation mode for the block; afterwards each is back in the mode it was in."""
+    modes = [(m, m.training) for m in module.modules()]
+    for m, _ in modes:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def trace(
+    module: nn.Module, forward: Forward, x_shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32
+) -> Trace:
+    """Trace `forward(module, x)` in evaluation mode for an `x` of that shape; names are those inside `module`.
+
+    Raises:
+        Exception: whatever the forward pass itself raises on a black picture, when it cannot run on shapes either.
+    """
+    state: dict[str, torch.Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    with evaluation_mode(module), torch.no_grad():
+        meta = {n: torch.empty_like(t, device="meta") for n, t in state.items()}
+        try:
+            return _run(module, forward, meta, torch.empty(x_shape, dtype=dtype, device="meta"))
+        except Exception:
+            if any(t.is_meta for t in state.values()):
+                raise
+            device = next((t.device for t in state.values()), torch.device("cpu"))
+            return _run(module, forward, state, torch.zeros(x_shape, dtype=dtype, device=device))
+
+
+def _run(module: nn.Module, forward: Forward, state: dict[str, torch.Tensor], x: torch.Tensor) -> Trace:
+    clock = iter(range(1 << 62))
+    calls: list[Call] = []
+    open_calls: list[tuple[str, int]] = []
+    hooks = []
+    for name, sub in module.named_modules():
+
+        def enter(_m: nn.Module, _args: Any, name: str = name) -> None:
+            open_calls.append((name, next(clock)))
+
+        def leave(_m: nn.Module, args: Any, out: Any, name: str = name) -> None:
+            _, start = open_calls.pop()
+            calls.append(Call(name, start, next(clock), _shape(args), _shape(out)))
+
+        hooks += [sub.register_forward_pre_hook(enter), sub.register_forward_hook(leave)]
+    uses = _Uses({id(t): n for n, t in state.items()}, clock)
+    try:
+        with uses:
+            out = torch.func.functional_call(
+                _Method(module, forward), {f"module.{n}": t for n, t in state.items()}, (x,), strict=False
+            )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Trace(tuple(sorted(calls, key=lambda c: c.start)), uses.first_use, _shape(out))

@@ -1,0 +1,444 @@
+"""The one training loop: it is fed by a source of batches and does not care whether those are pixels or features."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .classifier import Classifier
+from .dataset import epoch_order
+from .errors import ModelError
+from .evaluation import Score, score
+from .features import Source, StageData
+from .freezing import Contract, param_groups
+from .recipe import Stage
+from .runtime import Runtime
+
+Record = dict[str, Any]
+Log = Callable[[Record], None]
+Report = Callable[["Progress"], None]
+
+TRAIN_SCORE_LIMIT = 512  # training pictures scored in evaluation mode each epoch; enough for a +-4 point interval
+COLLAPSE_CHECKS_PER_EPOCH = 4
+COLLAPSE_EPOCHS = 2
+COLLAPSE_SUBSET = 256
+RETRY_DIVISOR = 10.0
+MAX_RETRIES = 3
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a stage is, for a progress bar: steps done of `steps`, pictures seen, the last validation score."""
+
+    stage: str
+    epoch: int
+    step: int
+    steps: int
+    pictures: int
+    val: Score | None
+
+
+@dataclass
+class StageResult:
+    """What a stage came to; the model holds the best state when `fit` returns."""
+
+    stage: Stage
+    lr: float
+    best: Score
+    best_epoch: int
+    epochs: int
+    seconds: float
+    history: list[Record] = field(default_factory=list)
+    events: list[Record] = field(default_factory=list)
+
+
+class _CollapseError(Exception):
+    """The first steps wrecked what the stage started from."""
+
+
+def learning_rate(step: int, *, steps: int, lr: float, schedule: str, warmup: float) -> float:
+    """The rate of optimiser step `step` (from 0) of `steps`.
+
+    `warmup` is the share of the steps in which the rate rises linearly from 0; then it stays (`constant`), or
+    follows half a cosine to 0 (`cosine`). `one-cycle` rises from lr/25 over the warm-up (0.3 when none is given)
+    along half a cosine and falls to lr/1e4 (Smith and Topin 2018, arXiv 1708.07120; momentum is left alone).
+    """
+    if schedule == "one-cycle":
+        rise = max(1, round((warmup or 0.3) * steps))
+        if step < rise:
+            return _cosine(lr / 25, lr, step / rise)
+        return _cosine(lr, lr / 1e4, (step - rise) / max(1, steps - rise))
+    rise = round(warmup * steps)
+    if step < rise:
+        return lr * (step + 1) / (rise + 1)
+    if schedule == "constant":
+        return lr
+    return _cosine(lr, 0.0, (step - rise) / max(1, steps - rise))
+
+
+def _cosine(start: float, end: float, at: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * at)) / 2
+
+
+def batches_of_epoch(n: int, labels: Tensor, stage: Stage, *, seed: int, epoch: int) -> list[Tensor]:
+    """The picture indices of each batch: a pure function of (seed, epoch).
+
+    With balanced sampling n pictures are drawn with replacement, every class equally often on average. A last
+    batch of one is joined to the one before it: BatchNorm in the head has no variance to take from one picture.
+    """
+    if stage.balanced_sampling:
+        per_class = torch.bincount(labels).clamp(min=1)
+        chances = (1.0 / per_class[labels].double()).numpy()
+        rng = np.random.default_rng([seed, epoch, 1])
+        order = rng.choice(n, size=n, p=chances / chances.sum())
+    else:
+        order = epoch_order(n, seed=seed, epoch=epoch)
+    batches = list(torch.from_numpy(order).split(stage.batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
+def views_of_epoch(indices: Tensor, num_views: int | None, *, epoch: int) -> Tensor:
+    """Which view each picture shows in this epoch (from 1): the stored ones in turn, or a fresh one each time."""
+    if num_views is None:
+        return torch.full_like(indices, epoch)
+    # Neighbours start at different views, so that every epoch is a mixture of them.
+    return (indices + epoch) % num_views
+
+
+def class_weight_vector(stage: Stage, labels: Tensor, num_classes: int) -> Tensor | None:
+    """Weights [C] of the training loss, or None; `balanced` is N / (C * n_c), as in scikit-learn."""
+    if stage.class_weights == "none":
+        return None
+    if stage.class_weights == "balanced":
+        counts = torch.bincount(labels, minlength=num_classes).clamp(min=1)
+        return len(labels) / (num_classes * counts.float())
+    weights = torch.tensor(stage.class_weights, dtype=torch.float32)
+    if len(weights) != num_classes:
+        raise ModelError(
+            f"stage {stage.name!r}: class_weights has {len(weights)} numbers for {num_classes} classes; give one each."
+        )
+    return weights
+
+
+def make_optimizer(model: Classifier, stage: Stage, *, lr: float) -> torch.optim.Optimizer:
+    """The stage's optimiser over everything trainable; weight decay is applied apart from it, decoupled.
+
+    Each group keeps its share of the rate as `scale` and its decay as `decay`.
+    """
+    groups = param_groups(model, lr=1.0, head_lr_multiplier=stage.head_lr_multiplier, weight_decay=stage.weight_decay)
+    for group in groups:
+        group["scale"], group["decay"], group["lr"] = group["lr"], group.pop("weight_decay"), lr * group["lr"]
+    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
+    if stage.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=fused)
+    if stage.optimizer == "rmsprop":
+        # alpha and eps as in Keras, whose tutorials this optimiser serves.
+        return torch.optim.RMSprop(groups, lr=lr, alpha=0.9, eps=1e-7)
+    return torch.optim.Adam(groups, lr=lr, fused=fused)
+
+
+class _Stage:
+    """The state of one attempt at a stage."""
+
+    def __init__(
+        self, model: Classifier, data: StageData, stage: Stage, *, lr: float, seed: int, runtime: Runtime
+    ) -> None:
+        self.model, self.data, self.stage, self.lr, self.seed, self.runtime = model, data, stage, lr, seed, runtime
+        self.optimizer = make_optimizer(model, stage, lr=lr)
+        self.contract = Contract(model, self.optimizer)
+        weights = class_weight_vector(stage, data.train.labels, len(model.class_names))
+        self.class_weights = None if weights is None else weights.to(runtime.device)
+        n = len(data.train.labels)
+        self.train_subset = torch.from_numpy(epoch_order(n, seed=0, epoch=0)[:TRAIN_SCORE_LIMIT])
+        self.steps_per_epoch = -(
+            -len(batches_of_epoch(n, data.train.labels, stage, seed=seed, epoch=1)) // stage.accumulate
+        )
+        self.steps = self.steps_per_epoch * stage.epochs
+        self.step = self.pictures = 0
+
+    def epoch(self, epoch: int, *, pool: ThreadPoolExecutor, after_step: Callable[[], None]) -> float:
+        """Train one epoch (from 1) and return the mean training loss, weights and smoothing included."""
+        model, runtime, stage = self.model, self.runtime, self.stage
+        train = self.data.train
+        batches = batches_of_epoch(len(train.labels), train.labels, stage, seed=self.seed, epoch=epoch)
+        model.train()
+        # Dropout and drop-path draw from a state that depends on (seed, epoch, rank) alone.
+        torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, runtime.rank]).generate_state(1)[0]))
+        total, count = torch.zeros((), device=runtime.device), 0.0
+        shares = [runtime.share(batch) for batch in batches]
+        inputs = _prefetch(train, shares, epoch=epoch, pool=pool, ahead=runtime.workers + 1)
+        for first in range(0, len(batches), stage.accumulate):
+            group = range(first, min(first + stage.accumulate, len(batches)))
+            # One divisor for the whole step, however it is cut into batches and processes.
+            weight = sum(self._weight(train.labels[batches[i]]) for i in group)
+            for i in group:
+                batch = next(inputs)
+                if len(shares[i]):
+                    total += self._backward(
+                        batch.to(runtime.device, non_blocking=True), train.labels[shares[i]], weight
+                    )
+                self.pictures += len(batches[i])
+            count += weight
+            self._optimizer_step()
+            self.step += 1
+            after_step()
+        # The sum of per-step means times weights, over all weights: exact also with a short last batch.
+        return self._sum_over_processes(total) / count
+
+    def _weight(self, labels: Tensor) -> float:
+        if self.class_weights is None:
+            return float(len(labels))
+        return float(self.class_weights.cpu()[labels].sum())
+
+    def _backward(self, inputs: Tensor, labels: Tensor, weight: float) -> Tensor:
+        with self.runtime.autocast():
+            logits = self.data.train.forward(self.model, inputs)
+        loss = nn.functional.cross_entropy(
+            logits.float(),
+            labels.to(logits.device),
+            weight=self.class_weights,
+            label_smoothing=self.stage.label_smoothing,
+            reduction="sum",
+        )
+        (loss / weight).backward()
+        return loss.detach()
+
+    def _optimizer_step(self) -> None:
+        stage = self.stage
+        rate = learning_rate(self.step, steps=self.steps, lr=self.lr, schedule=stage.schedule, warmup=stage.warmup)
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.runtime.sum_gradients(held)
+        if stage.clip_norm:
+            nn.utils.clip_grad_norm_(held, stage.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+            if group["decay"]:
+                with torch.no_grad():
+                    torch._foreach_mul_(group["params"], 1.0 - group["lr"] * group["decay"])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _sum_over_processes(self, value: Tensor) -> float:
+        if self.runtime.world > 1:
+            torch.distributed.all_reduce(value)
+        return float(value)
+
+    def score_val(self, limit: int | None = None) -> Score:
+        """Score the validation split, or a fixed random part of it."""
+        n = len(self.data.val.labels)
+        chosen = (
+            torch.arange(n)
+            if limit is None or n <= limit
+            else torch.from_numpy(epoch_order(n, seed=0, epoch=0)[:limit])
+        )
+        return score(self.model, self.data.val, indices=chosen, runtime=self.runtime)
+
+    def score_train(self) -> Score:
+        """Score a fixed part of the training split as the validation split is scored, so that both compare."""
+        return score(self.model, self.data.train, indices=self.train_subset, runtime=self.runtime)
+
+
+def fit(
+    model: Classifier,
+    data: StageData,
+    stage: Stage,
+    *,
+    lr: float,
+    seed: int = 0,
+    runtime: Runtime,
+    starts_trained: bool = False,
+    log: Log | None = None,
+    report: Report | None = None,
+) -> StageResult:
+    """Train what stands behind the freeze line and leave the model in its best state by validation score.
+
+    The freeze line must have been set. The state the stage starts from takes part in the choice, so the result is
+    never worse on validation than what it started from. A KeyboardInterrupt restores the best state so far and
+    is raised again.
+
+    Args:
+        lr: the stage's learning rate, per optimiser step.
+        seed: order, views and dropout are pure functions of (seed, epoch).
+        starts_trained: the head has been trained before, so a collapse in the first steps can be told.
+        log: called with each history record.
+        report: called after every optimiser step.
+    Raises:
+        ModelError: the freeze contract was broken; a loss that is not finite under `on_collapse="ignore"` too.
+    """
+    started = time.perf_counter()
+    entry_state = snapshot(model)
+    history: list[Record] = []
+    events: list[Record] = []
+
+    def write(record: Record) -> None:
+        history.append(record)
+        if record.get("event"):
+            events.append(record["event"])
+        if log:
+            log(record)
+
+    for attempt in range(MAX_RETRIES + 1):
+        run = _Stage(model, data, stage, lr=lr, seed=seed, runtime=runtime)
+        try:
+            best, best_epoch, epochs = _attempt(
+                run, watch=starts_trained and stage.on_collapse != "ignore", write=write, report=report
+            )
+            break
+        except _CollapseError as collapse:
+            restore(model, entry_state)
+            give_up = stage.on_collapse == "stop" or attempt == MAX_RETRIES
+            then = "kept the state before it" if give_up else f"retrying at {lr / RETRY_DIVISOR:g}"
+            message = f"{collapse} Rolled back to the state the stage started from; {then}."
+            write(_event_record(run, {"kind": "rollback", "message": message}))
+            if give_up:
+                best, best_epoch, epochs = run.score_val(), 0, 0
+                break
+            lr /= RETRY_DIVISOR
+    return StageResult(replace(stage), lr, best, best_epoch, epochs, time.perf_counter() - started, history, events)
+
+
+def _attempt(run: _Stage, *, watch: bool, write: Log, report: Report | None) -> tuple[Score, int, int]:
+    model, stage = run.model, run.stage
+    entry = run.score_val()
+    part = run.score_val(COLLAPSE_SUBSET) if watch else entry
+    limit = max(part.loss * stage.collapse_ratio, part.loss + stage.collapse_margin)
+    best, best_epoch, best_state = entry, 0, snapshot(model)
+    write(_record(run, epoch=0, train_loss=None, val=entry, best=True, seconds=0.0))
+    check_every = max(1, run.steps_per_epoch // COLLAPSE_CHECKS_PER_EPOCH)
+    last_val, epoch = entry, 0
+
+    def after_step() -> None:
+        if report:
+            report(Progress(stage.name, epoch, run.step, run.steps, run.pictures, last_val))
+        if watch and run.step % check_every == 0 and run.step <= COLLAPSE_EPOCHS * run.steps_per_epoch:
+            now = run.score_val(COLLAPSE_SUBSET)
+            if not now.loss <= limit:
+                raise _CollapseError(
+                    f"A learning rate of {run.lr:g} wrecked the trained head: validation loss {now.loss:.3f} after"
+                    f" {run.step} steps, {part.loss:.3f} before."
+                )
+
+    pool = ThreadPoolExecutor(run.runtime.workers, thread_name_prefix="headstart-batch")
+    try:
+        for epoch in range(1, stage.epochs + 1):
+            started = time.perf_counter()
+            train_loss = run.epoch(epoch, pool=pool, after_step=after_step)
+            run.contract.watch()
+            last_val = run.score_val()
+            if not math.isfinite(last_val.loss):
+                _not_finite(run, watch, epoch)
+            better = _is_better(last_val, best, stage.select)
+            if better:
+                best, best_epoch, best_state = last_val, epoch, snapshot(model)
+            stop = bool(stage.early_stop) and epoch - best_epoch >= stage.early_stop and epoch < stage.epochs
+            event = None
+            if stop:
+                event = {"kind": "early-stop", "message": f"No better validation score for {stage.early_stop} epochs."}
+            write(
+                _record(
+                    run,
+                    epoch=epoch,
+                    train_loss=train_loss,
+                    val=last_val,
+                    best=better,
+                    seconds=time.perf_counter() - started,
+                    event=event,
+                )
+            )
+            if stop:
+                break
+    except BaseException:
+        restore(model, best_state)
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    restore(model, best_state)
+    run.contract.finish()
+    return best, best_epoch, epoch
+
+
+def _not_finite(run: _Stage, watch: bool, epoch: int) -> None:
+    text = f"A learning rate of {run.lr:g} drove the loss out of bounds in epoch {epoch} (not a finite number)."
+    if watch:
+        raise _CollapseError(text)
+    raise ModelError(f"{text} Lower it: stage {run.stage.name!r}, --lr or --lr-scale.")
+
+
+def _is_better(new: Score, old: Score, select: str) -> bool:
+    if select == "accuracy":
+        return (new.accuracy, -new.loss) > (old.accuracy, -old.loss)
+    return new.loss < old.loss
+
+
+def _record(
+    run: _Stage,
+    *,
+    epoch: int,
+    train_loss: float | None,
+    val: Score,
+    best: bool,
+    seconds: float,
+    event: Record | None = None,
+) -> Record:
+    last = max(0, run.step - 1)
+    rate = learning_rate(last, steps=run.steps, lr=run.lr, schedule=run.stage.schedule, warmup=run.stage.warmup)
+    return {
+        "stage": run.stage.name,
+        "epoch": epoch,
+        "lr": rate,
+        "train_loss": train_loss,
+        "train": run.score_train().to_dict(),
+        "val": val.to_dict(),
+        "best": best,
+        "seconds": seconds,
+        "event": event,
+    }
+
+
+def _event_record(run: _Stage, event: Record) -> Record:
+    """What stands in the history where a stage was rolled back: the restored state's scores and what happened."""
+    return _record(run, epoch=0, train_loss=None, val=run.score_val(), best=False, seconds=0.0, event=event)
+
+
+def _prefetch(
+    source: Source, shares: Sequence[Tensor], *, epoch: int, pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[Tensor]:
+    """The batches' inputs in order, prepared `ahead` of their use by the pool's threads."""
+    waiting: deque[Future[Tensor]] = deque()
+
+    def prepare(indices: Tensor) -> Tensor:
+        views = views_of_epoch(indices, source.num_views, epoch=epoch)
+        return source.batch(indices.tolist(), views.tolist())
+
+    for share in shares:
+        waiting.append(pool.submit(prepare, share))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def snapshot(model: Classifier) -> dict[str, Tensor]:
+    """Copies of everything training may change: trainable parameters and all buffers."""
+    state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    state.update({name: b.detach().clone() for name, b in model.named_buffers()})
+    return state
+
+
+def restore(model: Classifier, state: dict[str, Tensor]) -> None:
+    """Put a `snapshot` back, in place."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, value in state.items():
+            tensors[name].copy_(value)

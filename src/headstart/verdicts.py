@@ -1,0 +1,325 @@
+"""What a run's history and figures say in words: arrays of numbers in, four answered questions out.
+
+Every answer follows from written thresholds that take the noise into account; where the numbers cannot tell, the
+answer is `unclear`. Train and validation figures of a history are both scored in evaluation mode on plain pictures,
+so a difference between them is not an effect of dropout or augmentation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .metrics import Z95
+
+# Still learning: over the last third of the last stage (at least 4 states) the validation loss has a falling trend
+# that the scatter around it does not explain (one-sided t test at 5 %), worth 5 % of the loss and 0.01 nats.
+LEARNING_DROP = 0.05
+LEARNING_DROP_NATS = 0.01
+LEARNING_STATES = 4
+# Overfitting in time: after its best state the validation loss rose by 10 %, by 0.02 nats, and by 3 times its jitter
+# from epoch to epoch (the best of several jittering figures lies up to 2 jitters too low), the training loss fell.
+OVERFIT_RISE = 0.10
+OVERFIT_RISE_NATS = 0.02
+OVERFIT_JITTERS = 3.0
+# Overfitting in the state that was kept: training accuracy above validation accuracy by 5 points and by more than
+# the 95 % interval of their difference.
+OVERFIT_GAP = 0.05
+# Uneven: the recalls of the classes differ by more than a random spread of the same mistakes gives in 1 % of draws,
+# and the worst class lies 5 points below the whole. Below 10 pictures per class a `yes` is not claimed.
+UNEVEN_P = 0.01
+UNEVEN_GAP = 0.05
+UNEVEN_DRAWS = 4000
+EVEN_PICTURES = 10
+
+# One-sided 5 % points of Student's t distribution for 1, 2, ... degrees of freedom.
+_T95 = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81)
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One question a reader has, with its answer.
+
+    answer: `yes`, `no`, `partly` or `unclear`. good: True where the answer is what one hopes for, False where it is
+    not, None where it is neither.
+    """
+
+    question: str
+    answer: str
+    sentence: str
+    good: bool | None = None
+
+
+# ---- reading a history -----------------------------------------------------------------------------------------
+
+
+def stage_attempts(history: Sequence[Record]) -> list[list[list[Record]]]:
+    """Records by stage, and in each stage by attempt: a stage that was rolled back and tried again has several.
+
+    A new attempt starts where the epoch number does not grow. The last attempt of a stage is the one that counts.
+    """
+    stages: list[list[list[Record]]] = []
+    previous: Record | None = None
+    for record in history:
+        if previous is None or record.get("stage_index") != previous.get("stage_index"):
+            stages.append([[record]])
+        elif record.get("epoch", 0) <= previous.get("epoch", 0):
+            stages[-1].append([record])
+        else:
+            stages[-1][-1].append(record)
+        previous = record
+    return stages
+
+
+def figure(record: Record, split: str, quantity: str) -> float:
+    """`record[split][quantity]`, NaN where it is absent or was not finite."""
+    value = (record.get(split) or {}).get(quantity)
+    return float(value) if value is not None else math.nan
+
+
+def kept_record(history: Sequence[Record]) -> Record | None:
+    """The state the run kept: the last one marked best or rolled back to, else the lowest validation loss."""
+    scored = [record for record in history if math.isfinite(figure(record, "val", "loss"))]
+    marked = [r for r in scored if r.get("best") or (r.get("event") or {}).get("kind") == "rollback"]
+    if marked:
+        return marked[-1]
+    return min(scored, key=lambda record: figure(record, "val", "loss"), default=None)
+
+
+def _losses(records: Sequence[Record], split: str) -> NDArray[np.float64]:
+    return np.array([figure(record, split, "loss") for record in records])
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+# ---- the four questions ----------------------------------------------------------------------------------------
+
+
+def verdicts(history: Sequence[Record], metrics: Mapping[str, Any]) -> list[Verdict]:
+    """Still learning? Generalising? Overfitting? Evenly good over the classes? Always these four, in this order.
+
+    Args:
+        history: records of history.jsonl.
+        metrics: what metrics.json holds; `val` and `test` as `evaluate_probs` returns them, either may be absent.
+    """
+    test = metrics.get("test") or {}
+    return [
+        still_learning(history),
+        generalising(metrics.get("val") or {}, test),
+        overfitting(history),
+        evenly_good(test or metrics.get("val") or {}, "test" if test else "validation"),
+    ]
+
+
+def still_learning(history: Sequence[Record]) -> Verdict:
+    """Whether the validation loss was still falling when the last stage ended."""
+    question = "Was it still learning at the end?"
+    stages = stage_attempts(history)
+    attempt = stages[-1][-1] if stages else []
+    losses = _losses(attempt, "val")
+    states = max(LEARNING_STATES, math.ceil(len(losses) / 3))
+    tail = losses[-states:]
+    if len(tail) < LEARNING_STATES or not np.isfinite(tail).all():
+        return Verdict(
+            question,
+            "unclear",
+            f"The last stage has {np.isfinite(losses).sum()} usable scores of the validation split; "
+            f"a trend needs {LEARNING_STATES}.",
+        )
+    name, epochs = attempt[-1].get("stage", ""), states - 1
+    slope, error = _trend(tail)
+    drop = -slope * epochs
+    freedom = min(states - 2, len(_T95))
+    falling = drop > _T95[freedom - 1] * error * epochs
+    if falling and drop > max(LEARNING_DROP * tail.mean(), LEARNING_DROP_NATS):
+        return Verdict(
+            question,
+            "yes",
+            f"Over the last {epochs} epochs of stage {name!r} the validation loss fell by {drop:.3f} to "
+            f"{tail[-1]:.3f}, steadily enough not to be jitter: more epochs would probably help.",
+        )
+    best = int(np.nanargmin(losses))
+    return Verdict(
+        question,
+        "no",
+        f"Over the last {epochs} epochs of stage {name!r} the validation loss shows no clear fall (from {tail[0]:.3f} "
+        f"to {tail[-1]:.3f}, the best at epoch {attempt[best].get('epoch', best)}): "
+        "more epochs of this kind would probably not help.",
+        good=True,
+    )
+
+
+def _trend(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Slope per step of the straight line through `values`, and its standard error."""
+    x = np.arange(len(values)) - (len(values) - 1) / 2
+    slope = float(x @ values / (x @ x))
+    rest = values - values.mean() - slope * x
+    return slope, math.sqrt(float(rest @ rest) / (len(values) - 2) / float(x @ x))
+
+
+def generalising(val: Mapping[str, Any], test: Mapping[str, Any]) -> Verdict:
+    """Whether the test split, scored once, beats guessing and agrees with the validation split."""
+    question = "Does it generalise to new pictures?"
+    if not test:
+        return Verdict(question, "unclear", "The test split has not been scored in this run.")
+    accuracy, baseline, n = test["accuracy"], test["majority_baseline"], test["n"]
+    low, high = test["accuracy_ci95"]
+    scored = (
+        f"On {n} test pictures it had never seen, {_points(accuracy)} % are right ({_points(low)} to {_points(high)} %)"
+    )
+    if low <= baseline:
+        return Verdict(
+            question,
+            "no" if accuracy <= baseline else "unclear",
+            f"{scored}; always answering the most frequent class would give {_points(baseline)} %, "
+            "so it is not shown to be better than that.",
+            good=False if accuracy <= baseline else None,
+        )
+    if val:
+        gap = val["accuracy"] - accuracy
+        chance = _difference_interval(val["accuracy"], val["n"], accuracy, n)
+        if gap > chance:
+            return Verdict(
+                question,
+                "partly",
+                f"{scored}, clearly more than the {_points(baseline)} % of guessing, but {_points(gap)} points below "
+                f"the validation split, where chance explains {_points(chance)}: the two splits differ, or the choices "
+                "have been fitted to the validation split.",
+                good=False,
+            )
+        agrees = f", and agrees with the validation split ({_points(val['accuracy'])} % of {val['n']})"
+    else:
+        agrees = ""
+    return Verdict(
+        question,
+        "yes",
+        f"{scored}: clearly more than the {_points(baseline)} % of always answering the most frequent class{agrees}.",
+        good=True,
+    )
+
+
+def _difference_interval(p: float, n: int, q: float, m: int) -> float:
+    """Half width of the 95 % interval of the difference of two shares, each eased by one success and one failure.
+
+    Easing (Agresti and Caffo 2000) keeps the width above 0 where a share is 0 or 1.
+    """
+    p, q = (p * n + 1) / (n + 2), (q * m + 1) / (m + 2)
+    return Z95 * math.sqrt(p * (1 - p) / (n + 2) + q * (1 - q) / (m + 2))
+
+
+def overfitting(history: Sequence[Record]) -> Verdict:
+    """Whether validation worsened while training improved, or the kept state knows its training pictures better."""
+    question = "Does it overfit?"
+    kept = kept_record(history)
+    if kept is None or not math.isfinite(figure(kept, "train", "accuracy")):
+        return Verdict(
+            question, "unclear", "The history holds no state scored on both the training and the validation split."
+        )
+    train, val = figure(kept, "train", "accuracy"), figure(kept, "val", "accuracy")
+    chance = _difference_interval(train, int(kept["train"]["n"]), val, int(kept["val"]["n"]))
+    gap = train - val
+    both = f"{_points(train)} % of the training and {_points(val)} % of the validation pictures"
+    rise = _late_rise(history)
+    late = (
+        f" In stage {rise[0]!r} the validation loss rose by {rise[2]:.3f} after epoch {rise[1]} while the training "
+        "loss went on falling; the state kept is from before that."
+        if rise
+        else ""
+    )
+    if gap > max(chance, OVERFIT_GAP):
+        return Verdict(
+            question,
+            "yes",
+            f"The state kept gets {both} right: {_points(gap)} points apart, where chance explains {_points(chance)}. "
+            "It knows its training pictures better than new ones; more pictures or stronger augmentation would help."
+            f"{late}",
+            good=False,
+        )
+    within = "no more than chance explains" if gap <= chance else "a small difference"
+    apart = f"The state kept gets {both} right: {within}."
+    if rise:
+        return Verdict(question, "partly", f"{late.strip()} {apart}", good=None)
+    return Verdict(question, "no", f"{apart} The validation loss did not turn upwards.", good=True)
+
+
+def _late_rise(history: Sequence[Record]) -> tuple[str, int, float] | None:
+    """(stage, best epoch, rise in nats) of the last stage whose validation loss clearly rose after its best state."""
+    for attempts in reversed(stage_attempts(history)):
+        val, train = _losses(attempts[-1], "val"), _losses(attempts[-1], "train")
+        if len(val) < 4 or not (np.isfinite(val).all() and np.isfinite(train).all()):
+            continue
+        best = int(val.argmin())
+        after = val[best + 1 :]
+        if len(after) < 2:
+            continue
+        late = after[len(after) // 2 :]
+        rise = float(late.mean() - val[best])
+        # Second differences see the jitter alone, whether the curve rises or falls: s * sqrt(6) for deviation s.
+        bends = np.diff(val[max(0, best - 1) :], n=2)
+        jitter = float(np.sqrt(np.mean(bends**2) / 6)) if len(bends) else 0.0
+        clear = rise > max(OVERFIT_RISE * val[best], OVERFIT_RISE_NATS, OVERFIT_JITTERS * jitter)
+        if clear and train[best + 1 :][len(after) // 2 :].mean() < train[best]:
+            record = attempts[-1][best]
+            return str(record.get("stage", "")), int(record.get("epoch", best)), rise
+    return None
+
+
+def evenly_good(scored: Mapping[str, Any], split: str = "test") -> Verdict:
+    """Whether the recalls of the classes differ by more than chance would make them."""
+    question = "Is it evenly good over the classes?"
+    rows = [row for row in scored.get("per_class", []) if row["n"] > 0]
+    if len(rows) < 2:
+        return Verdict(question, "unclear", "Fewer than two classes have been scored.")
+    n = np.array([row["n"] for row in rows])
+    wrong = n - np.rint([row["recall"] * row["n"] for row in rows]).astype(np.int64)
+    worst, best = min(rows, key=lambda r: r["recall"]), max(rows, key=lambda r: r["recall"])
+    spread = (
+        f"recall runs from {_points(worst['recall'])} % ({worst['name']}, {worst['n']} pictures) "
+        f"to {_points(best['recall'])} % ({best['name']})"
+    )
+    chance = _chance_of_spread(wrong, n)
+    overall = float(1 - wrong.sum() / n.sum())
+    if chance < UNEVEN_P and overall - worst["recall"] >= UNEVEN_GAP:
+        weak = sorted(rows, key=lambda r: r["recall"])[: 3 if len(rows) > 5 else 1]
+        names = ", ".join(
+            f"{r['name']} ({_points(r['recall_ci95'][0])} to {_points(r['recall_ci95'][1])} %)" for r in weak
+        )
+        return Verdict(
+            question,
+            "no",
+            f"On the {split} split {spread}, a spread that chance gives less than once in 100 cases. Weakest: {names}.",
+            good=False,
+        )
+    few = float(n.mean()) < EVEN_PICTURES
+    return Verdict(
+        question,
+        "unclear" if few else "yes",
+        f"On the {split} split {spread}; with {n.mean():.0f} pictures per class "
+        + ("that says little either way." if few else "no more than chance or a small difference explains."),
+        good=None if few else True,
+    )
+
+
+def _chance_of_spread(wrong: NDArray[np.int64], n: NDArray[np.int64]) -> float:
+    """How often the same number of mistakes, dealt to the pictures at random, spreads as unevenly over the classes.
+
+    A permutation test of equal recalls: right also where a class has few pictures or few mistakes, where the
+    chi-square table is not. Same numbers, same answer: the draws are seeded.
+    """
+    total = int(wrong.sum())
+    if total == 0 or total == n.sum():
+        return 1.0
+    expected = n * (total / n.sum())
+    draws = np.random.default_rng(0).multivariate_hypergeometric(n, total, size=UNEVEN_DRAWS, method="marginals")
+    seen = float(np.sum((wrong - expected) ** 2 / expected))
+    spread = np.sum((draws - expected) ** 2 / expected, axis=1)
+    return float((np.sum(spread >= seen - 1e-9) + 1) / (UNEVEN_DRAWS + 1))

@@ -1,0 +1,178 @@
+"""Stored weights: read a file or an earlier run without running code from it, and load them strictly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import CheckpointError, HeadstartError, near_matches
+from .transforms import DataSpec
+
+Adapt = Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]]
+
+_NESTINGS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema")
+_WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
+_PICKLES = (".pth", ".pt", ".bin")
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Named tensors of a backbone, where they came from, and the preprocessing where it came with them."""
+
+    tensors: dict[str, torch.Tensor]
+    source: Path
+    spec: DataSpec | None = None
+
+
+def find_weights(weights: str | Path, name: str) -> StoredWeights | None:
+    """What `weights` points to for the backbone `name`; None for `hub` and `none`, which point to no file.
+
+    Raises:
+        CheckpointError: there is nothing, it cannot be read, or the run's backbone is another one.
+    """
+    if str(weights) in ("hub", "none"):
+        return None
+    path = Path(weights)
+    if path.is_dir():
+        return _read_run(path, name)
+    if not path.is_file():
+        raise CheckpointError(
+            f"Weights {str(weights)!r}: no such file or folder. Allowed: hub, none, a .safetensors, .pth or .pt file, "
+            f"or a run folder.{near_matches(str(weights), ('hub', 'none'))}"
+        )
+    return StoredWeights(read_weights(path), path)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The named tensors of a `.safetensors`, `.pth` or `.pt` file; pickled code is never run.
+
+    Common nestings (`state_dict`, `model`, ...; averaged weights only where there are no others) and wrapper prefixes
+    (`module.`, `_orig_mod.`) are taken off.
+
+    Raises:
+        CheckpointError: another kind of file, a damaged one, or one that holds more than tensors.
+    """
+    if path.suffix not in (".safetensors", *_PICKLES):
+        kind = f"files of type {path.suffix}" if path.suffix else "files without a suffix"
+        raise CheckpointError(f"Weights {path}: {kind} are not read. Allowed: .safetensors, {', '.join(_PICKLES)}.")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return _named_tensors(load_file(path), path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"Weights {path}: not a readable safetensors file ({error}).") from error
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive may raise anything
+        raise CheckpointError(
+            f"Weights {path}: refused by PyTorch's weights-only reader ({_reason(error)}). The file is damaged, or "
+            "holds Python objects besides tensors, and reading those could run code of whoever wrote it. Where you "
+            "trust it, load it once yourself and save model.state_dict() as .safetensors."
+        ) from error
+    return _named_tensors(stored, path)
+
+
+def _reason(error: Exception) -> str:
+    """The line of PyTorch's long message that names the object, or else its first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "Unsupported" in line), lines[0] if lines else type(error).__name__)
+
+
+def _named_tensors(stored: Any, path: Path) -> dict[str, torch.Tensor]:
+    while isinstance(stored, Mapping):
+        inner = next((n for n in _NESTINGS if isinstance(stored.get(n), Mapping)), None)
+        if inner is None:
+            break
+        stored = stored[inner]
+    if not isinstance(stored, Mapping) or not stored or not all(isinstance(v, torch.Tensor) for v in stored.values()):
+        raise CheckpointError(
+            f"Weights {path}: no named tensors in it (expected a state_dict, alone or under {', '.join(_NESTINGS)})."
+        )
+    tensors = {str(k): v for k, v in stored.items()}
+    for prefix in _WRAPPERS:
+        if all(k.startswith(prefix) for k in tensors):
+            tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
+    return tensors
+
+
+def _read_run(path: Path, name: str) -> StoredWeights:
+    """The backbone of an earlier run, with the preprocessing it was trained with."""
+    try:
+        card = json.loads((path / "model.json").read_text(encoding="utf-8"))
+        backbone, spec = card["backbone"], DataSpec.from_dict(card["preprocessing"])
+        own_name = None if backbone is None else str(backbone["name"])
+    except FileNotFoundError:
+        raise CheckpointError(f"Weights {path}: this folder is no run of headstart (it has no model.json).") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, HeadstartError) as error:
+        raise CheckpointError(f"Weights {path}: model.json does not describe a model ({error!r}).") from error
+    if own_name is None:
+        raise CheckpointError(
+            f"Weights {path}: the run's backbone is a module of its maker's own, not {name}. Load it with "
+            "headstart.load(run, backbone=module) and pass model.backbone to create_classifier."
+        )
+    if own_name.partition(".")[0] != name.partition(".")[0]:
+        raise CheckpointError(f"Weights {path}: the run's backbone is {own_name}, not {name}. Ask for {own_name}.")
+    if not (path / "model.safetensors").is_file():
+        raise CheckpointError(f"Weights {path}: the run has no model.safetensors; it was not finished.")
+    tensors = read_weights(path / "model.safetensors")
+    prefix = "backbone."
+    return StoredWeights({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, path, spec)
+
+
+def fits(net: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether every tensor of the network is there under its own name and with its own shape."""
+    own = net.state_dict()
+    return all(k in tensors and tensors[k].shape == own[k].shape for k in own if not _may_miss(k))
+
+
+def adapted(stored: StoredWeights, net: nn.Module, adapt: Adapt) -> dict[str, torch.Tensor]:
+    """The tensors under the network's names and for its input size, as timm does it for what it downloads."""
+    try:
+        return dict(adapt(dict(stored.tensors), net))
+    except Exception as error:  # written for files of this architecture; with another anything may go wrong
+        raise CheckpointError(
+            f"Weights {stored.source} do not fit {type(net).__name__}: timm could not adapt them ({error!r})."
+        ) from error
+
+
+def load_strictly(
+    net: nn.Module, tensors: Mapping[str, torch.Tensor], *, also_known: set[str], name: str, source: Path
+) -> None:
+    """Load into what the network has left.
+
+    Args:
+        also_known: tensors the whole network has besides (its classifier, what was removed); they are left out.
+    Raises:
+        CheckpointError: listing what is missing, unexpected or of another shape.
+    """
+    own = net.state_dict()
+    problems = {
+        "missing": [k for k in own if k not in tensors and not _may_miss(k)],
+        "unexpected": [k for k in tensors if k not in own and k not in also_known],
+        "of another shape": [
+            f"{k} ({tuple(tensors[k].shape)}, expected {tuple(own[k].shape)})"
+            for k in own
+            if k in tensors and tensors[k].shape != own[k].shape
+        ],
+    }
+    wrong = [f"{len(keys)} {what}: {_listed(keys)}" for what, keys in problems.items() if keys]
+    if wrong:
+        raise CheckpointError(f"Weights {source} do not fit {name}. Outside the classifier, {'; '.join(wrong)}.")
+    net.load_state_dict({k: tensors.get(k, own[k]) for k in own})
+
+
+def _may_miss(key: str) -> bool:
+    """BatchNorm's step counter, which files from before PyTorch 0.4.1 and other programs do not have."""
+    return key.endswith("num_batches_tracked")
+
+
+def _listed(keys: list[str], limit: int = 20) -> str:
+    return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")

@@ -1,0 +1,47 @@
+"""Fixtures shared by all tests: small made picture folders, and the shared real sets where they are present."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """One thread: bit-equality is promised for a fixed thread count, and small nets are quicker so."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real pictures and weights; tests that need it skip where it is absent."""
+    folder = Path(os.environ.get("HEADSTART_SHARED", Path(__file__).parents[2] / "shared"))
+    if not (folder / "data").is_dir() or not (folder / "weights").is_dir():
+        pytest.skip(f"no real pictures and weights at {folder}; set HEADSTART_SHARED to point to them")
+    return folder
+
+
+def make_picture(rng: np.random.Generator, hue: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+    """A noisy picture whose strongest channel is `hue` (0, 1 or 2): classes that a small network can tell apart."""
+    width, height = size
+    pixels = rng.integers(0, 120, (height, width, 3))
+    pixels[..., hue] += 110
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three classes of twelve small JPEG pictures, without split folders."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "photos"
+    for hue, name in enumerate(("blue", "green", "red")):
+        (root / name).mkdir(parents=True)
+        for i in range(12):
+            make_picture(rng, hue).save(root / name / f"{name}{i}.jpg", quality=95)
+    return root

@@ -1,0 +1,98 @@
+"""A model that is saved and loaded is the same model; files that do not fit are refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import SPEC, TinyNet
+from torch import nn
+
+from headstart import CheckpointError, HeadSpec, HiddenLayer, create_classifier, load, save
+from headstart.classifier import Classifier
+
+HEAD = HeadSpec(pool="avg", hidden=(HiddenLayer(8, batchnorm="after", dropout=0.3),), output="sigmoid", dropout=0.2)
+
+
+@pytest.fixture
+def model() -> Classifier:
+    made = create_classifier("test_resnet", ("no", "yes"), weights="none", head=HEAD, image_size=32, fit="letterbox")
+    with torch.no_grad():  # statistics and head as training would leave them
+        for _ in range(3):
+            made.train()(torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8))
+    return made.eval()
+
+
+PICTURES = torch.randint(0, 255, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_loaded_model_gives_the_same_logits_to_the_bit(model: Classifier, tmp_path: Path) -> None:
+    save(model, tmp_path / "run")
+    again = load(tmp_path / "run")
+    assert not again.training
+    with torch.no_grad():
+        assert torch.equal(model(PICTURES), again(PICTURES))
+    assert again.class_names == ("no", "yes")
+    assert again.spec == model.spec
+    assert again.head_spec == HEAD
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_modules_of_the_users_own_are_asked_for(tmp_path: Path) -> None:
+    mine = create_classifier(TinyNet(seed=1), ("a", "b"), head=nn.Linear(8, 2), data_spec=SPEC).eval()
+    save(mine, tmp_path)
+    with pytest.raises(CheckpointError, match=r"head is a module of the user's own.*head=module"):
+        load(tmp_path, backbone=TinyNet())
+    with pytest.raises(CheckpointError, match=r"backbone is a module of the user's own"):
+        load(tmp_path, head=nn.Linear(8, 2))
+    again = load(tmp_path, backbone=TinyNet(seed=2), head=nn.Linear(8, 2))
+    x = torch.randint(0, 255, (3, 3, 16, 16), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(mine(x), again(x))
+
+
+def test_a_missing_extra_or_misshapen_tensor_is_named(model: Classifier, tmp_path: Path) -> None:
+    save(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = "head.classifier.weight"
+    for changed, message in (
+        ({k: v for k, v in tensors.items() if k != name}, f"missing: {name}"),
+        (tensors | {"head.extra": torch.zeros(1)}, "unexpected: head.extra"),
+        (tensors | {name: torch.zeros(3, 3)}, rf"{name}: \(\(3, 3\), 'F32'\) in the file"),
+        (tensors | {name: tensors[name].double()}, rf"{name}: .*'F64'\) in the file"),
+    ):
+        save_file(changed, file)
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path)
+
+
+def test_a_torn_or_foreign_file_is_refused(model: Classifier, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"No model in .*model\.json is missing"):
+        load(tmp_path)
+    save(model, tmp_path)
+    file, card = tmp_path / "model.safetensors", tmp_path / "model.json"
+    whole, text = file.read_bytes(), card.read_text()
+    for data in (whole[: len(whole) // 2], b"", b"\x80\x04pickle"):
+        file.write_bytes(data)
+        with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+            load(tmp_path)
+    file.write_bytes(whole)
+    good = json.loads(text)
+    for changed, message in (
+        ("{", "not a JSON file"),
+        ("[]", "not a model description"),
+        (json.dumps(good | {"version": 99}), "not a model description"),
+        (json.dumps(good | {"run_this": "os.system"}), "run_this"),
+        (json.dumps(good | {"head": {"pool": "middle"}}), "pool is 'middle'"),
+        (json.dumps(good | {"backbone": {"name": "os.system", "args": {}}}), "cannot be rebuilt"),
+        (json.dumps(good | {"class_names": None}), "cannot be rebuilt"),
+    ):
+        card.write_text(changed)
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path)
+    card.write_text(text)
+    load(tmp_path)

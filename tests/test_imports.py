@@ -1,0 +1,157 @@
+"""The direction of imports, read from the syntax trees; what starts without torch; what the package exports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import headstart
+
+SOURCE = Path(headstart.__file__).parent
+ROOMS = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init__")
+
+# A room imports from lower layers only; the pairs below are the ways sideways, within a layer.
+LAYERS = (
+    ("errors", "recipe"),
+    ("folders", "decode", "dataset", "transforms", "augment", "heads", "metrics", "run", "runtime", "terminal")
+    + ("tracing", "fastops"),
+    ("weights", "backbones", "classifier", "freezing", "checkpoint", "pixels", "cut", "verdicts"),
+    ("features", "evaluation", "train"),
+    ("layers", "plots", "report", "report_charts", "report_page", "report_results"),
+    ("recipes", "demo"),
+    ("cli", "cli_options"),
+)
+SIDEWAYS = {
+    ("recipe", "errors"),
+    ("dataset", "folders"),
+    ("dataset", "decode"),
+    ("transforms", "dataset"),
+    ("augment", "transforms"),
+    ("runtime", "fastops"),
+    ("backbones", "weights"),
+    ("classifier", "backbones"),
+    ("freezing", "backbones"),
+    ("freezing", "classifier"),
+    ("checkpoint", "classifier"),
+    ("evaluation", "features"),
+    ("train", "evaluation"),
+    ("train", "features"),
+    ("report", "report_charts"),
+    ("report", "report_page"),
+    ("report", "report_results"),
+    ("report_results", "report_charts"),
+    ("report_results", "report_page"),
+    ("demo", "recipes"),
+    ("cli", "cli_options"),
+}
+TORCH_FREE = ("errors", "recipe", "dataset", "metrics", "run", "terminal", "verdicts", "cli_options", "cli")
+
+
+def layer_of(room: str) -> int:
+    """The number of the layer that holds the room."""
+    for number, rooms in enumerate(LAYERS):
+        if room in rooms:
+            return number
+    pytest.fail(f"src/headstart/{room}.py has no place in LAYERS of {Path(__file__).name}: give it one")
+
+
+def imported_rooms(source: str) -> set[str]:
+    """Rooms of the package that the source text imports anywhere, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "headstart"):
+            base = ("headstart." if node.level else "") + (node.module or "")
+            # `from . import run` names rooms, `from .run import open_run` what is in one.
+            bare = base.rstrip(".") == "headstart"
+            names = [f"headstart.{alias.name}" for alias in node.names] if bare else [base]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("headstart.")}
+    return found
+
+
+IMPORTS = {room: imported_rooms((SOURCE / f"{room}.py").read_text(encoding="utf-8")) for room in ROOMS}
+
+
+def test_every_form_of_import_is_seen() -> None:
+    source = """
+from . import run, terminal as t
+from .dataset import split
+import headstart.metrics
+from headstart.heads import create_head
+from headstart import plots
+def later():
+    from .train import fit
+import numpy, os.path
+from pathlib import Path
+"""
+    assert imported_rooms(source) == {"run", "terminal", "dataset", "metrics", "heads", "plots", "train"}
+
+
+def test_every_room_has_one_place() -> None:
+    placed = [room for rooms in LAYERS for room in rooms]
+    assert sorted(placed) == ROOMS
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_to_lower_layers(room: str) -> None:
+    wrong = [
+        other
+        for other in sorted(IMPORTS[room])
+        if layer_of(other) >= layer_of(room) and (room, other) not in SIDEWAYS and (room, other) != (room, room)
+    ]
+    assert not wrong, f"{room} (layer {layer_of(room)}) imports {wrong}, which are not below it"
+
+
+def test_ways_sideways_are_used_and_make_no_circle() -> None:
+    assert all(other in IMPORTS[room] for room, other in SIDEWAYS), "a way that nobody goes: take it away"
+    assert all(layer_of(room) == layer_of(other) for room, other in SIDEWAYS)
+    left = set(SIDEWAYS)
+    while left:  # take away the rooms that import nobody in what is left; a circle never goes
+        ends = {other for _, other in left} - {room for room, _ in left}
+        assert ends, f"these import each other in a circle: {sorted(left)}"
+        left = {(room, other) for room, other in left if other not in ends}
+
+
+def run_python(code: str) -> str:
+    """What the code prints in a fresh interpreter."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_torch_free_rooms_import_without_torch() -> None:
+    code = f"""
+import sys, importlib
+sys.modules["torch"] = None  # importing it now raises
+for room in {TORCH_FREE!r}:
+    importlib.import_module("headstart." + room)
+    print(room)
+"""
+    assert run_python(code).split() == list(TORCH_FREE)
+
+
+def test_import_headstart_is_light() -> None:
+    heavy = ("torch", "numpy", "PIL", "timm", "sklearn", "matplotlib")
+    code = f"import sys, headstart; print([name for name in {heavy!r} if name in sys.modules])"
+    assert run_python(code).strip() == "[]"
+
+
+def test_exports_are_sorted_and_there() -> None:
+    assert len(headstart.__all__) > 20
+    assert headstart.__all__ == sorted(set(headstart.__all__))
+    assert dir(headstart) == headstart.__all__
+    for name in headstart.__all__:
+        assert getattr(headstart, name).__name__ == name
+        assert name not in ROOMS, f"headstart.{name} would be a function or a room, depending on what was imported"
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'fine_tun'"):
+        headstart.fine_tun  # noqa: B018

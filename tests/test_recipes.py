@@ -1,0 +1,243 @@
+"""The user's verbs from a folder of pictures to a run folder, with a network small enough to train here."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as sk
+from tiny import SPEC, TinyNet
+
+import headstart
+from headstart import (
+    CheckpointError,
+    DataError,
+    Interrupted,
+    ModelError,
+    Recipe,
+    RecipeError,
+    Stage,
+    create_classifier,
+    fine_tune,
+    fit,
+    load,
+    load_images,
+    predict_files,
+    set_freeze_line,
+    split,
+)
+from headstart.recipe import RECIPES
+
+TINY = dict(backbone="test_resnet", weights="none", spec_overrides={"image_size": 32}, precision="fp32", device="cpu")
+SHORT = Recipe(
+    stages=(
+        Stage(epochs=3, views=2, batch_size=8),
+        Stage(name="fine-tune", freeze_line="all", epochs=2, batch_size=8, lr_scale=0.01),
+    ),
+    lr=0.01,
+)
+
+
+@pytest.fixture
+def run(photos: Path, tmp_path: Path) -> headstart.FitResult:
+    return fine_tune(photos, out=tmp_path / "run", recipe=SHORT, **TINY)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_folder_holds_what_it_should_and_agrees_with_scikit_learn(
+    run: headstart.FitResult, photos: Path, tmp_path: Path
+) -> None:
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names == {
+        "model.safetensors", "model.json", "recipe.json", "environment.json", "splits.csv", "history.jsonl",
+        "metrics.json", "predictions.csv", "report.html",
+    }  # fmt: skip
+    assert Recipe.from_dict(json.loads((tmp_path / "run/recipe.json").read_text())) == SHORT
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics == json.loads(json.dumps(run.metrics))
+    assert [s["name"] for s in metrics["stages"]] == ["head", "fine-tune"]
+    predictions = rows_of(tmp_path / "run/predictions.csv")
+    assert {p["split"] for p in predictions} == {"val", "test"}
+    for name in ("val", "test"):
+        mine = [p for p in predictions if p["split"] == name]
+        labels, preds = [p["label"] for p in mine], [p["pred"] for p in mine]
+        probs = np.array([[float(p[f"p:{c}"]) for c in ("blue", "green", "red")] for p in mine])
+        assert metrics[name]["n"] == len(mine)
+        assert metrics[name]["accuracy"] == pytest.approx(sk.accuracy_score(labels, preds))
+        assert metrics[name]["log_loss"] == pytest.approx(sk.log_loss(labels, probs, labels=["blue", "green", "red"]))
+        assert metrics[name]["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(labels, preds))
+        expected = sk.precision_recall_fscore_support(labels, preds, average="weighted", zero_division=0)
+        assert metrics[name]["weighted_precision"] == pytest.approx(expected[0])
+        assert metrics[name]["weighted_recall"] == pytest.approx(expected[1])
+    splits = rows_of(tmp_path / "run/splits.csv")
+    assert len({r["path"] for r in splits}) == len(splits) == 36
+    assert all((photos / r["path"]).parent.name == r["label"] for r in splits)
+
+
+def test_the_history_is_complete_and_the_later_stage_starts_from_the_best_head(
+    run: headstart.FitResult, tmp_path: Path
+) -> None:
+    history = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["epoch"]) for r in history] == [("head", e) for e in range(4)] + [
+        ("fine-tune", e) for e in range(3)
+    ]
+    best_head = min(r["val"]["loss"] for r in history if r["stage"] == "head")
+    assert history[4]["val"]["loss"] == pytest.approx(best_head, rel=1e-4)
+    assert run.metrics["val"]["log_loss"] <= best_head * (1 + 1e-4)
+    assert run.metrics["stages"][1]["lr"] == pytest.approx(run.metrics["stages"][0]["lr"] / 100)
+
+
+def test_a_reloaded_run_predicts_what_the_run_wrote_down(
+    run: headstart.FitResult, photos: Path, tmp_path: Path
+) -> None:
+    written = [r for r in rows_of(tmp_path / "run/predictions.csv") if r["split"] == "test"]
+    again = predict_files(tmp_path / "run", [photos / r["path"] for r in written], device="cpu")
+    for old, new in zip(written, again, strict=True):
+        assert new["pred"] == old["pred"]
+        assert new["prob"] == float(old["prob"])  # to the bit: same function, same batches
+    x = torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "run")(x), run.model.eval()(x))
+
+
+def test_evaluate_run_scores_a_labelled_folder_with_the_models_class_map(
+    run: headstart.FitResult, photos: Path, tmp_path: Path
+) -> None:
+    part = tmp_path / "part"
+    (part / "red").mkdir(parents=True)
+    for path in sorted((photos / "red").iterdir())[:5]:
+        (part / "red" / path.name).write_bytes(path.read_bytes())
+    metrics = headstart.evaluate_run(tmp_path / "run", part, device="cpu")
+    assert metrics["n"] == 5
+    assert metrics["confusion"][2] == [p for p in metrics["confusion"][2]]
+    assert sum(metrics["confusion"][2]) == 5
+    (part / "purple").mkdir()
+    (part / "purple/x.jpg").write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match="purple"):
+        headstart.evaluate_run(tmp_path / "run", part, device="cpu")
+
+
+def test_an_earlier_run_lends_its_backbone_to_a_new_task(
+    run: headstart.FitResult, photos: Path, tmp_path: Path
+) -> None:
+    two = tmp_path / "two"
+    for name in ("green", "red"):
+        (two / name).mkdir(parents=True)
+        for path in (photos / name).iterdir():
+            (two / name / path.name).write_bytes(path.read_bytes())
+    head_only = replace(SHORT, stages=SHORT.stages[:1])
+    result = fine_tune(two, out=tmp_path / "run2", recipe=head_only, **(TINY | {"weights": tmp_path / "run"}))
+    old, new = run.model.backbone.state_dict(), result.model.backbone.state_dict()
+    assert old
+    assert all(torch.equal(value, new[name]) for name, value in old.items())
+    assert result.model.class_names == ("green", "red")
+
+
+def test_an_existing_run_is_kept_unless_asked(run: headstart.FitResult, photos: Path, tmp_path: Path) -> None:
+    before = (tmp_path / "run/model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="overwrite"):
+        fine_tune(photos, out=tmp_path / "run", recipe=SHORT, **TINY)
+    with pytest.raises(ModelError):
+        fine_tune(photos, out=tmp_path / "run", recipe=SHORT, overwrite=True, **(TINY | {"backbone": "no_such_net"}))
+    assert (tmp_path / "run/model.safetensors").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "run"]
+    fine_tune(photos, out=tmp_path / "run", recipe=replace(SHORT, seed=9), overwrite=True, **TINY)
+    assert (tmp_path / "run/model.safetensors").read_bytes() != before
+
+
+def test_what_is_wrong_is_found_before_training_and_leaves_nothing(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    lost = replace(SHORT, stages=(SHORT.stages[0], replace(SHORT.stages[1], freeze_line="layer9")))
+    with pytest.raises(ModelError, match="layer9"):
+        fine_tune(photos, out=out, recipe=lost, **TINY)
+    assert not out.exists()
+    (photos / "red/red0.jpg").write_bytes((photos / "red/red0.jpg").read_bytes()[:300])
+    with pytest.raises(DataError, match=r"red0\.jpg"):
+        fine_tune(photos, out=out, recipe=SHORT, **TINY)
+    assert not out.exists()
+    result = fine_tune(photos, out=out, recipe=SHORT, bad_files="skip", **TINY)
+    assert [Path(path).name for path, _ in result.metrics["data"]["bad_files"]] == ["red0.jpg"]
+    assert "red0.jpg" in (out / "report.html").read_text()
+    with pytest.raises(RecipeError, match="random weights"):
+        fine_tune(photos, recipe="scratch", **(TINY | {"weights": out}))
+
+
+def test_an_interrupt_leaves_a_usable_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from headstart import run as run_room
+
+    write = run_room.Run.append_history
+
+    def stop_in_fine_tuning(self: run_room.Run, record: dict[str, object]) -> None:
+        write(self, record)
+        if record["stage"] == "fine-tune" and record["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_room.Run, "append_history", stop_in_fine_tuning)
+    with pytest.raises(Interrupted, match=r"(?s)best state so far.*headstart evaluate .*headstart fit"):
+        fine_tune(photos, out=tmp_path / "run", recipe=SHORT, **TINY)
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["interrupted"] is True
+    assert [s["name"] for s in metrics["stages"]] == ["head"]
+    assert len(predict_files(tmp_path / "run", [photos / "red/red1.jpg"], device="cpu")) == 1
+    assert (tmp_path / "run/report.html").stat().st_size > 1000
+
+
+def test_the_steps_one_by_one(photos: Path) -> None:
+    splits = split(load_images(photos), seed=1)
+    model = create_classifier(TinyNet(), splits.class_names, data_spec=SPEC)
+    set_freeze_line(model, "head")
+    head = fit(model, splits, Stage(epochs=8, batch_size=8, views=2), lr=0.05)
+    assert head.best.loss < head.history[0]["val"]["loss"]
+    with pytest.raises(ModelError, match=r"set_freeze_line\(model, 'block'"):
+        fit(model, splits, Stage(freeze_line="block"))
+    set_freeze_line(model, "block")
+    stem = model.backbone.stem.weight.detach().clone()
+    block = model.backbone.block.weight.detach().clone()
+    tuned = fit(model, splits, Stage(freeze_line="block", epochs=2, batch_size=8), lr=1e-3, starts_trained=True)
+    assert tuned.best.loss <= head.best.loss * (1 + 1e-5)
+    assert torch.equal(stem, model.backbone.stem.weight)
+    assert tuned.best_epoch == 0 or not torch.equal(block, model.backbone.block.weight)
+    assert headstart.evaluate(model, splits.test).metrics["n"] == len(splits.test)
+    with pytest.raises(DataError, match="not the model's"):
+        headstart.evaluate(model, replace(splits.test, class_names=("x", "y", "z")))
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_named_recipe_trains(name: str, photos: Path) -> None:
+    plan = RECIPES[name]
+    plan = replace(plan, stages=tuple(replace(s, epochs=1, batch_size=8) for s in plan.stages))
+    result = fine_tune(photos, recipe=plan, limit=30, **TINY)
+    assert [s["name"] for s in result.metrics["stages"]] == [s.name for s in plan.stages]
+    assert len(result.splits.train) + len(result.splits.val) + len(result.splits.test) == 30
+    trained = result.metrics["stages"][-1]["trained"]
+    assert bool(trained) == (name != "head")
+
+
+def test_training_from_scratch_learns_batchnorm_statistics_and_fine_tuning_does_not(photos: Path) -> None:
+    for name, moves in (("scratch", True), ("fine-tune", False)):
+        plan = RECIPES[name]
+        plan = replace(plan, stages=tuple(replace(s, epochs=1, batch_size=8) for s in plan.stages))
+        net = TinyNet()
+        before = net.norm.running_mean.clone()
+        fine_tune(photos, backbone=net, data_spec=SPEC, recipe=plan, weights="none", precision="fp32")
+        assert torch.equal(before, net.norm.running_mean) != moves
+
+
+def test_the_public_names_are_sorted_and_none_is_shadowed_by_a_room() -> None:
+    import importlib
+    import types
+
+    assert headstart.__all__ == sorted(set(headstart.__all__))
+    for path in Path(headstart.__file__).parent.glob("[a-z]*.py"):
+        importlib.import_module(f"headstart.{path.stem}")
+    for name in headstart.__all__:
+        assert not isinstance(getattr(headstart, name), types.ModuleType), name

@@ -1,0 +1,160 @@
+"""Bars that are quiet when nobody watches, and tables whose columns stand under each other."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from headstart.terminal import (
+    closing_table,
+    duration,
+    figure,
+    format_table,
+    per_class_table,
+    predictions_table,
+    ranking,
+    scores_table,
+)
+
+pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
+termios = pytest.importorskip("termios", reason="no pseudo-terminals on this system")
+
+BAR = """
+import time
+from headstart.terminal import ProgressBar, say
+with ProgressBar(40, "Reading", enabled={enabled}, keep={keep}) as bar:
+    for _ in range(4):
+        time.sleep(0.15)
+        bar.note(val_loss="0.250")
+        bar.advance(10)
+    say("a line", enabled={enabled})
+"""
+SCORE: dict[str, Any] = {
+    "n": 1234, "accuracy": 0.9, "accuracy_ci95": [0.88, 0.915], "top5": None, "log_loss": 0.3,
+    "balanced_accuracy": 0.89, "majority_baseline": 0.4,
+}  # fmt: skip
+
+
+def shown_in_terminal(code: str) -> str:
+    """What the code writes to stderr when that is a terminal; stdout must stay empty."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=theirs, check=True)
+    os.close(theirs)
+    text = b""
+    try:
+        while part := os.read(ours, 65536):
+            text += part
+    except OSError:  # Linux says so that the other side is closed
+        pass
+    os.close(ours)
+    assert done.stdout == b""
+    return text.decode()
+
+
+def test_a_bar_shows_rate_and_time_left_on_a_terminal() -> None:
+    text = shown_in_terminal(BAR.format(enabled=True, keep=True))
+    assert "Reading:  50%" in text
+    assert "img/s, val_loss=0.250]" in text
+    assert "<00:00" in text
+    assert "Reading: 100%" in text.splitlines()[-1]
+    assert "\ra line\r\n" in text
+
+
+def test_a_bar_makes_room_unless_it_is_kept() -> None:
+    text = shown_in_terminal(BAR.format(enabled=True, keep=False))
+    assert "Reading:  50%" in text
+    assert text.rsplit("\r", 2)[-2].strip() == ""
+
+
+def test_a_bar_is_quiet_when_told_to_be() -> None:
+    assert shown_in_terminal(BAR.format(enabled=False, keep=True)) == ""
+
+
+def test_a_bar_is_quiet_when_stderr_is_no_terminal() -> None:
+    code = BAR.format(enabled=True, keep=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "a line\n")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"),
+        (3.24, "3.2 s"),
+        (9.97, "0:10"),
+        (59.6, "1:00"),
+        (760, "12:40"),
+        (3723, "1:02:03"),
+        (360_000, "100:00:00"),
+    ],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_figure() -> None:
+    assert [figure(v) for v in (None, "x", 12345, 0.12345, 1.0)] == ["-", "x", "12,345", "0.123", "1.000"]
+
+
+def test_columns_stand_under_each_other() -> None:
+    text = format_table(["name", "n"], [["a", "1"], ["long name", "1,000"]])
+    assert text.split("\n") == [
+        "name           n",
+        "----------------",
+        "a              1",
+        "long name  1,000",
+    ]
+
+
+def test_a_table_without_rows_is_its_header() -> None:
+    assert format_table(["name", "n"], []).split("\n") == ["name  n", "-------"]
+
+
+def test_top5_has_a_column_only_where_it_means_something() -> None:
+    assert "top-5" not in scores_table({"val": SCORE})
+    text = scores_table({"val": SCORE, "test": {**SCORE, "top5": 0.991}})
+    assert "top-5" in text
+    rows = text.split("\n")
+    assert "0.915      -     0.300" in rows[2]
+    assert "0.915  0.991     0.300" in rows[3]
+    assert rows[2].startswith("val      1,234     0.900  0.880 - 0.915")
+
+
+def test_closing_table_shows_what_there_is() -> None:
+    stage = {
+        "name": "head", "freeze_line": "last:3", "trainable_parameters": 7, "best_epoch": 0, "epochs": 3,
+        "best_val_loss": 0.5, "best_val_accuracy": 0.75, "seconds": 61.0,
+    }  # fmt: skip
+    stages = closing_table({"stages": [stage], "val": {}, "test": None})
+    assert stages.split("\n")[2:] == ["head   last:3             7      0 of 3     0.500         0.750  1:01"]
+    both = closing_table({"stages": [stage], "val": SCORE, "test": SCORE})
+    assert both.startswith(stages + "\n\n")
+    assert [row.split()[0] for row in both.split("\n")[-2:]] == ["val", "test"]
+    assert closing_table({"stages": []}) == ""
+
+
+def test_per_class_table_ends_with_the_weighted_means() -> None:
+    metrics = {
+        "n": 30, "weighted_precision": 0.5, "weighted_recall": 0.6, "weighted_f1": 0.55,
+        "per_class": [{"name": "cat", "n": 30, "precision": 0.5, "recall": None, "f1": 0.55}],
+    }  # fmt: skip
+    assert per_class_table(metrics).split("\n")[2:] == [
+        "cat                  30      0.500       -  0.550",
+        "weighted mean        30      0.500   0.600  0.550",
+    ]
+
+
+def test_predictions_are_ranked() -> None:
+    row = {"path": "a.jpg", "pred": "dog", "prob": 0.7, "probs": {"cat": 0.1, "dog": 0.7, "eel": 0.2}}
+    assert ranking(row, 2) == [("dog", 0.7), ("eel", 0.2)]
+    assert len(ranking(row, 9)) == 3
+    assert predictions_table([row], top=2).split("\n") == [
+        "picture  1.   prob   2.   prob",
+        "-------------------------------",
+        "a.jpg    dog  0.700  eel  0.200",
+    ]
