@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import SPEC, TinyNet
 from torch import nn
 
 from headstart import CheckpointError, HeadSpec, HiddenLayer, create_classifier, load, save
 from headstart.classifier import Classifier
+from tiny import SPEC, TinyNet
 
 HEAD = HeadSpec(pool="avg", hidden=(HiddenLayer(8, batchnorm="after", dropout=0.3),), output="sigmoid", dropout=0.2)
 

@@ -308,7 +308,7 @@ def test_fit_calls_fine_tune_with_what_was_given(calls: dict[str, Any], capsys: 
         "limit": 50, "device": "cpu", "precision": "fp32", "workers": 1,
     }  # fmt: skip
     out = capsys.readouterr().out
-    assert "2,562       4 of 30     0.310         0.900  1:15" in out
+    assert "head   head           2,562     4 of 30     0.310         0.900  1:15\n" in out
     assert "test        40     0.950  0.801 - 0.974" in out
     assert out.endswith("run     runs/x\nreport  runs/x/report.html\n")
 
@@ -347,6 +347,28 @@ def test_evaluate_prints_classes_and_scores(calls: dict[str, Any], capsys: pytes
     assert "test        40     0.925  0.801 - 0.974" in out
     main(["evaluate", "runs/x", "photos/test", "--json"])
     assert json.loads(capsys.readouterr().out) == METRICS
+
+
+def test_demo_ends_with_the_scores_and_the_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from headstart import demo
+
+    noted = {}
+
+    def run_demo(**options: Any) -> SimpleNamespace:
+        noted.update(inspect.signature(real).bind(**options).arguments)
+        return SimpleNamespace(
+            scores={"from scratch": METRICS, "fine-tuned": METRICS}, report_path=Path("runs/demo/report.html")
+        )
+
+    real = demo.run_demo
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    assert main(["demo", "--out", "x", "--quiet"]) == 0
+    assert noted == {"out": "x", "progress": False}
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[2:4]] == ["from scratch", "fine-tuned"]
+    assert lines[-1] == "report  runs/demo/report.html"
 
 
 def test_an_error_of_ours_is_one_message_and_exit_2(calls: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,11 +17,13 @@ ROOMS = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init
 # A room imports from lower layers only; the pairs below are the ways sideways, within a layer.
 LAYERS = (
     ("errors", "recipe"),
-    ("folders", "decode", "dataset", "transforms", "augment", "heads", "metrics", "run", "runtime", "terminal")
-    + ("tracing", "fastops"),
-    ("weights", "backbones", "classifier", "freezing", "checkpoint", "pixels", "cut", "verdicts"),
+    (
+        *("folders", "decode", "dataset", "transforms", "augment", "metrics", "run", "runtime", "terminal"),
+        *("heads", "tracing", "cut", "fastops"),
+    ),
+    ("weights", "backbones", "classifier", "freezing", "checkpoint", "pixels", "verdicts"),
     ("features", "evaluation", "train"),
-    ("layers", "plots", "report", "report_charts", "report_page", "report_results"),
+    ("summary", "plots", "report", "report_charts", "report_page", "report_results"),
     ("recipes", "demo"),
     ("cli", "cli_options"),
 )
@@ -30,7 +32,9 @@ SIDEWAYS = {
     ("dataset", "folders"),
     ("dataset", "decode"),
     ("transforms", "dataset"),
+    ("augment", "dataset"),
     ("augment", "transforms"),
+    ("fastops", "cut"),
     ("runtime", "fastops"),
     ("backbones", "weights"),
     ("classifier", "backbones"),

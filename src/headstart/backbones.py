@@ -8,7 +8,7 @@ never used.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -139,7 +139,7 @@ def _timm_spec(name: str) -> DataSpec:
         mean=tuple(values["mean"]),
         std=tuple(values["std"]),
         interpolation="bicubic" if interpolation == "random" else interpolation,
-        crop_pct=float(values["crop_pct"]),
+        crop_pct=min(1.0, float(values["crop_pct"])),
         fit=_FIT_OF_CROP_MODE.get(values["crop_mode"], "crop"),
     )
 
@@ -296,7 +296,7 @@ def _remove_behind(net: nn.Module, image_size: int, features_from: str | None, n
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     expected = _block_output(net, block, x)
     behind = {n for n, call in calls.items() if call.start > calls[block].end}
-    unused = {n for n, m in net.named_modules() if n and _owns(m) and n not in calls and not _within(n, set(calls))}
+    unused = {n for n, m in net.named_modules() if n and _owns(m) and n not in calls and not within(n, set(calls))}
     _cut_out(net, behind | unused)
     if not _same_output(net, expected, x):
         raise ModelError(
@@ -314,14 +314,15 @@ def _any_used(name: str, module: nn.Module, used: set[str]) -> bool:
     return any(f"{name}.{n}" in used for n, _ in (*module.named_parameters(), *module.named_buffers()))
 
 
-def _within(name: str, names: set[str]) -> bool:
+def within(name: str, names: Set[str]) -> bool:
+    """Whether one of the modules named stands above this one."""
     parts = name.split(".")
     return any(".".join(parts[:i]) in names for i in range(1, len(parts)))
 
 
 def _cut_out(net: nn.Module, names: set[str]) -> None:
     for name in names:
-        if not _within(name, names):
+        if not within(name, names):
             parent, _, child = name.rpartition(".")
             setattr(net.get_submodule(parent), child, PassThrough())
 

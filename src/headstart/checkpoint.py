@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from .classifier import Classifier, create_classifier
 from .errors import CheckpointError, HeadstartError
 from .recipe import HeadSpec
-from .run import replacing, to_json, write_atomic
+from .run import to_json, write_atomic
 from .transforms import DataSpec
 
 FORMAT, VERSION = "headstart-model", 1
@@ -43,8 +43,8 @@ def save(model: Classifier, folder: str | Path) -> Path:
         "versions": {name: version(name) for name in ("headstart", "torch", "timm")},
     }
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
-    with replacing(folder / "model.safetensors") as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+    # Through bytes: safetensors' own writer makes files that nobody but the user may read.
+    write_atomic(folder / "model.safetensors", to_safetensors(tensors, metadata={"format": "pt"}))
     write_atomic(folder / "model.json", to_json(card, indent=1) + b"\n")
     return folder
 

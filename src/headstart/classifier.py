@@ -13,7 +13,7 @@ from .backbones import backbone_features, backbone_map, create_backbone, overrid
 from .errors import HeadstartError, ModelError
 from .heads import create_head
 from .recipe import HeadSpec
-from .tracing import trace
+from .tracing import Trace, trace
 from .transforms import DataSpec, normalise
 
 
@@ -51,7 +51,10 @@ class Classifier(nn.Module):
         self.head_spec, self.backbone_name, self.backbone_args = head_spec, backbone_name, dict(backbone_args or {})
         self.freeze_line: Any = None
         self._kept_in_eval: tuple[nn.Module, ...] = ()
-        self.num_features = _num_features(backbone, spec, pool)
+        self._traced: tuple[Any, Trace] | None = None
+        shape = self.backbone_trace().output_shape
+        assert shape is not None
+        self.num_features = shape[1]
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Logits [N, C] for pixels [N, 3, S, S] on the 0-255 scale."""
@@ -73,6 +76,17 @@ class Classifier(nn.Module):
     def feature_map(self, pixels: torch.Tensor) -> torch.Tensor:
         """The backbone's feature map [N, C, H, W] before pooling, whatever layout the network itself uses."""
         return backbone_map(self.backbone, self._enter(pixels))
+
+    def backbone_trace(self) -> Trace:
+        """What one pass through the backbone to its features does; watched again only when its modules change.
+
+        Raises:
+            ModelError: the backbone does not run on pictures of the spec's size, or gives no features.
+        """
+        key = (self.spec.image_size, self.pool, tuple((n, id(m)) for n, m in self.backbone.named_modules()))
+        if self._traced is None or self._traced[0] != key:
+            self._traced = (key, _trace_features(self.backbone, self.spec.image_size, self.pool))
+        return self._traced[1]
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for everything behind the freeze line; what stands in front stays in evaluation mode."""
@@ -216,18 +230,13 @@ def _looks_normalised(pixels: torch.Tensor) -> bool:
     return low < 0 or (high <= 1.5 and high > low)
 
 
-def _num_features(backbone: nn.Module, spec: DataSpec, pool: str) -> int:
-    shape = (1, 3, spec.image_size, spec.image_size)
+def _trace_features(backbone: nn.Module, size: int, pool: str) -> Trace:
     try:
-        seen = trace(backbone, lambda net, x: backbone_features(net, x, pool), shape)
+        return trace(backbone, lambda net, x: backbone_features(net, x, pool), (1, 3, size, size))
     except HeadstartError:
         raise
     except Exception as error:  # a module of the user's may raise anything
-        raise ModelError(
-            f"{type(backbone).__name__} does not run on pictures of {spec.image_size} x {spec.image_size}: {error}"
-        ) from error
-    assert seen.output_shape is not None
-    return seen.output_shape[1]
+        raise ModelError(f"{type(backbone).__name__} does not run on pictures of {size} x {size}: {error}") from error
 
 
 def _check_head(head: nn.Module, num_features: int, num_classes: int) -> None:

@@ -26,10 +26,11 @@ from .cli_options import (
     add_recipe_options,
     add_stage_options,
     apply_overrides,
+    override_head,
     picture_overrides,
 )
-from .errors import HeadstartError, Interrupted, RecipeError, near_matches
-from .recipe import load_recipe
+from .errors import DataError, HeadstartError, Interrupted, RecipeError, near_matches
+from .recipe import HeadSpec, load_recipe
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -133,7 +134,7 @@ def _fit(args: argparse.Namespace) -> int:
         **_given(args, "device", "precision", "workers"),
     )
     print(terminal.closing_table(result.metrics))
-    print(f"\nrun     {result.run_path}\nreport  {result.report_path}")
+    print(f"\nrun     {_short(result.run_path)}\nreport  {_short(result.report_path)}")
     return 0
 
 
@@ -146,6 +147,12 @@ def default_run_path(photos: str, backbone: str, *, overwrite: bool = False) -> 
         number += 1
         path = base.with_name(f"{base.name}-{number}")
     return path
+
+
+def _short(path: Path | None) -> str:
+    """A path below the working folder relative to it, any other as it is."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path and path.is_relative_to(here) else path)
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -194,6 +201,8 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
 def _predict(args: argparse.Namespace) -> int:
     if args.top is not None and args.top < 1:
         raise RecipeError(f"--top is {args.top}; it takes a whole number from 1.")
+    if args.csv and not Path(args.csv).parent.is_dir():
+        raise DataError(f"--csv is {args.csv}, but there is no folder {Path(args.csv).parent}. Make it first.")
     from . import recipes
     from .dataset import list_image_files, map_threads
     from .decode import bad_reason
@@ -201,7 +210,8 @@ def _predict(args: argparse.Namespace) -> int:
     files = list_image_files(args.paths)
     reasons = map_threads(bad_reason, files, workers=args.workers or 0)
     good = [path for path, reason in zip(files, reasons, strict=True) if reason is None]
-    rows = recipes.predict_files(args.model, good, progress=True, **_given(args, "device", "precision", "workers"))
+    machine = _given(args, "device", "precision", "workers")
+    rows = recipes.predict_files(args.model, good, progress=True, **machine) if good else []
     for path, reason in zip(files, reasons, strict=True):
         if reason is not None:
             print(f"headstart predict: {path} cannot be read: {reason}", file=sys.stderr)
@@ -213,35 +223,11 @@ def _print_predictions(rows: Sequence[Mapping[str, Any]], args: argparse.Namespa
     if args.csv:
         from .run import to_csv, write_atomic
 
-        write_atomic(args.csv, to_csv(*_csv_rows(rows, args.top)))
+        write_atomic(args.csv, to_csv(*terminal.predictions_csv(rows, top=args.top)))
     elif args.json:
-        print(json.dumps([_json_row(row, args.top) for row in rows], indent=1, ensure_ascii=False))
+        print(json.dumps(terminal.predictions_json(rows, top=args.top), indent=1, ensure_ascii=False))
     elif rows:
         print(terminal.predictions_table(rows, top=args.top or 1))
-
-
-def _json_row(row: Mapping[str, Any], top: int | None) -> dict[str, Any]:
-    """All classes' probabilities, or with `--top` the most probable ones in order."""
-    if top is None:
-        return dict(row)
-    best = [{"class": name, "prob": prob} for name, prob in terminal.ranking(row, top)]
-    return {"path": row["path"], "pred": row["pred"], "prob": row["prob"], "top": best}
-
-
-def _csv_rows(rows: Sequence[Mapping[str, Any]], top: int | None) -> tuple[list[str], list[list[str]]]:
-    """A column for each class, as in a run's predictions.csv; with `--top` the second, third, ... behind the first."""
-    if top is None:
-        names = list(rows[0]["probs"]) if rows else []
-        header = ["path", "pred", "prob", *(f"p:{name}" for name in names)]
-        return header, [
-            [row["path"], row["pred"], repr(row["prob"]), *(repr(row["probs"][name]) for name in names)] for row in rows
-        ]
-    places = min(top, len(rows[0]["probs"])) if rows else 1
-    header = ["path", "pred", "prob", *(name for n in range(2, places + 1) for name in (f"pred_{n}", f"prob_{n}"))]
-    return header, [
-        [row["path"], *(cell for name, prob in terminal.ranking(row, top) for cell in (name, repr(prob)))]
-        for row in rows
-    ]
 
 
 # ---- summary, preview, demo ------------------------------------------------------------------------------------
@@ -249,20 +235,56 @@ def _csv_rows(rows: Sequence[Mapping[str, Any]], top: int | None) -> tuple[list[
 
 def _summary_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="BACKBONE|RUN", help="a timm model's name, or a run folder")
+    parser.add_argument("--freeze-line", metavar="WHERE", help="draw it here: head, all, last:N or a block")
+    parser.add_argument("--batchnorm", metavar="MODE", help="of the backbone behind the line: fixed, frozen or train")
+    parser.add_argument("--classes", type=int, metavar="N", help="put a head for N classes on the backbone")
+    parser.add_argument("--image-size", type=int, metavar="PX", help="side of the input (default: the backbone's own)")
+    add_head_options(parser)
 
 
 def _summary(args: argparse.Namespace) -> int:
+    _refuse_idle_options(args)
+    head = override_head(HeadSpec(), vars(args))
+    from .summary import summary
+
+    given = _given(args, "freeze_line", "batchnorm", "image_size")
+    print(summary(args.model, head=head, num_classes=args.classes, **given).text())
     return 0
+
+
+def _refuse_idle_options(args: argparse.Namespace) -> None:
+    """An option that would change nothing is an error, not a silent no."""
+    is_folder = Path(args.model).is_dir()
+    of_head = ("hidden", "head_batchnorm", "head_dropout", "output")
+    idle = _given(args, *of_head) if args.classes is None or is_folder else {}
+    if is_folder:
+        idle |= _given(args, "classes", "image_size", "pool", "features_from")
+    if idle:
+        flags = ", ".join("--" + name.replace("_", "-") for name in idle)
+        why = "a run folder has its own head and image size" if is_folder else "without --classes there is no head"
+        raise RecipeError(f"summary {args.model}: {flags} would change nothing, since {why}. Leave it out.")
 
 
 def _preview_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photos", metavar="PHOTOS", help="folder with one folder per class, or with train/val/test")
-    parser.add_argument("--out", metavar="FILE", help="picture to write")
+    parser.add_argument("--out", metavar="FILE", help="png, jpg, pdf or svg (default: preview.png)")
+    parser.add_argument("--backbone", metavar="NAME", help=f"for its preparation (default: {DEFAULT_BACKBONE})")
+    parser.add_argument("--seed", type=int, metavar="N", help="which pictures, and how they are changed")
     add_augment_option(parser)
     add_picture_options(parser)
 
 
 def _preview(args: argparse.Namespace) -> int:
+    recipe = apply_overrides(load_recipe(DEFAULT_RECIPE), {"augment": args.augment})
+    overrides = picture_overrides(vars(args))
+    from .backbones import create_backbone, override_spec
+    from .dataset import load_images
+    from .plots import preview_sheet
+
+    _, spec = create_backbone(args.backbone or DEFAULT_BACKBONE, weights="none", image_size=overrides.get("image_size"))
+    table = load_images(args.photos, check=False)
+    spec = override_spec(spec, **overrides)
+    print(preview_sheet(table, spec, recipe.augment, args.out or "preview.png", **_given(args, "seed")))
     return 0
 
 
@@ -277,7 +299,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     result = demo.run_demo(progress=not args.quiet, **_given(args, "out", "seed"))
     print(terminal.scores_table(result.scores))
-    print(f"\nreport  {result.report_path}")
+    print(f"\nreport  {_short(result.report_path)}")
     return 0
 
 

@@ -240,7 +240,7 @@ def apply_overrides(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     }
     if options.get("augment") is not None:
         changes["augment"] = read_augment(options["augment"])
-    return replace(recipe, **changes, head=_head(recipe.head, options), stages=_stages(recipe, options))
+    return replace(recipe, **changes, head=override_head(recipe.head, options), stages=_stages(recipe, options))
 
 
 def _stages(recipe: Recipe, options: Mapping[str, Any]) -> tuple[Stage, ...]:
@@ -270,7 +270,8 @@ def _per_stage(flag: str, text: str, recipe: Recipe) -> list[str]:
     return parts
 
 
-def _head(head: HeadSpec, options: Mapping[str, Any]) -> HeadSpec:
+def override_head(head: HeadSpec, options: Mapping[str, Any]) -> HeadSpec:
+    """The head with every given option put in its place; see `apply_overrides`."""
     changes: dict[str, Any] = {
         name: options[name] for name in ("pool", "output", "features_from") if options.get(name) is not None
     }

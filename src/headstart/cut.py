@@ -33,7 +33,7 @@ _LEAVES: tuple[type[nn.Module], ...] = (
 )
 
 
-class _Whole(nn.Module):
+class Whole(nn.Module):
     """The backbone with the forward that is asked for, as something a tracer can start from."""
 
     def __init__(self, net: nn.Module, forward: Forward) -> None:
@@ -61,5 +61,5 @@ def trace(net: nn.Module, forward: Forward) -> tuple[nn.Module, fx.Graph]:
     The graph is that of the modes the modules are in: what asks for `self.training` in the middle of a forward is
     decided now. Normalisation, dropout and drop-path modules are called as they are and keep their own modes.
     """
-    whole = _Whole(net, forward)
+    whole = Whole(net, forward)
     return whole, _Tracer().trace(whole)

@@ -353,9 +353,14 @@ def _class_map(
     if class_names is not None:
         names = tuple(class_names)
         owner = "the imposed class map"
-    else:
+    elif "train" in splits or "" in splits:
         names = tuple(sorted(splits.get("train", splits.get("", {})), key=natural_key))
-        owner = "the training folder" if "train" in splits else shown
+        owner = "the training folder"
+    else:
+        raise DataError(
+            f"{shown}: there are folders for {' and '.join(splits)}, but no split folder 'train' to learn from. "
+            "Add it, or pass one of the folders by itself."
+        )
     for split_name, classes in splits.items():
         for name in classes:
             if name not in names:
@@ -422,4 +427,4 @@ def _permutation(n: int, stream: np.random.Philox) -> npt.NDArray[np.int64]:
 
 
 def _word(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogateescape")).digest()[:8], "little")

@@ -37,7 +37,7 @@ class Evaluation:
     @property
     def preds(self) -> np.ndarray:
         """The most probable class id of each picture, [N]."""
-        return self.probs.argmax(axis=1)
+        return np.asarray(self.probs.argmax(axis=1))
 
 
 def predict_logits(

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backbones import backbone_features, block_aliases
+from .backbones import block_aliases
 from .classifier import Classifier
 from .errors import ModelError, near_matches
 from .recipe import BATCHNORM_MODES
-from .tracing import Trace, trace
+from .tracing import Trace
 
 _STATISTICS = ("running_mean", "running_var")
 
@@ -66,8 +66,11 @@ class FreezeLine:
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """A module with parameters of its own and none below it, or a single parameter of a module that has both."""
+class Layer:
+    """A module with parameters of its own and none below it, or a single parameter of a module that has both.
+
+    start: position in the trace at which it is first needed. parameters: full names.
+    """
 
     name: str
     start: int
@@ -80,15 +83,11 @@ def backbone_layers(model: Classifier) -> tuple[str, ...]:
     A parameter that a block holds itself (ViT's `pos_embed`, ConvNeXt's `gamma`) is a layer of its own name.
     Parameters that the forward pass never reads are not layers; they are never trained.
     """
-    return tuple(layer.name for layer in _layers(model.backbone, _trace(model)))
+    return tuple(layer.name for layer in layers_in_order(model.backbone, model.backbone_trace()))
 
 
-def _trace(model: Classifier) -> Trace:
-    shape = (1, 3, model.spec.image_size, model.spec.image_size)
-    return trace(model.backbone, lambda net, x: backbone_features(net, x, model.pool), shape)
-
-
-def _layers(net: nn.Module, seen: Trace) -> list[_Layer]:
+def layers_in_order(net: nn.Module, seen: Trace) -> list[Layer]:
+    """The layers of a traced module that own parameters, by their first use."""
     calls = seen.first_calls()
     layers = []
     for name, module in net.named_modules():
@@ -97,14 +96,14 @@ def _layers(net: nn.Module, seen: Trace) -> list[_Layer]:
         if not used:
             continue
         if len(own) < len(list(module.parameters())):  # children have some as well
-            layers += [_Layer(n, seen.first_use[n], (n,)) for n in used]
+            layers += [Layer(n, seen.first_use[n], (n,)) for n in used]
         else:
             start = min(seen.first_use[n] for n in used)
-            layers.append(_Layer(name, min(start, calls[name].start) if name in calls else start, tuple(own)))
+            layers.append(Layer(name, min(start, calls[name].start) if name in calls else start, tuple(own)))
     return sorted(layers, key=lambda layer: layer.start)
 
 
-def _line_position(model: Classifier, layers: list[_Layer], where: str) -> int:
+def _line_position(model: Classifier, layers: list[Layer], where: str) -> int:
     """The number of layers in front of the line."""
     if where == "head":
         return len(layers)
@@ -170,14 +169,23 @@ def set_freeze_line(model: Classifier, where: str, *, batchnorm: str = "fixed") 
     Raises:
         ModelError: the pattern selects nothing, N is out of range, or nothing would be trained.
     """
+    line = place_line(model, where, batchnorm=batchnorm)
+    if not line.trainable_parameters:
+        raise ModelError(f"With the freeze line at {where!r} nothing would be trained: the head has no parameters.")
+    return line
+
+
+def place_line(model: Classifier, where: str, *, batchnorm: str = "fixed") -> FreezeLine:
+    """`set_freeze_line` also where nothing is left to train: a backbone alone, as a table shows it."""
     if batchnorm not in BATCHNORM_MODES:
         raise ModelError(
             f"batchnorm is {batchnorm!r}; allowed: {', '.join(BATCHNORM_MODES)}."
             f"{near_matches(batchnorm, BATCHNORM_MODES)}"
         )
-    net, seen = model.backbone, _trace(model)
-    layers = _layers(net, seen)
+    net, seen = model.backbone, model.backbone_trace()
+    layers = layers_in_order(net, seen)
     position = _line_position(model, layers, where)
+    _check_pure(net, [layer.name for layer in layers[:position]])
     behind = layers[position:]
     norms = {id(p) for m in net.modules() if is_batchnorm(m) for p in m.parameters(recurse=False)}
     trained = {n for layer in behind for n in layer.parameters}
@@ -185,12 +193,21 @@ def set_freeze_line(model: Classifier, where: str, *, batchnorm: str = "fixed") 
         parameter.requires_grad_(name in trained and not (batchnorm == "frozen" and id(parameter) in norms))
     for parameter in model.head.parameters():
         parameter.requires_grad_(True)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ModelError(f"With the freeze line at {where!r} nothing would be trained: the head has no parameters.")
     start = behind[0].start if behind else None
     model.plan_modes(_kept_in_eval(net, seen, start, batchnorm))
     model.freeze_line = _describe(model, where, batchnorm, layers, position)
     return model.freeze_line  # type: ignore[no-any-return]
+
+
+def _check_pure(net: nn.Module, frozen: list[str]) -> None:
+    for name in frozen:
+        module = dict(net.named_modules()).get(name)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ModelError(
+                f"{name} ({type(module).__name__}) keeps no running statistics, so that its output depends on the "
+                "other pictures of the batch; in front of the freeze line outputs must depend on the picture alone. "
+                "Build it with track_running_stats=True, or set the line in front of it."
+            )
 
 
 def _kept_in_eval(net: nn.Module, seen: Trace, line: int | None, batchnorm: str) -> list[nn.Module]:
@@ -222,7 +239,7 @@ def _tensor_names(module: nn.Module) -> list[str]:
     return [n for n, _ in (*module.named_parameters(), *module.named_buffers())]
 
 
-def _describe(model: Classifier, where: str, batchnorm: str, layers: list[_Layer], position: int) -> FreezeLine:
+def _describe(model: Classifier, where: str, batchnorm: str, layers: list[Layer], position: int) -> FreezeLine:
     names = [layer.name for layer in layers]
     counts = {True: 0, False: 0}
     for parameter in model.parameters():
@@ -325,6 +342,7 @@ class Contract:
                 "This stage would train nothing. Move the freeze line back: set_freeze_line(model, 'head')."
             )
         self._check_optimizer()
+        self._check_line()
         self._frozen = dict(_fixed_tensors(model))
         self._versions = {n: t._version for n, t in self._frozen.items()}
         self._digests = {n: (tensors_digest([(n, t)]), _size(t)) for n, t in self._frozen.items()}
@@ -390,6 +408,20 @@ class Contract:
         ]
         if wrong:
             raise ModelError(f"What is trainable is not what the optimiser holds. {'; '.join(wrong)}.")
+
+    def _check_line(self) -> None:
+        """By hand, less may be trained than stands behind the line, but nothing in front of it."""
+        front = set(self._line.frozen) if self._line else set()
+        wrong = [
+            n
+            for n, p in self.model.backbone.named_parameters()
+            if p.requires_grad and (n in front or n.rpartition(".")[0] in front)
+        ]
+        if wrong:
+            raise ModelError(
+                f"{_listed(f'backbone.{n}' for n in wrong)} would be trained in front of the freeze line "
+                f"({self._line.where}). Move the line instead of requires_grad."
+            )
 
 
 def _fixed_tensors(model: Classifier) -> Iterable[tuple[str, torch.Tensor]]:

@@ -139,8 +139,7 @@ def _verdicts(run: RunRecord) -> str:
 
 
 def _curves(run: RunRecord) -> str:
-    stages = run.metrics.get("stages") or []
-    lines = [str(stage.get("freeze_line", "")) for stage in stages]
+    lines = [str(stage.get("freeze_line", "")) for stage in run.recipe.get("stages") or []]
     baseline = (run.metrics.get("val") or {}).get("majority_baseline")
     drawn = [
         (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .verdicts import Record, figure, kept_record, stage_attempts
+from .verdicts import Record, axis_range, figure, kept_record, stage_attempts
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 44.0, 42.0
 _WIDTH, _HEIGHT = 520.0, 316.0
@@ -81,7 +81,7 @@ def curves(
     values = [figure(r, s, quantity) for r in history for s in ("train", "val")]
     if not np.isfinite(values).any():
         return ""
-    frame = _frame(stages, quantity, share=quantity != "loss")
+    frame = _frame(stages, quantity)
     parts = [_axes(frame, share=quantity != "loss")]
     parts += [_stage_label(frame, i, stages[i][0][0], freeze_lines) for i in range(len(stages))]
     if baseline is not None and frame.low < baseline < frame.high:
@@ -100,32 +100,15 @@ def curves(
 _NAMES = {"loss": "Loss", "accuracy": "Accuracy", "top5": "Top-5 accuracy"}
 
 
-def _frame(stages: Sequence[Sequence[Sequence[Record]]], quantity: str, *, share: bool) -> _Frame:
+def _frame(stages: Sequence[Sequence[Sequence[Record]]], quantity: str) -> _Frame:
     epochs = tuple(max(1, *(int(r.get("epoch", 0)) for a in attempts for r in a)) for attempts in stages)
     room = _WIDTH - _LEFT - _RIGHT - _GAP * (len(stages) - 1)
     # The square root keeps a short stage readable beside a long one.
     weights = np.sqrt(np.array(epochs, dtype=float) + 1)
     widths = room * weights / weights.sum()
     lefts = _LEFT + np.concatenate([[0.0], np.cumsum(widths[:-1] + _GAP)])
-    low, high = _limits(stages, quantity, share=share)
+    low, high = axis_range(stages, quantity)
     return _Frame(tuple((float(a), float(a + w)) for a, w in zip(lefts, widths, strict=True)), epochs, low, high)
-
-
-def _limits(stages: Sequence[Sequence[Sequence[Record]]], quantity: str, *, share: bool) -> tuple[float, float]:
-    """Axis limits that show the trained states well: an untrained start and a collapse may run out of the frame."""
-
-    def values(records: Sequence[Record]) -> NDArray[np.float64]:
-        found = np.array([figure(r, split, quantity) for r in records for split in ("train", "val")])
-        return np.asarray(found[np.isfinite(found)], dtype=np.float64)
-
-    counted = values([r for attempts in stages for r in attempts[-1]])
-    settled = values([r for attempts in stages for r in attempts[-1][len(attempts[-1]) // 2 :]])
-    if not len(settled):
-        return 0.0, 1.0
-    if share:
-        low = max(float(counted.min()), 1 - 4 * (1 - float(settled.min())))
-        return min(0.9, max(0.0, math.floor((low - 0.02) * 10) / 10)), 1.0
-    return 0.0, max(1.05 * min(float(counted.max()), 4 * float(settled.max())), 1e-3)
 
 
 def _axes(frame: _Frame, *, share: bool) -> str:
@@ -331,7 +314,9 @@ def confusion_map(confusion: NDArray[np.int64], class_names: Sequence[str]) -> s
         f"Confusion matrix of {classes} classes: {int(np.trace(confusion))} of {int(confusion.sum())} on the diagonal"
     )
     svg = _svg(width, height, "".join(parts) + frame, title, class_="chart confusion")
-    return svg.replace('style="max-width', f'style="min-width:{min(width, 1060) * 0.62:.0f}px;max-width')
+    return svg.replace(
+        'style="max-width', f'style="min-width:{width * (0.85 if classes > 40 else 0.62):.0f}px;max-width'
+    )
 
 
 def log_shades(confusion: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -76,7 +76,7 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabu
 th { font-weight: 600; color: var(--soft); font-size: .82rem; text-align: left; vertical-align: bottom; }
 th, td { padding: 6px 14px 6px 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 tbody th { color: var(--ink); font-size: inherit; font-weight: 500; overflow-wrap: anywhere; min-width: 7em; }
-td.n, th.n { text-align: right; white-space: nowrap; } td.iv { white-space: nowrap; } td .soft { font-size: .88em; }
+td.n, th.n { text-align: right; } td.n { white-space: nowrap; } td .soft { font-size: .88em; }
 tfoot td, tfoot th { border-bottom: 0; font-weight: 600; color: var(--ink); font-size: inherit; }
 details { margin: 14px 0; } summary { cursor: pointer; color: var(--val); font-weight: 600; }
 .mistakes { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 24px 20px; margin: 0;
@@ -100,6 +100,7 @@ footer { margin-top: 56px; color: var(--soft); font-size: .85rem; border-top: 1p
 @media print {
   body { font-size: 11pt; } main { max-width: none; padding: 0; } h2 { margin-top: 24pt; break-after: avoid; }
   h3, figcaption { break-after: avoid; } figure, tr, li, .headline { break-inside: avoid; }
+  table { font-size: 8.5pt; } svg.strip { width: 110px; }
   .wide { overflow: visible; } .broad { width: auto; margin-left: 0; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   details::details-content { content-visibility: visible; display: block; } details > summary { color: var(--ink); }

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError
+from .errors import CheckpointError, DataError
 from .report_charts import confusion_map, interval_bar, shade_legend
 from .report_page import NONE, details, esc, percent, section, span, table, wide
 from .run import RunRecord
@@ -23,6 +23,7 @@ SPLITS = {"train": "training", "val": "validation", "test": "test"}
 
 
 def confusion_section(scored: Mapping[str, Any], split: str) -> str:
+    """Heat map and most frequent mistakes of one split; empty where it was not scored."""
     if not scored:
         return ""
     confusion, names = np.array(scored["confusion"], dtype=np.int64), [row["name"] for row in scored["per_class"]]
@@ -48,6 +49,7 @@ def confusion_section(scored: Mapping[str, Any], split: str) -> str:
 
 
 def per_class_section(scored: Mapping[str, Any], split: str) -> str:
+    """Recall with its interval, precision and F1 of each class, weakest first."""
     if not scored:
         return ""
     header = ("Class", "Pictures", "Recall", "95 % interval", "Precision", "F1")
@@ -87,44 +89,43 @@ def _class_row(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def mistakes_section(run: RunRecord, split: str) -> str:
-    rows = [row for row in run.predictions if row["split"] == split]
+    """The wrong answers of a split that were furthest off, with their pictures.
+
+    Raises:
+        CheckpointError: predictions.csv holds no probabilities where they should stand.
+    """
+    rows = [row for row in run.predictions if row.get("split") == split]
     if not rows:
         return ""
-    wrong = [row for row in rows if row["label"] != row["pred"]]
+    try:
+        wrong = [(float(row[f"p:{row['label']}"]), row) for row in rows if row["label"] != row["pred"]]
+        wrong.sort(key=lambda pair: (pair[0], pair[1]["path"]))
+        root = (run.metrics.get("data") or {}).get("root")
+        items = [_mistake(row, true_prob, Path(root) if root else None) for true_prob, row in wrong[:MISTAKES]]
+    except (KeyError, TypeError, ValueError) as error:
+        file = run.path / "predictions.csv"
+        raise CheckpointError(f"{file}: a row of it cannot be read ({error!r}). Evaluate the model again.") from None
     if not wrong:
         return section("Worst mistakes", f"<p>None: all {len(rows):,} {SPLITS[split]} pictures are right.</p>")
-    wrong.sort(key=lambda row: (_true_prob(row), row["path"]))
-    root = Path((run.metrics.get("data") or {}).get("root") or ".")
-    items = [_mistake(row, root) for row in wrong[:MISTAKES]]
-    gone = (
-        ""
-        if root.is_dir()
-        else f" The pictures are no longer at <code>{esc(root)}</code>, so only their names are shown."
-    )
-    which = (
-        f"All {len(wrong):,} wrong answers"
-        if len(items) == len(wrong)
-        else f"{len(items)} of {len(wrong):,} wrong answers"
-    )
+    which = f"{len(items)} of {len(wrong):,}" if len(items) < len(wrong) else f"All {len(wrong):,}"
+    gone = ""
+    if root and not Path(root).is_dir():
+        gone = f" The pictures are no longer at <code>{esc(root)}</code>, so only their names are shown."
     note = (
-        f'<p class="note">{which}, those first that gave the true class the least probability (in brackets). '
-        f"Some may be labels that are wrong.{gone}</p>"
+        f'<p class="note">{which} wrong answers, those first that gave the true class the least probability (in '
+        f"brackets). Some may be labels that are wrong.{gone}</p>"
     )
     return section("Worst mistakes", note, f'<ul class="mistakes">{"".join(items)}</ul>')
 
 
-def _true_prob(row: Mapping[str, str]) -> float:
-    return float(row.get(f"p:{row['label']}") or 0.0)
-
-
-def _mistake(row: Mapping[str, str], root: Path) -> str:
-    data = _thumbnail(root, row["path"])
-    alt = f"{row['label']}, taken for {row['pred']}"
-    image = (
-        f'<img src="{data}" alt="{esc(alt)}" loading="lazy">' if data else '<div class="gone">picture not found</div>'
-    )
+def _mistake(row: Mapping[str, str], true_prob: float, root: Path | None) -> str:
+    data = _thumbnail(root, row["path"]) if root else None
+    image = '<div class="gone">picture not found</div>'
+    if data:
+        words = esc(f"{row['label']}, taken for {row['pred']}")
+        image = f'<img src="{data}" alt="{words}" loading="lazy">'
     return (
-        f"<li>{image}<strong>{esc(row['label'])}</strong> ({percent(_true_prob(row))})<br>taken for "
+        f"<li>{image}<strong>{esc(row['label'])}</strong> ({percent(true_prob)})<br>taken for "
         f"<strong>{esc(row['pred'])}</strong> ({percent(float(row['prob']))})"
         f'<div class="path">{esc(row["path"])}</div></li>'
     )
@@ -148,6 +149,7 @@ def _thumbnail(root: Path, relative: str) -> str | None:
 
 
 def data_section(run: RunRecord) -> str:
+    """Pictures per class and split, and the files that were left out."""
     data = run.metrics.get("data") or {}
     counts: Mapping[str, Mapping[str, int]] = data.get("class_counts") or {}
     splits = [split for split in ("train", "val", "test") if split in counts]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .backbones import backbone_features, create_backbone
+from .backbones import create_backbone, within
 from .classifier import Classifier
-from .errors import ModelError
-from .freezing import count_statistics, set_freeze_line
+from .freezing import count_statistics, layers_in_order, place_line
 from .heads import create_head
-from .recipe import HeadSpec
-from .tracing import Trace, trace
+from .recipe import HeadSpec, load_recipe
+from .tracing import Call, Trace, trace
 
 _COLUMNS = ("layer", "type", "output", "parameters", "trained", "frozen", "statistics")
 
@@ -27,10 +26,11 @@ class Row:
     name: str
     type: str
     output_shape: tuple[int, ...] | None
-    parameters: int
-    trainable: int
-    frozen: int
-    statistics: int
+    parameters: int = 0
+    trainable: int = 0
+    frozen: int = 0
+    statistics: int = 0
+    part: str = "backbone"
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,22 @@ def summary(
         from .checkpoint import load
 
         model = load(what)
+        if freeze_line is None:
+            freeze_line, batchnorm = _last_line(Path(what))
     else:
         model = _from_name(str(what), head or HeadSpec(), num_classes, image_size)
+        freeze_line = freeze_line or "all"
     if freeze_line is not None:
-        if num_classes is None and model.backbone_is_whole:
-            pass
-        set_freeze_line(model, freeze_line, batchnorm=batchnorm)
+        place_line(model, freeze_line, batchnorm=batchnorm)
     return make_summary(model)
+
+
+def _last_line(run: Path) -> tuple[str, str]:
+    """Where the run's last stage had its freeze line, and its BatchNorm mode; everything is trainable without one."""
+    if not (run / "recipe.json").is_file():
+        return "all", "fixed"
+    stage = load_recipe(run / "recipe.json").stages[-1]
+    return stage.freeze_line, stage.batchnorm
 
 
 def _from_name(name: str, head: HeadSpec, num_classes: int | None, image_size: int | None) -> Classifier:
@@ -134,9 +143,65 @@ def _from_name(name: str, head: HeadSpec, num_classes: int | None, image_size: i
 
 def make_summary(model: Classifier) -> Summary:
     """Tabulate a classifier as it is."""
-    spec, line = model.spec, model.freeze_line
-    shape = (1, 3, spec.image_size, spec.image_size)
-    seen = trace(model.backbone, lambda net, x: backbone_features(net, x, model.pool), shape)
-    rows = _rows(model.backbone, seen)
-    front = sum(row.trainable == 0 for row in rows) if line else None
-    raise NotImplementedError
+    size = model.spec.image_size
+    through_head = trace(model.head, lambda head, x: head(x), (1, model.num_features))
+    backbone = [Row("input", "pixels", (3, size, size)), *_rows(model.backbone, model.backbone_trace())]
+    if model.pool != "backbone":
+        backbone.append(Row("pool", model.pool, (model.num_features,)))
+    head = [replace(row, part="head") for row in _rows(model.head, through_head)]
+    used = sum(row.parameters for row in (*backbone, *head))
+    unused = sum(p.numel() for p in model.parameters()) - used
+    if unused:
+        backbone.append(Row("(never used)", "", None, unused, 0, unused))
+    line = model.freeze_line
+    front = None
+    if line is not None:
+        names = [row.name for row in backbone]
+        front = names.index(line.trained[0]) if line.trained else len(backbone)
+    return Summary(
+        title=f"{model.backbone_name or type(model.backbone).__name__} at {size} x {size}",
+        rows=(*backbone, *head),
+        line=front,
+        line_label="" if line is None else f"{line.where} (BatchNorm {line.batchnorm})",
+    )
+
+
+def _rows(net: nn.Module, seen: Trace) -> list[Row]:
+    """Layers with parameters or statistics, and what else changes the shape (pooling), in order of execution."""
+    calls, modules, parameters = seen.first_calls(), dict(net.named_modules()), dict(net.named_parameters())
+    found: list[tuple[int, Row]] = []
+    layers = layers_in_order(net, seen)
+    for layer in layers:
+        count = sum(parameters[n].numel() for n in layer.parameters)
+        trained = sum(parameters[n].numel() for n in layer.parameters if parameters[n].requires_grad)
+        module = modules.get(layer.name)
+        kind = "parameter" if module is None else type(module).__name__
+        shape = _shape(calls[layer.name]) if layer.name in calls else None
+        statistics = 0 if module is None else count_statistics(module)
+        found.append((layer.start, Row(layer.name, kind, shape, count, trained, count - trained, statistics)))
+    shown = {layer.name for layer in layers if layer.name in modules}
+    for name, call in sorted(calls.items(), key=lambda item: item[0].count(".")):
+        module = modules[name]
+        if next(module.parameters(), None) is not None or within(name, shown):
+            continue
+        statistics = count_statistics(module)
+        if statistics or call.input_shape != call.output_shape:
+            shown.add(name)
+            found.append((call.start, Row(name, type(module).__name__, _shape(call), statistics=statistics)))
+    return [row for _, row in sorted(found, key=lambda item: item[0])]
+
+
+def _shape(call: Call) -> tuple[int, ...] | None:
+    return None if call.output_shape is None else call.output_shape[1:]
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    shape = "" if row.output_shape is None else " x ".join(map(str, row.output_shape))
+    name = f"[head] {row.name}" if row.part == "head" else row.name
+    numbers = (row.parameters, row.trainable, row.frozen, row.statistics)
+    return (name, row.type, shape, *(f"{n:,}" if n else "" for n in numbers))
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    parts = [c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+    return "  ".join(parts).rstrip()

@@ -1,4 +1,4 @@
-"""What the terminal shows: progress bars with rate and time left, plain tables, the closing table of a run.
+"""What the terminal shows: progress bars with rate and time left, plain tables, predictions in their three forms.
 
 Bars and spoken lines go to stderr, so that stdout holds nothing but results. Needs neither torch nor numpy.
 """
@@ -171,3 +171,29 @@ def predictions_table(rows: Sequence[Mapping[str, Any]], *, top: int = 1) -> str
 def ranking(row: Mapping[str, Any], top: int) -> list[tuple[str, float]]:
     """The `top` most probable classes of one prediction, all where there are fewer: (class name, probability)."""
     return sorted(row["probs"].items(), key=lambda item: -item[1])[:top]
+
+
+def predictions_json(rows: Sequence[Mapping[str, Any]], *, top: int | None = None) -> list[dict[str, Any]]:
+    """One object per picture: all classes' probabilities, or with `top` the most probable ones in order."""
+    if top is None:
+        return [dict(row) for row in rows]
+    return [
+        {key: row[key] for key in ("path", "pred", "prob")}
+        | {"top": [{"class": name, "prob": prob} for name, prob in ranking(row, top)]}
+        for row in rows
+    ]
+
+
+def predictions_csv(rows: Sequence[Mapping[str, Any]], *, top: int | None = None) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a column per class as in a run's predictions.csv, or with `top` the 2nd, 3rd, ... class."""
+    names = list(rows[0]["probs"]) if rows else []
+    header = ["path", "pred", "prob"]
+    if top is None:
+        header += [f"p:{name}" for name in names]
+        return header, [
+            [row["path"], row["pred"], repr(row["prob"]), *(repr(row["probs"][name]) for name in names)] for row in rows
+        ]
+    header += [f"{word}_{n}" for n in range(2, min(top, len(names)) + 1) for word in ("pred", "prob")]
+    return header, [
+        [row["path"], *(cell for name, prob in ranking(row, top) for cell in (name, repr(prob)))] for row in rows
+    ]

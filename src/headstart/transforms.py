@@ -108,8 +108,7 @@ def evaluation_view(image: Image.Image, spec: DataSpec) -> _Array:
     if spec.fit == "letterbox":
         return _letterbox(image, spec)
     image = _centre_strip(image)
-    wide, high = _resized(image.width, image.height, math.floor(size / spec.crop_pct))
-    left, top = round((wide - size) / 2), round((high - size) / 2)
+    wide, high, left, top = _centre_crop(image.width, image.height, spec)
     return np.array(image.resize((wide, high), resample).crop((left, top, left + size, top + size)))
 
 
@@ -159,14 +158,31 @@ def normalise(pixels: Tensor, spec: DataSpec) -> Tensor:
     return values.div(255).sub_(mean).div_(std)
 
 
+def shown_box(width: int, height: int, spec: DataSpec) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of what the evaluation view shows of a picture, in its pixels.
+
+    With `letterbox` the box is the padded square and reaches beyond the picture.
+    """
+    if spec.fit == "squash":
+        return 0.0, 0.0, float(width), float(height)
+    if spec.fit == "letterbox":
+        side = max(width, height)
+        return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+    wide, high, left, top = _centre_crop(width, height, spec)
+    x, y = width / wide, height / high
+    return left * x, top * y, (left + spec.image_size) * x, (top + spec.image_size) * y
+
+
 def as_tensor(pixels: _Array) -> Tensor:
     """uint8 [h, w, 3] -> uint8 [3, h, w], contiguous."""
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def _resized(width: int, height: int, short: int) -> tuple[int, int]:
-    """Width and height with the short side at `short`; the long side is rounded down, as in torchvision."""
-    return (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+def _centre_crop(width: int, height: int, spec: DataSpec) -> tuple[int, int, int, int]:
+    """To what size the whole picture is resized, and left and top of the view in it; rounded as in timm."""
+    short = math.floor(spec.image_size / spec.crop_pct)
+    wide, high = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    return wide, high, round((wide - spec.image_size) / 2), round((high - spec.image_size) / 2)
 
 
 def _centre_strip(image: Image.Image) -> Image.Image:

@@ -22,11 +22,13 @@ from .metrics import Z95
 LEARNING_DROP = 0.05
 LEARNING_DROP_NATS = 0.01
 LEARNING_STATES = 4
-# Overfitting in time: after its best state the validation loss rose by 10 %, by 0.02 nats, and by 3 times its jitter
-# from epoch to epoch (the best of several jittering figures lies up to 2 jitters too low), the training loss fell.
+# Overfitting in time: 3 or more states after its best the validation loss lies higher by 10 %, by 0.02 nats and by 1.5
+# jitters from epoch to epoch more than the best of N jittering figures lies too low by itself, sqrt(2 ln N) jitters;
+# the training loss fell meanwhile. Of level, jittering losses 0.5 to 7 % pass for it.
+OVERFIT_STATES = 3
 OVERFIT_RISE = 0.10
 OVERFIT_RISE_NATS = 0.02
-OVERFIT_JITTERS = 3.0
+OVERFIT_JITTERS = 1.5
 # Overfitting in the state that was kept: training accuracy above validation accuracy by 5 points and by more than
 # the 95 % interval of their difference.
 OVERFIT_GAP = 0.05
@@ -91,6 +93,29 @@ def kept_record(history: Sequence[Record]) -> Record | None:
     if marked:
         return marked[-1]
     return min(scored, key=lambda record: figure(record, "val", "loss"), default=None)
+
+
+def axis_range(stages: Sequence[Sequence[Sequence[Record]]], quantity: str) -> tuple[float, float]:
+    """The range of a curve in which its trained states can be told apart; where it starts or collapses may lie outside.
+
+    Four times the worst of each stage's second half: from 0 upwards for a loss, from 1 downwards for a share.
+
+    Args:
+        stages: what `stage_attempts` returns; of each stage the last attempt counts.
+    """
+
+    def values(records: Sequence[Record]) -> NDArray[np.float64]:
+        found = np.array([figure(r, split, quantity) for r in records for split in ("train", "val")])
+        return np.asarray(found[np.isfinite(found)], dtype=np.float64)
+
+    counted = values([r for attempts in stages for r in attempts[-1]])
+    settled = values([r for attempts in stages for r in attempts[-1][len(attempts[-1]) // 2 :]])
+    if not len(settled):
+        return 0.0, 1.0
+    if quantity == "loss":
+        return 0.0, max(1.05 * min(float(counted.max()), 4 * float(settled.max())), 1e-3)
+    low = max(float(counted.min()), 1 - 4 * (1 - float(settled.min())))
+    return min(0.9, max(0.0, math.floor((low - 0.02) * 10) / 10)), 1.0
 
 
 def _losses(records: Sequence[Record], split: str) -> NDArray[np.float64]:
@@ -173,9 +198,8 @@ def generalising(val: Mapping[str, Any], test: Mapping[str, Any]) -> Verdict:
         return Verdict(question, "unclear", "The test split has not been scored in this run.")
     accuracy, baseline, n = test["accuracy"], test["majority_baseline"], test["n"]
     low, high = test["accuracy_ci95"]
-    scored = (
-        f"On {n} test pictures it had never seen, {_points(accuracy)} % are right ({_points(low)} to {_points(high)} %)"
-    )
+    scored = f"On {n:,} test pictures it had never seen, {_points(accuracy)} % are right"
+    scored += f" ({_points(low)} to {_points(high)} %)"
     if low <= baseline:
         return Verdict(
             question,
@@ -196,7 +220,7 @@ def generalising(val: Mapping[str, Any], test: Mapping[str, Any]) -> Verdict:
                 "have been fitted to the validation split.",
                 good=False,
             )
-        agrees = f", and agrees with the validation split ({_points(val['accuracy'])} % of {val['n']})"
+        agrees = f", and agrees with the validation split ({_points(val['accuracy'])} % of {val['n']:,})"
     else:
         agrees = ""
     return Verdict(
@@ -259,18 +283,27 @@ def _late_rise(history: Sequence[Record]) -> tuple[str, int, float] | None:
             continue
         best = int(val.argmin())
         after = val[best + 1 :]
-        if len(after) < 2:
+        if len(after) < OVERFIT_STATES:
             continue
         late = after[len(after) // 2 :]
         rise = float(late.mean() - val[best])
-        # Second differences see the jitter alone, whether the curve rises or falls: s * sqrt(6) for deviation s.
-        bends = np.diff(val[max(0, best - 1) :], n=2)
-        jitter = float(np.sqrt(np.mean(bends**2) / 6)) if len(bends) else 0.0
-        clear = rise > max(OVERFIT_RISE * val[best], OVERFIT_RISE_NATS, OVERFIT_JITTERS * jitter)
+        noise = (OVERFIT_JITTERS + math.sqrt(2 * math.log(len(val)))) * _jitter(val)
+        clear = rise > max(OVERFIT_RISE * val[best], OVERFIT_RISE_NATS, noise)
         if clear and train[best + 1 :][len(after) // 2 :].mean() < train[best]:
             record = attempts[-1][best]
             return str(record.get("stage", "")), int(record.get("epoch", best)), rise
     return None
+
+
+def _jitter(values: NDArray[np.float64]) -> float:
+    """Standard deviation of a curve from epoch to epoch, apart from where it is going.
+
+    Second differences leave out any straight line and have s * sqrt(6) for a deviation s; those of the first quarter,
+    where the curve bends, are left out.
+    """
+    bends = np.diff(values, n=2)
+    bends = bends[len(bends) // 4 :]
+    return float(np.sqrt(np.mean(bends**2) / 6)) if len(bends) else 0.0
 
 
 def evenly_good(scored: Mapping[str, Any], split: str = "test") -> Verdict:

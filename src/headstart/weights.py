@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,9 @@ def fits(net: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
 def adapted(stored: StoredWeights, net: nn.Module, adapt: Adapt) -> dict[str, torch.Tensor]:
     """The tensors under the network's names and for its input size, as timm does it for what it downloads."""
     try:
-        return dict(adapt(dict(stored.tensors), net))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # remarks about speed, from where timm interpolates
+            return dict(adapt(dict(stored.tensors), net))
     except Exception as error:  # written for files of this architecture; with another anything may go wrong
         raise CheckpointError(
             f"Weights {stored.source} do not fit {type(net).__name__}: timm could not adapt them ({error!r})."

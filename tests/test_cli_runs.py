@@ -1,0 +1,357 @@
+"""The command line on real pictures, from the folder to the prediction; stopped by hand; with broken files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import make_picture
+from headstart.cli import main
+
+NET = ["--backbone", "test_resnet.r160_in1k", "--weights", "none", "--image-size", "32", "--augment", "none"]
+MACHINE = ["--device", "cpu", "--precision", "fp32", "--workers", "1"]
+QUICK = [*NET, *MACHINE, "--epochs", "2,1", "--batch-size", "8", "--quiet"]
+CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of ten pictures; nothing in this module may change it."""
+    root = tmp_path_factory.mktemp("data") / "photos"
+    rng = np.random.default_rng(0)
+    for hue, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for i in range(10):
+            make_picture(rng, hue).save(root / name / f"{name}{i}.jpg", quality=95)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder written by `headstart fit`; nothing in this module may change it."""
+    path = tmp_path_factory.mktemp("runs") / "first"
+    assert main(["fit", str(folder), "--out", str(path), *QUICK]) == 0
+    return path
+
+
+@pytest.fixture
+def broken(folder: Path, tmp_path: Path) -> Path:
+    """A JPEG file cut off in the middle."""
+    path = tmp_path / "broken.jpg"
+    data = (folder / "red" / "red0.jpg").read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    return path
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of one command."""
+    capsys.readouterr()
+    code = main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def test_fit_leaves_a_run_and_prints_its_figures(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(capsys, "fit", folder, *QUICK, "--seed", "3", "--pool", "avg", "--hidden", "8:gelu")
+    assert (code, err) == (0, "")
+    path = Path("runs/photos-test_resnet.r160_in1k")
+    lines = out.splitlines()
+    assert lines[-2:] == [f"run     {path}", f"report  {path / 'report.html'}"]
+    metrics = json.loads((path / "metrics.json").read_bytes())
+    for name in ("val", "test"):
+        (row,) = [line.split() for line in lines if line.startswith(name)]
+        assert row[:3] == [name, str(metrics[name]["n"]), f"{metrics[name]['accuracy']:.3f}"]
+    (row,) = [line.split() for line in lines if line.startswith("fine-tune")]
+    assert row[2] == f"{metrics['stages'][1]['trainable_parameters']:,}"
+    recipe = json.loads((path / "recipe.json").read_bytes())
+    assert (recipe["seed"], recipe["head"]["pool"], recipe["head"]["hidden"][0]["width"]) == (3, "avg", 8)
+    assert [(stage["epochs"], stage["batch_size"]) for stage in recipe["stages"]] == [(2, 8), (1, 8)]
+    assert json.loads((path / "model.json").read_bytes())["preprocessing"]["image_size"] == 32
+
+
+def test_fit_tells_on_stderr_what_it_does(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loud = [word for word in QUICK if word != "--quiet"]
+    code, out, err = command(capsys, "fit", folder, *loud, "--recipe", "head", "--epochs", "1", "--out", tmp_path / "a")
+    assert code == 0
+    assert "Stage head:" in err
+    assert "\r" not in err
+    assert "Stage head:" not in out
+
+
+def test_an_existing_run_is_kept_unless_told_otherwise(
+    folder: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = shutil.copytree(run, tmp_path / "again")
+    before = (again / "metrics.json").read_bytes()
+    code, out, err = command(capsys, "fit", folder, "--out", again, *QUICK)
+    assert (code, out) == (2, "")
+    assert "--overwrite" in err
+    assert (again / "metrics.json").read_bytes() == before
+    code, _, _ = command(capsys, "fit", folder, "--out", again, *QUICK, "--seed", "7", "--overwrite")
+    assert code == 0
+    assert json.loads((again / "recipe.json").read_bytes())["seed"] == 7
+
+
+def test_fit_names_a_broken_picture_before_training(
+    folder: Path, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = shutil.copytree(folder, tmp_path / "photos")
+    shutil.copy(broken, photos / "green" / "cut.jpg")
+    out = tmp_path / "run"
+    code, _, err = command(capsys, "fit", photos, "--out", out, *QUICK)
+    assert code == 2
+    assert "green/cut.jpg" in err
+    assert "--bad-files skip" in err
+    assert not out.exists()
+    code, _, _ = command(capsys, "fit", photos, "--out", out, *QUICK, "--bad-files", "skip")
+    assert code == 0
+    ((path, _),) = json.loads((out / "metrics.json").read_bytes())["data"]["bad_files"]
+    assert path.endswith("green/cut.jpg")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--backbone", "resnet81"], "resnet18"),
+        (["--freeze-line", "head,layer9"], "layer9"),
+        (["--weights", "missing.safetensors"], "missing.safetensors"),
+        (["--device", "warp"], "warp"),
+        (["--interpolation", "cubic"], "cubic"),
+        (["--val", "1.5"], "1.5"),
+    ],
+)
+def test_what_fit_cannot_do_is_one_message(
+    changed: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = command(capsys, "fit", folder, "--out", tmp_path / "run", *QUICK, *changed)
+    assert (code, out) == (2, "")
+    assert err.startswith("headstart fit: error: ")
+    assert message in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_serves_as_weights(folder: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, _ = command(
+        capsys, "fit", folder, *QUICK, "--out", tmp_path / "next", "--weights", run, "--recipe", "head", "--epochs", "1"
+    )
+    assert code == 0
+    from safetensors.numpy import load_file
+
+    first, second = (load_file(path / "model.safetensors") for path in (run, tmp_path / "next"))
+    backbone = [name for name in first if name.startswith("backbone")]
+    assert backbone
+    assert all(np.array_equal(first[name], second[name]) for name in backbone)
+
+
+def test_evaluate_scores_every_picture(folder: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = command(capsys, "evaluate", run, folder, *MACHINE)
+    assert code == 0
+    assert out.splitlines()[-1].split()[:2] == ["photos", "30"]
+    _, out, _ = command(capsys, "evaluate", run, folder, *MACHINE, "--json")
+    metrics = json.loads(out)
+    assert metrics["n"] == 30
+    assert [row["name"] for row in metrics["per_class"]] == list(CLASSES)
+
+
+def test_predict_says_what_training_said(folder: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (run / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        saved = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    assert saved
+    code, out, err = command(capsys, "predict", run, *(folder / row["path"] for row in saved), *MACHINE, "--json")
+    assert (code, err) == (0, "")
+    rows = json.loads(out)
+    assert [row["path"] for row in rows] == [str(folder / row["path"]) for row in saved]
+    for now, before in zip(rows, saved, strict=True):
+        assert now["pred"] == before["pred"]
+        assert now["probs"] == {name: float(before[f"p:{name}"]) for name in CLASSES}
+
+
+def test_predict_forms(folder: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = command(capsys, "predict", run, folder, *MACHINE, "--json", "--top", "2")
+    ranked: list[dict[str, Any]] = json.loads(out)
+    assert len(ranked) == 30
+    assert [len(row["top"]) for row in ranked] == [2] * 30
+    assert all(row["top"][0] == {"class": row["pred"], "prob": row["prob"]} for row in ranked)
+
+    whole, short = tmp_path / "whole.csv", tmp_path / "short.csv"
+    assert command(capsys, "predict", run, folder, *MACHINE, "--csv", whole) == (0, "", "")
+    assert command(capsys, "predict", run, folder, *MACHINE, "--csv", short, "--top", "9") == (0, "", "")
+    with whole.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["path", "pred", "prob", "p:blue", "p:green", "p:red"]
+    assert [row["path"] for row in rows] == [row["path"] for row in ranked]
+    assert [float(row[f"p:{row['pred']}"]) for row in rows] == [row["prob"] for row in ranked]
+    assert sum(float(rows[0][f"p:{name}"]) for name in CLASSES) == pytest.approx(1)
+    with short.open(encoding="utf-8", newline="") as file:
+        best = list(csv.DictReader(file))
+    assert list(best[0]) == ["path", "pred", "prob", "pred_2", "prob_2", "pred_3", "prob_3"]
+    assert [(row["pred"], row["pred_2"]) for row in best] == [tuple(t["class"] for t in row["top"]) for row in ranked]
+
+    _, out, _ = command(capsys, "predict", run, folder / "red" / "red0.jpg", *MACHINE, "--top", "3")
+    assert out.splitlines()[0].split() == ["picture", "1.", "prob", "2.", "prob", "3.", "prob"]
+    assert len(out.splitlines()) == 3
+
+
+def test_predict_names_what_cannot_be_read_and_does_the_others(
+    folder: Path, run: Path, broken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [folder / "red" / "red1.jpg", folder / "blue" / "blue1.jpg"]
+    code, out, err = command(capsys, "predict", run, good[0], broken, good[1], *MACHINE, "--json")
+    assert code == 2
+    assert [row["path"] for row in json.loads(out)] == [str(path) for path in good]
+    assert err.count("\n") == 1
+    assert f"{broken} cannot be read: " in err
+    code, _, again = command(capsys, "predict", run, good[0], broken, *MACHINE, "--bad-files", "skip")
+    assert (code, again) == (0, err)
+    assert command(capsys, "predict", run, broken, *MACHINE) == (2, "", err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "{folder}", "{folder}"], "model.json"),
+        (["predict", "{run}", "{folder}/redd"], "Did you mean: red?"),
+        (["predict", "{run}", "{folder}", "--csv", "no/folder.csv"], "there is no folder no"),
+        (["evaluate", "{run}", "{run}"], "Expected is one folder per class"),
+        (["evaluate", "{folder}", "{folder}"], "model.json"),
+    ],
+)
+def test_wrong_runs_and_folders_are_one_message(
+    arguments: list[str], message: str, folder: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.format(folder=folder, run=run) for word in arguments]
+    code, out, err = command(capsys, *words, *MACHINE)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"headstart {words[0]}: error: ")
+    assert message in err
+
+
+def test_summary_of_a_name_and_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = command(
+        capsys,
+        "summary",
+        "test_resnet",
+        "--image-size",
+        "64",
+        "--classes",
+        "5",
+        "--hidden",
+        "8",
+        "--freeze-line",
+        "layer4",
+    )
+    assert code == 0
+    lines = out.splitlines()
+    (line,) = [n for n, text in enumerate(lines) if text.startswith("==== freeze line: layer4")]
+    assert lines[line - 1].startswith("layer3")
+    assert lines[line + 1].startswith("layer4")
+    assert "3 x 64 x 64" in out
+    metrics = json.loads((run / "metrics.json").read_bytes())
+    trained = metrics["stages"][1]["trainable_parameters"]
+    _, out, _ = command(capsys, "summary", run)
+    assert out.splitlines()[-1].split()[:3] == ["total", f"{trained:,}", f"{trained:,}"]
+    _, out, _ = command(capsys, "summary", run, "--freeze-line", "head")
+    assert out.splitlines()[-1].split()[2] == f"{metrics['stages'][0]['trainable_parameters']:,}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["test_resne"], "test_resnet"),
+        (["test_resnet", "--freeze-line", "layer9"], "layer9"),
+        (["test_resnet", "--hidden", "8", "--pool", "avg"], "--hidden would change nothing, since without --classes"),
+        (["{run}", "--classes", "3", "--output", "softmax"], "--output, --classes would change nothing, since a run"),
+    ],
+)
+def test_what_summary_cannot_show_is_one_message(
+    arguments: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = command(capsys, "summary", *(word.format(run=run) for word in arguments))
+    assert (code, out) == (2, "")
+    assert err.startswith("headstart summary: error: ")
+    assert message in err
+
+
+def test_preview_writes_a_sheet(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["preview", folder, "--backbone", "test_resnet", "--image-size", "32", "--fit", "squash"]
+    sheets = []
+    for name, extra in (("a.png", []), ("b.png", ["--seed", "5"]), ("c.png", ["--augment", "none"])):
+        assert command(capsys, *words, "--out", tmp_path / name, *extra) == (0, f"{tmp_path / name}\n", "")
+        with Image.open(tmp_path / name) as image:
+            sheets.append(np.asarray(image.convert("RGB")))
+    assert all(sheet.shape == sheets[0].shape for sheet in sheets)
+    assert not np.array_equal(sheets[0], sheets[1])
+    assert not np.array_equal(sheets[0], sheets[2])
+    code, _, err = command(capsys, *words, "--out", tmp_path / "a.pnk")
+    assert code == 2
+    assert "png" in err
+
+
+def wait_for(path: Path, text: bytes, process: subprocess.Popen[str], seconds: float = 60) -> None:
+    """Until the file holds the text; a process that ends before that fails the test."""
+    until = time.monotonic() + seconds
+    while not (path.exists() and text in path.read_bytes()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_ctrl_c_leaves_a_run_that_predicts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "stopped"
+    words = [*QUICK, "--epochs", "1,5000", "--out", path]
+    # A shell that starts tests in the background has Ctrl-C ignored, and children inherit that.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "import sys; from headstart.cli import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "fit", folder, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        wait_for(path / "history.jsonl", b'"stage": "fine-tune", "epoch": 2', process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert f"headstart predict {path}" in err
+    metrics = json.loads((path / "metrics.json").read_bytes())
+    assert metrics["interrupted"] is True
+    assert not metrics.get("test")
+    code, out, _ = command(capsys, "predict", path, folder / "red", *MACHINE)
+    assert code == 0
+    assert len(out.splitlines()) == 2 + 10
+    code, _, _ = command(
+        capsys,
+        "fit",
+        folder,
+        *QUICK,
+        "--weights",
+        path,
+        "--out",
+        tmp_path / "next",
+        "--recipe",
+        "head",
+        "--epochs",
+        "1",
+    )
+    assert code == 0
