@@ -1,4 +1,4 @@
-"""How good is the default recipe on small real sets, after the head stage and after fine-tuning, and how long does it take?
+"""How good is the default recipe on small real sets, after the head stage and after fine-tuning, and how quick?
 
     python benchmarks/real_sets.py run [--sets hotdog,flowers5] [--seeds 0,1,2]
     python benchmarks/real_sets.py table          # the table in the README, from the records
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import headstart
 from headstart.recipe import RECIPES
+from headstart.run import environment
 
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("HEADSTART_SHARED", HERE.parents[1] / "shared"))
@@ -86,10 +87,11 @@ def run_one(name: str, seed: int) -> dict:
         "seed": seed,
         "recipe_id": recipe_id(),
         "recipe": recipe.to_dict(),
+        "classes": len(splits.class_names),
         "n": {"train": len(splits.train), "val": len(splits.val), "test": len(splits.test)},
         "stages": stages,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": headstart.run.environment()["packages"] if hasattr(headstart, "run") else {},
+        "versions": environment(),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -114,9 +116,8 @@ def table() -> str:
             cells.append(f"{statistics.mean(scores):.3f} ({low:.3f} - {high:.3f})")
         seconds = [f"{statistics.median(s['seconds'] for s in column):.0f}" for column in columns]
         n = runs[0]["n"]
-        classes = len(list((SHARED / "data" / name / "train").iterdir())) if SHARED.exists() else "?"
         rows.append(
-            f"| {name} | {classes} | {n['train'] + n['val']:,} / {n['test']:,} | {cells[0]} | {cells[-1]} "
+            f"| {name} | {runs[0]['classes']} | {n['train'] + n['val']:,} / {n['test']:,} | {cells[0]} | {cells[-1]} "
             f"| {seconds[0]} | {seconds[-1]} |"
         )
     return "\n".join(rows)

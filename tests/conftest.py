@@ -40,7 +40,7 @@ def photos(tmp_path: Path) -> Path:
     """Three classes of twelve small JPEG pictures, without split folders."""
     rng = np.random.default_rng(0)
     root = tmp_path / "photos"
-    for hue, name in enumerate(("blue", "green", "red")):
+    for hue, name in enumerate(("red", "green", "blue")):
         (root / name).mkdir(parents=True)
         for i in range(12):
             make_picture(rng, hue).save(root / name / f"{name}{i}.jpg", quality=95)

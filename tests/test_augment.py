@@ -6,6 +6,8 @@ import math
 import random
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -217,6 +219,20 @@ def test_geometry_samples_the_right_places() -> None:
         assert np.abs(drawn[..., 1] - y / 120 * 200)[inside].max() < 2.5
 
 
+def test_upright_views_are_resized_as_the_backbone_wants() -> None:
+    """Without rotation a view is a plain resize of its window: antialiased, in the backbone's interpolation."""
+    image = picture()
+    spec = replace(SPEC, interpolation="lanczos")
+    for n in range(5):
+        draws = dict(zip(MIDDLE, view_rng(0, 0, n).random(len(MIDDLE)), strict=True))
+        augment = AugmentSpec(crop_scale=(0.3, 1.0))
+        matrix = view_map(120, 90, spec, augment, draws)
+        extent, centre = matrix[:, :2].sum(axis=1), matrix[:, 2]
+        box = (*np.maximum(centre - extent, 0), *np.minimum(centre + extent, (120, 90)))
+        expected = Image.fromarray(image).resize((64, 64), Image.Resampling.LANCZOS, box=box)
+        assert np.array_equal(view(image, spec, augment, n), np.asarray(expected))
+
+
 def test_borders_are_reflected_and_letterbox_is_padded() -> None:
     image = np.full((90, 120, 3), 200, np.uint8)
     augment = AugmentSpec(rotation=45, translation=0.3, zoom=0.5)
@@ -319,13 +335,18 @@ def test_any_torchvision_transform_is_pure_and_leaves_global_numbers() -> None:
     assert random.random() == expected[2]
 
 
-def test_a_transform_with_numbers_of_numpy_or_python_is_pure_too() -> None:
+@pytest.mark.parametrize("draw", [np.random.randint, random.randrange])
+def test_a_transform_with_numbers_of_numpy_or_python_is_pure_too(draw: Callable[[int], int]) -> None:
     def shift(pixels: Tensor) -> Tensor:
-        return pixels.roll(np.random.randint(60), 2).roll(random.randrange(60), 1)
+        moved = pixels.roll(draw(60), 2)
+        time.sleep(0.002)  # where another thread would come in between
+        return moved.roll((draw(60), draw(60)), (1, 2))
 
     batch = augmented_batch([picture()] * 8, SPEC, shift, seed=0, indices=[0] * 8, views=[1, 2] * 4, workers=3)
     assert torch.equal(batch[0::2], batch[:1].expand(4, -1, -1, -1))
     assert not torch.equal(batch[0], batch[1])
+    draw(5)
+    assert np.array_equal(view(picture(), SPEC, shift, 1), batch[0].permute(1, 2, 0).numpy())
 
 
 def test_a_transforms_result_is_brought_to_size() -> None:

@@ -507,6 +507,17 @@ def test_run_brings_its_weights_and_preprocessing(run: Path) -> None:
     assert create_backbone(SMALL, weights=run, pool="avg", image_size=96)[1].image_size == 96
 
 
+def test_run_of_a_network_that_timm_would_take_for_another_programs(tmp_path: Path) -> None:
+    """timm takes ConvNeXt weights without its head's norm, as average pooling leaves them, for Facebook's own files."""
+    model = create_classifier("convnext_atto", ["a", "b"], head=HeadSpec(pool="avg"), weights="none", image_size=64)
+    save(model, tmp_path / "run")
+    net = create("convnext_atto", weights=tmp_path / "run", pool="avg")
+    assert_same_weights(net, model.backbone.state_dict())
+    net = create("convnext_atto", weights=tmp_path / "run", features_from="stages.1")
+    own = model.backbone.state_dict()
+    assert all(torch.equal(t, own[n]) for n, t in net.state_dict().items())
+
+
 def test_run_without_what_is_asked_for(run: Path) -> None:
     with pytest.raises(CheckpointError, match=r"2 missing: conv_head.weight, conv_head.bias"):
         create_backbone(SMALL, weights=run)

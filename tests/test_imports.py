@@ -23,7 +23,7 @@ LAYERS = (
     ),
     ("weights", "backbones", "classifier", "freezing", "checkpoint", "pixels", "verdicts"),
     ("features", "evaluation", "train"),
-    ("summary", "plots", "report", "report_charts", "report_page", "report_results"),
+    ("layers", "plots", "report", "report_charts", "report_page", "report_results"),
     ("recipes", "demo"),
     ("cli", "cli_options"),
 )

@@ -21,7 +21,7 @@ from .errors import CheckpointError, ModelError, SetupError, near_matches
 from .recipe import POOLS
 from .tracing import evaluation_mode, trace
 from .transforms import DataSpec
-from .weights import Adapt, adapted, find_weights, fits, load_strictly
+from .weights import Adapt, adapted, find_weights, fits, from_hub_cache, load_strictly, reach_hub
 
 _FIT_OF_CROP_MODE = {"center": "crop", "squash": "squash", "border": "letterbox"}
 _LOCK = threading.Lock()
@@ -75,15 +75,16 @@ def create_backbone(
     with seeded(seed):
         net, adapt = _build(name, options, spec.image_size, hub=str(weights) == "hub")
     known = _remove_classifier(net)
-    tensors = {}
+    tensors = None
     if stored:
         known |= set(net.state_dict())
-        # Some of timm's adaptations take a network without its head for another program's, so only where needed.
-        tensors = stored.tensors if fits(net, stored.tensors) else adapted(stored, net, adapt)
+        tensors = adapted(stored, net, adapt)  # while the network is whole
     if pool != "backbone" or features_from:
         _remove_behind(net, spec.image_size, features_from, name)
     if stored:
-        tensors = stored.tensors if fits(net, stored.tensors) else tensors
+        # What fits as it is stays so: some adaptations take a network without its head for another program's.
+        if tensors is None or fits(net, stored.tensors):
+            tensors = stored.tensors
         load_strictly(net, tensors, also_known=known, name=name, source=stored.source)
     return net, spec
 
@@ -215,10 +216,10 @@ def _from_hub(name: str, args: dict[str, Any]) -> nn.Module:
 
     if not timm.models.is_model_pretrained(name):
         raise ModelError(f"timm has no pretrained weights for {name}. Pass --weights FILE, --weights RUN or none.")
-    overlay = _from_cache(name)
+    overlay = from_hub_cache(name)
     try:
         if not overlay:
-            _reach_hub()
+            reach_hub()
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **args)
     except (TypeError, AssertionError):
         raise
@@ -232,29 +233,6 @@ def _from_hub(name: str, args: dict[str, Any]) -> nn.Module:
             "--weights FILE (.safetensors or .pth), --weights RUN (an earlier run folder), --weights none (random), "
             "or put the weights into the cache (HF_HOME) on a machine that has network."
         ) from error
-
-
-def _from_cache(name: str) -> dict[str, Any] | None:
-    """Point timm to the file in the Hugging Face cache, so that no request is made for what is already there."""
-    import timm
-    from huggingface_hub import try_to_load_from_cache
-
-    config: Any = timm.get_pretrained_cfg(name)
-    if not config.hf_hub_id or config.custom_load or config.hf_hub_filename:
-        return None
-    for file in ("model.safetensors", "pytorch_model.bin"):
-        path = try_to_load_from_cache(config.hf_hub_id, file)
-        if isinstance(path, str):
-            return {"file": path}
-    return None
-
-
-def _reach_hub() -> None:
-    """Ask the hub once, since its client would otherwise try for most of a minute before it gives up."""
-    from huggingface_hub import constants, get_session
-
-    if not constants.HF_HUB_OFFLINE:
-        get_session().head(constants.ENDPOINT, timeout=10)
 
 
 @contextmanager

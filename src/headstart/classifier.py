@@ -195,7 +195,8 @@ def create_classifier(
     else:
         model.head = head
         _check_head(head, model.num_features, len(names))
-    return model
+    # Convolutions run faster so, and one layout everywhere gives the same bits everywhere.
+    return model.to(memory_format=torch.channels_last)
 
 
 def _checked_names(class_names: Sequence[str]) -> tuple[str, ...]:

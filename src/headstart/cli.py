@@ -245,7 +245,7 @@ def _summary_options(parser: argparse.ArgumentParser) -> None:
 def _summary(args: argparse.Namespace) -> int:
     _refuse_idle_options(args)
     head = override_head(HeadSpec(), vars(args))
-    from .summary import summary
+    from .layers import summary
 
     given = _given(args, "freeze_line", "batchnorm", "image_size")
     print(summary(args.model, head=head, num_classes=args.classes, **given).text())

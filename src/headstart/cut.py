@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import get_notrace_functions, get_notrace_modules
+from timm.layers._fx import get_notrace_functions, get_notrace_modules
 from timm.layers.drop import DropBlock2d, DropPath
 from torch import Tensor, fx, nn
 
-Forward = Callable[[Any, Tensor], Tensor]
+Forward = Callable[[Any, Tensor], Any]
 
 # Modules whose behaviour hangs on their own training flag, and convolutions whose class may have been exchanged for a
 # faster one: called as they are, never looked into.
@@ -34,20 +34,20 @@ _LEAVES: tuple[type[nn.Module], ...] = (
 
 
 class Whole(nn.Module):
-    """The backbone with the forward that is asked for, as something a tracer can start from."""
+    """A module with the forward that is asked for, as something a tracer can start from."""
 
     def __init__(self, net: nn.Module, forward: Forward) -> None:
         super().__init__()
         self.net = net
         self.call = forward
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.call(self.net, x)
 
 
 class _Tracer(fx.Tracer):
     def __init__(self) -> None:
-        functions = [f for f in get_notrace_functions() if callable(f)]
+        functions = [function for function in get_notrace_functions() if callable(function)]
         super().__init__(autowrap_modules=(math,), autowrap_functions=tuple(functions))
         self._leaves = (*_LEAVES, *get_notrace_modules())
 
@@ -63,3 +63,325 @@ def trace(net: nn.Module, forward: Forward) -> tuple[nn.Module, fx.Graph]:
     """
     whole = Whole(net, forward)
     return whole, _Tracer().trace(whole)
+
+
+def features(net: nn.Module, x: Tensor) -> Any:
+    """timm's pooled features before the classifier, with the backbone's own pooling."""
+    return net.forward_head(net.forward_features(x), pre_logits=True)  # type: ignore[operator]
+
+
+def feature_map(net: nn.Module, x: Tensor) -> Any:
+    """timm's features before pooling."""
+    return net.forward_features(x)  # type: ignore[operator]
+
+
+class Suffix(nn.Module):
+    """What lies behind a cut, over the backbone's own modules; it never changes its input.
+
+    Its own training flag chooses between the operations recorded in training and in evaluation mode (dropout that is
+    written as a function of `self.training`); norms, dropout and drop-path modules go by their own flags. `train()`
+    reaches the frozen layers between cut and line too: put them back into eval mode afterwards, as on the backbone.
+    """
+
+    def __init__(self, train_graph: fx.GraphModule, eval_graph: fx.GraphModule) -> None:
+        super().__init__()
+        self.train_graph, self.eval_graph = train_graph, eval_graph
+
+    def forward(self, x: Tensor) -> Any:
+        return self.train_graph(x) if self.training else self.eval_graph(x)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A backbone cut in two: `suffix(prefix(x))` is the forward that was asked for.
+
+    Attributes:
+        prefix: the fixed part; it shares the backbone's modules, which have to be in eval mode when it runs.
+        suffix: the rest; see `Suffix`. Cut after moving the backbone to its device: buffers are shared as they are.
+        at: what computes the stored tensor: a layer's name, or layer and operation as in `blocks.3.2 (add)`.
+        frozen_between: layers with parameters behind the cut but not trained, in execution order.
+        shape: shape of the stored tensor for one picture, without the batch.
+        dtype: its number format when the backbone runs as it is.
+    """
+
+    prefix: nn.Module
+    suffix: Suffix
+    at: str
+    frozen_between: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def bytes_per_picture(self, dtype: torch.dtype | None = None) -> int:
+        """Size of one stored picture and view, in `dtype` or the backbone's own."""
+        return math.prod(self.shape) * (dtype or self.dtype).itemsize
+
+
+class Uncuttable(Exception):
+    """Why a backbone cannot be cut where it was asked; does not leave this room."""
+
+
+def cut(
+    net: nn.Module,
+    behind: str | Iterable[str],
+    *,
+    example_shape: tuple[int, ...],
+    forward: Forward | str = features,
+    max_bytes: int | None = None,
+) -> Cut | None:
+    """Cut a backbone at the last single tensor computed before anything trained; None where that cannot be done.
+
+    `cut_or_reason` also says why not. Operations without weights just in front of the first trained layer belong to
+    the prefix, so dropout among them is off.
+
+    Args:
+        behind: names of the trained layers or parameters (or a prefix of them, as `blocks.5`), in any order; one
+            name alone means that layer and everything executed after it.
+        example_shape: [C, H, W] of one picture.
+        forward: function of (backbone, pictures [N, C, H, W]), or the name of a method.
+        max_bytes: go further back to a tensor of at most this size per picture (in the backbone's own format).
+    """
+    found = cut_or_reason(net, behind, example_shape=example_shape, forward=forward, max_bytes=max_bytes)
+    return found if isinstance(found, Cut) else None
+
+
+def cut_or_reason(
+    net: nn.Module,
+    behind: str | Iterable[str],
+    *,
+    example_shape: tuple[int, ...],
+    forward: Forward | str = features,
+    max_bytes: int | None = None,
+) -> Cut | str:
+    """As `cut`, with a reason in place of None."""
+    call = _method(forward) if isinstance(forward, str) else forward
+    names = (behind,) if isinstance(behind, str) else tuple(behind)
+    try:
+        at_eval, at_train = _record(net, call, training=False), _record(net, call, training=True)
+        shapes = _shapes(at_eval, net, example_shape)
+        place, place_train = _choose(at_eval, at_train, names, shapes, max_bytes)
+    except Uncuttable as reason:
+        return str(reason)
+    prefix, eval_suffix = at_eval.split(place)
+    train_suffix = at_train.split(place_train)[1]
+    layers = at_eval.layers(place)
+    first_alone = isinstance(behind, str)
+    line = at_eval.first_touch(names)
+    frozen = at_eval.layers(place, line) if first_alone else [n for n in layers if not _touches(n, names)]
+    shape, dtype = shapes[place.name]
+    suffix = Suffix(train_suffix, eval_suffix)
+    suffix.training = net.training  # not `.train()`, which would reach the shared modules
+    prefix.training = False
+    return Cut(prefix, suffix, at_eval.describe(place), tuple(frozen), shape, dtype)
+
+
+def _method(name: str) -> Forward:
+    def call(net: nn.Module, x: Tensor) -> Any:
+        return getattr(net, name)(x)
+
+    return call
+
+
+@contextmanager
+def _mode(net: nn.Module, training: bool) -> Iterator[None]:
+    """All modules in one mode for a while; afterwards each is as it was."""
+    before = [(module, module.training) for module in net.modules()]
+    try:
+        net.train(training)
+        yield
+    finally:
+        for module, was in before:
+            module.training = was
+
+
+def _touches(target: str, names: Iterable[str]) -> bool:
+    """Does the layer or parameter `target` lie in, or contain, one of the named ones?"""
+    return any(target == name or target.startswith(f"{name}.") or name.startswith(f"{target}.") for name in names)
+
+
+class _Recording:
+    """One traced forward, and what can be asked of it."""
+
+    def __init__(self, whole: nn.Module, graph: fx.Graph) -> None:
+        self.whole, self.graph = whole, graph
+        self.input = next(node for node in graph.nodes if node.op == "placeholder")
+        self.output = next(node for node in graph.nodes if node.op == "output")
+        depends: set[fx.Node] = {self.input}
+        for node in graph.nodes:
+            if any(source in depends for source in node.all_input_nodes):
+                depends.add(node)
+        # What depends on weights alone (a position table, say) is computed again on whichever side wants it.
+        self.chain = [node for node in graph.nodes if node in depends and node is not self.output]
+        self.place = {node: i for i, node in enumerate(self.chain)} | {self.output: len(self.chain)}
+
+    def weights(self, node: fx.Node) -> list[str]:
+        """Names of the layers and parameters that this operation reads."""
+        found, stack = [_plain(node)] if node.op == "call_module" else [], list(node.all_input_nodes)
+        while stack:
+            source = stack.pop()
+            if source not in self.place:
+                stack += source.all_input_nodes
+                found += [_plain(source)] if source.op in ("get_attr", "call_module") else []
+        return found
+
+    def first_touch(self, names: tuple[str, ...]) -> int:
+        """Position of the first operation that reads something named."""
+        for i, node in enumerate(self.chain):
+            if any(_touches(read, names) for read in self.weights(node)):
+                return i
+        raise Uncuttable(f"none of the layers behind the line is called in the forward ({', '.join(names[:3])})")
+
+    def layers(self, after: fx.Node, until: int | None = None) -> list[str]:
+        """Layers with parameters of their own that run behind `after`, and before position `until`."""
+        found: dict[str, None] = {}
+        for node in self.chain[self.place[after] + 1 : until]:
+            for name in self.weights(node):
+                found |= dict.fromkeys(self._owners(name))
+        return list(found)
+
+    def _owners(self, name: str) -> list[str]:
+        net = self.whole.get_submodule("net")
+        try:
+            module = net.get_submodule(name)
+        except AttributeError:  # a tensor used by itself: a parameter, a buffer, or a constant of the recording
+            return [name] if name in dict(net.named_parameters()) else []
+        inside = ((f"{name}.{n}" if n else name, m) for n, m in module.named_modules())
+        return [n for n, m in inside if any(True for _ in m.parameters(recurse=False))]
+
+    def single_tensors(self, until: int) -> list[fx.Node]:
+        """Operations before position `until` whose result alone is needed by everything after them."""
+        last_use = {
+            node: max((self.place[u] for u in node.users if u in self.place), default=-1) for node in self.chain
+        }
+        found, reach = [], -1
+        for i, node in enumerate(self.chain[:until]):
+            if reach <= i:  # nothing computed before this operation is used after it
+                found.append(node)
+            reach = max(reach, last_use[node])
+        return found
+
+    def has_weights(self, until: fx.Node) -> bool:
+        """Does anything up to and with this operation read a weight?"""
+        nodes = self.chain[: self.place[until] + 1]
+        return any(self._owners(name) for node in nodes for name in self.weights(node))
+
+    def key(self, node: fx.Node) -> tuple[Any, ...]:
+        """What a node is called by in both recordings: the layers called so far, and the operation."""
+        calls = [n for n in self.chain[: self.place[node] + 1] if n.op == "call_module"]
+        last = self.place[calls[-1]] if calls else 0
+        same = [n for n in self.chain[last : self.place[node] + 1] if (n.op, n.target) == (node.op, node.target)]
+        return (tuple(str(n.target) for n in calls), node.op, str(node.target), len(same))
+
+    def describe(self, node: fx.Node) -> str:
+        """A printable name: the layer, or the module in whose forward the operation stands, and the operation."""
+        if node.op == "call_module":
+            return _plain(node)
+        stack = [path.removeprefix("net").removeprefix(".") for path in node.meta.get("nn_module_stack", {})]
+        where = stack[-1] if stack else ""
+        return f"{where} ({node.name})" if where else node.name
+
+    def split(self, at: fx.Node) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Prefix and suffix as modules over the shared layers."""
+        position = self.place[at]
+        copied: dict[fx.Node, fx.Node] = {}
+        head = fx.Graph()
+        for node in self.graph.nodes:
+            if self.place.get(node, -1) <= position and node is not self.output:
+                copied[node] = head.node_copy(node, copied.__getitem__)
+        head.output(copied[at])
+        head.eliminate_dead_code(is_impure_node=_keeps_input)
+
+        tail = fx.Graph()
+        entry = tail.placeholder("x")
+        copied = {at: self._guard(tail, entry, at)}
+        for node in self.graph.nodes:
+            if node not in self.place or self.place[node] > position:
+                copied[node] = tail.node_copy(node, copied.__getitem__)
+        tail.eliminate_dead_code(is_impure_node=_keeps_input)
+        return fx.GraphModule(self.whole, head), fx.GraphModule(self.whole, tail)
+
+    def _guard(self, graph: fx.Graph, entry: fx.Node, at: fx.Node) -> fx.Node:
+        """A copy of the stored tensor where something behind the cut would change it in place."""
+        if any(self._changes(user, at) for user in at.users):
+            return graph.call_method("clone", (entry,))
+        return entry
+
+    def _changes(self, user: fx.Node, node: fx.Node) -> bool:
+        if not user.args or user.args[0] is not node:
+            return False
+        if user.op == "call_module":
+            module = self.whole.get_submodule(str(user.target))
+            return bool(getattr(module, "inplace", False))
+        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+        in_place = name.endswith("_") or (name.startswith("i") and name in _IN_PLACE)
+        return in_place or bool(user.kwargs.get("inplace", False)) or name in _VIEWS
+
+
+_IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "ifloordiv", "iand", "ior", "ixor", "ipow"})
+# Views share memory with the stored tensor, and what follows may write into them.
+_VIEWS = frozenset({"view", "reshape", "flatten", "permute", "transpose", "getitem", "unflatten", "squeeze", "chunk"})
+
+
+def _keeps_input(node: fx.Node) -> bool:
+    """Only the placeholder and the output have to stay: modules that nothing reads may go."""
+    return node.op in ("placeholder", "output")
+
+
+def _plain(node: fx.Node) -> str:
+    return str(node.target).removeprefix("net.")
+
+
+def _record(net: nn.Module, forward: Forward, *, training: bool) -> _Recording:
+    try:
+        with _mode(net, training):
+            return _Recording(*trace(net, forward))
+    except Exception as error:  # whatever a foreign forward raises under tracing
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise Uncuttable(f"{type(net).__name__} cannot be traced: {first}") from error
+
+
+def _shapes(
+    recording: _Recording, net: nn.Module, example_shape: tuple[int, ...]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape per picture and format of every float tensor with the batch in front, by node name, from one small run."""
+    weight = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
+    batch = 2  # one alone could not be told from a dimension of size one
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            out = super().run_node(n)
+            if isinstance(out, Tensor) and out.is_floating_point() and out.dim() > 1 and len(out) == batch:
+                found[n.name] = (tuple(out.shape[1:]), out.dtype)
+            return out
+
+    x = torch.zeros(batch, *example_shape, dtype=weight.dtype, device=weight.device)
+    try:
+        with torch.no_grad(), _mode(net, False):
+            Watch(recording.whole, graph=recording.graph).run(x)
+    except Exception as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise Uncuttable(f"{type(net).__name__} does not run on pictures of shape {example_shape}: {first}") from error
+    return found
+
+
+def _choose(
+    at_eval: _Recording,
+    at_train: _Recording,
+    names: tuple[str, ...],
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    max_bytes: int | None,
+) -> tuple[fx.Node, fx.Node]:
+    """The last usable place at or before the line, in both recordings."""
+    in_train = {at_train.key(node): node for node in at_train.single_tensors(at_train.first_touch(names))}
+    places = [node for node in at_eval.single_tensors(at_eval.first_touch(names)) if node is not at_eval.input]
+    fitting = False
+    for node in reversed(places):
+        if node.name not in shapes or not at_eval.has_weights(node) or at_eval.key(node) not in in_train:
+            continue
+        shape, dtype = shapes[node.name]
+        if max_bytes is None or math.prod(shape) * dtype.itemsize <= max_bytes:
+            return node, in_train[at_eval.key(node)]
+        fitting = True
+    if fitting:
+        raise Uncuttable(f"no place before the line keeps a picture in {max_bytes:,} bytes")
+    raise Uncuttable("no single tensor is computed from frozen weights before the first trained layer")

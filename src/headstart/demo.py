@@ -16,7 +16,7 @@ from PIL import Image
 from .dataset import load_images
 from .recipe import RECIPES
 from .recipes import FitResult, fine_tune
-from .terminal import say, scores_table
+from .terminal import say
 
 BACKBONE = "test_resnet"  # timm's smallest ResNet, 0.5 M parameters
 IMAGE_SIZE = 32
@@ -68,9 +68,6 @@ def run_demo(
         scores[label] = results[label].metrics["test"]
     report = results["fine-tuned"].report_path
     assert report is not None
-    if progress:
-        print(scores_table(scores))
-        print(f"\nReport: {report}")
     return DemoResult(scores, report)
 
 

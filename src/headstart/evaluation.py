@@ -12,7 +12,7 @@ from torch import Tensor
 from .classifier import Classifier
 from .dataset import ImageTable
 from .errors import DataError
-from .features import Advance, Source
+from .features import Advance, Source, fast_kernels
 from .metrics import evaluate_probs, softmax
 from .pixels import Pixels
 from .runtime import Runtime, make_runtime
@@ -50,7 +50,7 @@ def predict_logits(
     model.to(runtime.device)
     was_training = model.training
     model.eval()
-    with torch.inference_mode(), runtime.autocast():
+    with fast_kernels(model, runtime), torch.inference_mode(), runtime.autocast():
         for part in mine.split(BATCH_SIZE):
             rows.append(model(pixels.batch(part.tolist(), [0] * len(part)).to(runtime.device)).float())
             if advance:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -16,7 +17,8 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.norm_act import BatchNormAct2d
 from timm.layers.padding import pad_same
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, fx, nn
@@ -100,9 +102,7 @@ def depthwise_grad_input(
     wide_weight, result = weight.to(dtype), torch.empty_like(x)
     step = max(1, _CHUNK_BYTES // (x[0].numel() * dtype.itemsize))
     for piece, out in zip(grad.split(step), result.split(step), strict=True):
-        out.copy_(
-            F.conv_transpose2d(piece.to(dtype), wide_weight, None, stride, padding, lost, weight.shape[0])
-        )
+        out.copy_(F.conv_transpose2d(piece.to(dtype), wide_weight, None, stride, padding, lost, weight.shape[0]))
     return result
 
 
@@ -139,9 +139,8 @@ class DepthwiseConv(torch.autograd.Function):
                 grad, x, weight, [weight.shape[0]], ctx.stride, ctx.padding, [1, 1],
                 False, [0, 0], weight.shape[0], [want_x, want_w, want_b],
             )  # fmt: skip
-            grad_x, grad_w, grad_b = (
-                new if new is not None else old for new, old in zip(rest, (grad_x, grad_w, grad_b))
-            )
+            had = (grad_x, grad_w, grad_b)
+            grad_x, grad_w, grad_b = (new if old is None else old for new, old in zip(rest, had, strict=True))
         return grad_x, grad_w, grad_b, None, None
 
 
@@ -161,7 +160,7 @@ class _FastConv(nn.Conv2d):
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = cast("tuple[int, int]", self.padding)
         if isinstance(self, Conv2dSame):
-            x = pad_same(x, weight.shape[-2:], self.stride, self.dilation)
+            x = pad_same(x, list(weight.shape[-2:]), list(self.stride), list(self.dilation))
         if not self.depthwise or x.device.type != "cpu" or not torch.is_grad_enabled():
             return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
         if torch.is_autocast_enabled("cpu"):
@@ -202,9 +201,10 @@ class _FusedNorm(nn.BatchNorm2d):
         return super().forward(input) if self.training else input
 
 
-class _FusedNormAct(BatchNormAct2d):  # type: ignore[misc]
+class _FusedNormAct(BatchNormAct2d):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.training else self.act(self.drop(x))
+        result: Tensor = super().forward(x) if self.training else self.act(self.drop(x))  # type: ignore[no-untyped-call]
+        return result
 
 
 _FAST_CONV: dict[type, type] = {nn.Conv2d: FastConv2d, Conv2dSame: FastConv2dSame}
@@ -310,14 +310,14 @@ def _fuse(conv: nn.Module, norm: nn.Module) -> Callable[[], None]:
     unmark = _mark(conv, "norm", norm)
     norm.__class__ = _FUSED_NORM[stock]
     # SiLU and Hardswish need their input for the backward pass: in place, autograd copies it first.
-    out_of_place = isinstance(act, nn.SiLU | nn.Hardswish) and act.inplace
-    if out_of_place:
-        act.inplace = False
+    eager = act if isinstance(act, nn.SiLU | nn.Hardswish) and act.inplace else None
+    if eager is not None:
+        eager.inplace = False
 
     def undo() -> None:
         norm.__class__ = stock
-        if out_of_place:
-            act.inplace = True
+        if eager is not None:
+            eager.inplace = True
         unmark()
 
     return undo
@@ -337,10 +337,11 @@ class SpatialMean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return (grad / (ctx.shape[2] * ctx.shape[3])).expand(ctx.shape)
+        spread: Tensor = grad / (ctx.shape[2] * ctx.shape[3])
+        return spread.expand(ctx.shape)
 
 
-class FastSqueezeExcite(SqueezeExcite):  # type: ignore[misc]
+class FastSqueezeExcite(SqueezeExcite):
     """timm's squeeze-and-excitation of the EfficientNet and MobileNet families, exchanged in place."""
 
     def forward(self, x: Tensor) -> Any:
@@ -370,12 +371,15 @@ class FrozenForward:
         dtype: number format of the weights, the arithmetic and the output.
         folded: how many BatchNorm layers were folded into their convolutions.
         batch_size: every call computes on this many pictures (short ones are filled up and trimmed); None: as given.
+        compiled: does a compiled function run? Compilation happens at the first call; where it fails this turns False,
+            `compile_error` says why, and the module runs as it is.
     """
 
     def __init__(
         self, module: nn.Module, *, dtype: torch.dtype, folded: int, batch_size: int | None, compiled: bool
     ) -> None:
         self.module, self.dtype, self.folded, self.batch_size = module, dtype, folded, batch_size
+        self.compiled, self.compile_error = compiled, ""
         self._call: Callable[[Tensor], Tensor] = (
             torch.compile(module, dynamic=False, options={"freezing": True}) if compiled else module
         )
@@ -390,7 +394,18 @@ class FrozenForward:
         if x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, enabled=False):
-            return self._call(x)[:n]
+            result: Tensor = self._run(x)[:n]
+        return result
+
+    def _run(self, x: Tensor) -> Any:
+        if not self.compiled:
+            return self._call(x)
+        try:
+            return self._call(x)
+        except Exception as error:  # no compiler, a broken cache, an operation inductor cannot do: all recoverable
+            self.compiled, self.compile_error = False, f"{type(error).__name__}: {error}"
+            self._call = self.module
+            return self._call(x)
 
 
 def frozen_forward(
@@ -401,10 +416,11 @@ def frozen_forward(
     batch_size: int | None = None,
     forward: Forward = nn.Module.__call__,
 ) -> FrozenForward:
-    """A fast inference copy of a frozen module: BatchNorm folded, channels-last, in `dtype`; the original is left alone.
+    """A fast inference copy of a frozen module: BatchNorm folded, channels-last, in `dtype`.
 
-    Folding changes float32 results by about 1e-6 relative, bfloat16 by one to a few per cent. Bits are equal from call
-    to call only for one batch size and one number of threads, so give `batch_size` where they must be.
+    The original is left alone. Folding changes float32 results by about 1e-6 relative; bfloat16 by one to a few per
+    cent. Bits are equal from call to call only for one batch size and one number of threads, so give `batch_size`
+    where they must be.
 
     Args:
         dtype: float32, or bfloat16 where `bf16_works`.
@@ -417,7 +433,7 @@ def frozen_forward(
     pairs = conv_norm_pairs(copy, forward)
     for conv_name, norm_name in pairs:
         _fold(copy, conv_name, norm_name)
-    copy.to(dtype=dtype, memory_format=torch.channels_last)
+    copy.to(dtype).to(memory_format=torch.channels_last)
     if forward is not nn.Module.__call__:
         copy = Whole(copy, forward).eval()
     return FrozenForward(copy, dtype=dtype, folded=len(pairs), batch_size=batch_size, compiled=compiled)
@@ -441,19 +457,23 @@ def _fold(module: nn.Module, conv_name: str, norm_name: str) -> None:
     module.set_submodule(norm_name, norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity())
 
 
-@functools.cache
-def bf16_works(device: str = "cpu") -> bool:
+def bf16_works(device: torch.device | str = "cpu") -> bool:
     """Does this machine compute in bfloat16 natively, and rightly?
 
     Hardware without it would emulate, slower than float32. Some library versions computed certain bfloat16
     convolutions wrongly on some processors (2 x 2 kernels, stride 3), so a few small ones are compared with float32,
-    forward and backward, in some 30 ms; the answer is kept for the life of the process.
+    forward and backward; the answer is kept for the life of the process.
     """
-    if device == "cuda":
+    return _bf16_works(torch.device(device).type)
+
+
+@functools.cache
+def _bf16_works(kind: str) -> bool:
+    if kind == "cuda":
         native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = device == "cpu" and _cpu_has_bf16()
-    return native and all(error < 1e-2 for error in bf16_errors(device).values())
+        native = kind == "cpu" and _cpu_has_bf16()
+    return native and all(error < 1e-2 for error in bf16_errors(kind).values())
 
 
 def _cpu_has_bf16() -> bool:
@@ -504,7 +524,7 @@ def _error(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tens
         a, b = (t.detach().to(dtype).requires_grad_() for t in (x, weight))
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             out = function(a, b)
-            results.append((out, *torch.autograd.grad(out, (a, b), grad.to(dtype))))
+            results.append((out.detach(), *torch.autograd.grad(out, (a, b), grad.to(dtype))))
     return max(float((half.float() - full).norm() / full.norm()) for full, half in zip(*results, strict=True))
 
 
@@ -523,3 +543,9 @@ def keep_freed_memory() -> bool:
     never_mmap = mallopt(-4, 0)  # M_MMAP_MAX
     never_trim = mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     return bool(never_mmap and never_trim)
+
+
+def fast_training(module: nn.Module, forward: Forward = nn.Module.__call__) -> Undo:
+    """Everything here that makes a training step on a CPU faster, in place; leave the context to undo it."""
+    done = [fast_depthwise(module), fast_squeeze_excite(module), fuse_fixed_batchnorm(module, forward)]
+    return Undo([each.undo for each in done])

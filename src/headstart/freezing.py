@@ -8,6 +8,7 @@ mode. Behind it everything is trainable and in training mode, except BatchNorm, 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -160,7 +161,8 @@ def set_freeze_line(model: Classifier, where: str, *, batchnorm: str = "fixed") 
         where: `head` (the whole backbone is frozen), `all` (nothing is), `last:N` (the last N backbone layers that
             own parameters are trained), or a block's or layer's name or wildcard (`layer4`, `blocks.6*`; VGG's
             `block1`..`block5`): the line stands before the first match in order of execution. On VGG16 `last:3` is
-            `block5`, what Keras's `layers[:-4]` leaves trainable, since Keras counts the pooling layer too.
+            `block5`, what Keras's `layers[:-4]` leaves trainable, since Keras counts the pooling layer too. A block
+            of the network that is itself called `head` is `head.*`.
         batchnorm: of the backbone behind the line: `fixed` (statistics fixed, scale and shift trained), `frozen`
             (nothing of it trained) or `train` (statistics learned too). Other norms (LayerNorm, GroupNorm) keep no
             statistics and are trained like any layer. The head's own BatchNorm always learns.
@@ -214,8 +216,7 @@ def _kept_in_eval(net: nn.Module, seen: Trace, line: int | None, batchnorm: str)
     """Modules that stay in evaluation mode: all in front of the line, and BatchNorm behind it unless it learns.
 
     A module's own flag counts, not its children's. One that begins in front of the line and ends behind it (the
-    network itself, for one) is behind it: what networks do with the flag themselves, dropout before they return,
-    comes last.
+    network itself, for one) is behind it, unless it drops values itself before the line is reached.
     """
     if line is None:
         return list(net.modules())
@@ -230,7 +231,8 @@ def _kept_in_eval(net: nn.Module, seen: Trace, line: int | None, batchnorm: str)
             prefix = f"{name}." if name else ""
             uses = [seen.first_use[n] for n in (prefix + t for t in _tensor_names(module)) if n in seen.first_use]
             in_front[name] = max(uses) < line if uses else in_front.get(name.rpartition(".")[0], False)
-        if in_front[name] or (is_batchnorm(module) and batchnorm != "train"):
+        drops_in_front = seen.first_random.get(name, line) < line
+        if in_front[name] or drops_in_front or (is_batchnorm(module) and batchnorm != "train"):
             kept.append(module)
     return kept
 
@@ -282,8 +284,7 @@ def param_groups(
     Raises:
         ModelError: nothing is trainable.
     """
-    exempt = getattr(model.backbone, "no_weight_decay", None)
-    skip = set(exempt()) if callable(exempt) else set()
+    skip = _exempt(model.backbone)
     groups = []
     seen: set[int] = set()
     for part, net, rate in (("backbone", model.backbone, lr), ("head", model.head, lr * head_lr_multiplier)):
@@ -304,6 +305,15 @@ def param_groups(
     if not groups:
         raise ModelError("Nothing is trainable. Set a freeze line: set_freeze_line(model, 'head').")
     return groups
+
+
+def _exempt(net: nn.Module) -> set[str]:
+    """Parameters that the network itself wants left alone by weight decay, by timm's two ways of saying so."""
+    names, words = (getattr(net, n, None) for n in ("no_weight_decay", "no_weight_decay_keywords"))
+    exempt = set(names()) if callable(names) else set()
+    if callable(words):
+        exempt |= {n for n, _ in net.named_parameters() if any(word in n for word in words())}
+    return exempt
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -343,7 +353,7 @@ class Contract:
             )
         self._check_optimizer()
         self._check_line()
-        self._frozen = dict(_fixed_tensors(model))
+        self._frozen = dict(fixed_tensors(model))
         self._versions = {n: t._version for n, t in self._frozen.items()}
         self._digests = {n: (tensors_digest([(n, t)]), _size(t)) for n, t in self._frozen.items()}
 
@@ -362,7 +372,7 @@ class Contract:
                 "follow it. Set the freeze line before the stage starts, and leave requires_grad alone during it."
             )
         self._check_optimizer()
-        now = dict(_fixed_tensors(self.model))
+        now = dict(fixed_tensors(self.model))
         replaced = [
             n
             for n in (*self._frozen, *(n for n in now if n not in self._frozen))
@@ -381,7 +391,7 @@ class Contract:
         Raises:
             ModelError: naming what changed, with its size before and after.
         """
-        now = dict(_fixed_tensors(self.model))
+        now = dict(fixed_tensors(self.model))
         changed = []
         for name, (digest, size) in self._digests.items():
             if name not in now:
@@ -392,20 +402,17 @@ class Contract:
             raise ModelError(f"Frozen tensors changed during the stage: {_listed(changed)}.")
 
     def _check_optimizer(self) -> None:
-        names = {id(p): n for n, p in self.model.named_parameters()}
         held = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
-        trainable = {id(p) for p in self.model.parameters() if p.requires_grad}
-        twice = {i for i in held if held.count(i) > 1} if len(set(held)) != len(held) else set()
-        problems = [
-            ("trainable but not in the optimiser", trainable - set(held)),
-            ("in the optimiser but not trainable", set(held) - trainable),
-            ("in the optimiser more than once", twice),
-        ]
-        wrong = [
-            f"{what}: {_listed([names.get(i, 'a tensor of no part of the model') for i in ids])}"
-            for what, ids in problems
-            if ids
-        ]
+        count = Counter(held)
+        parameters = list(self.model.named_parameters())
+        foreign = len(set(held) - {id(p) for _, p in parameters})
+        problems = {
+            "trainable but not in the optimiser": [n for n, p in parameters if p.requires_grad and not count[id(p)]],
+            "in the optimiser but not trainable": [n for n, p in parameters if count[id(p)] and not p.requires_grad],
+            "in the optimiser more than once": [n for n, p in parameters if count[id(p)] > 1],
+            "in the optimiser but of no part of the model": [f"{foreign} tensors"] * bool(foreign),
+        }
+        wrong = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
         if wrong:
             raise ModelError(f"What is trainable is not what the optimiser holds. {'; '.join(wrong)}.")
 
@@ -424,7 +431,7 @@ class Contract:
             )
 
 
-def _fixed_tensors(model: Classifier) -> Iterable[tuple[str, torch.Tensor]]:
+def fixed_tensors(model: Classifier) -> Iterable[tuple[str, torch.Tensor]]:
     """Parameters that are not trainable, and buffers of modules that stay in evaluation mode."""
     kept = {id(m) for m in model._kept_in_eval}
     for name, parameter in model.named_parameters():

@@ -210,7 +210,7 @@ class Stage(_Spec):
     early_stop: int = 0
     clip_norm: float = 0.0
     select: str = "loss"
-    views: int = 4
+    views: int = 2
     on_collapse: str = "retry"
     collapse_ratio: float = 1.5
     collapse_margin: float = 0.25
@@ -249,7 +249,7 @@ class Stage(_Spec):
 
 
 HEAD_STAGE = Stage()
-FINE_TUNE_STAGE = Stage(name="fine-tune", freeze_line="all", epochs=6, batch_size=32, lr_scale=0.01, warmup=0.1)
+FINE_TUNE_STAGE = Stage(name="fine-tune", freeze_line="all", epochs=8, batch_size=32, lr_scale=0.01, warmup=0.1)
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ class Recipe(_Spec):
     name: str = "fine-tune"
     stages: tuple[Stage, ...] = (HEAD_STAGE, FINE_TUNE_STAGE)
     head: HeadSpec = HeadSpec()
-    lr: float = 1e-2
+    lr: float = 5e-3
     augment: str | AugmentSpec = "photo"
     pretrained: bool = True
     drop_rate: float = 0.0

@@ -16,8 +16,8 @@ from torch import nn
 from . import train as training
 from .checkpoint import load, save
 from .classifier import Classifier, create_classifier
-from .dataset import ImageTable, Splits, load_images, split
-from .errors import Interrupted, ModelError, RecipeError
+from .dataset import ImageTable, Splits, check_images, load_images, split
+from .errors import DataError, Interrupted, ModelError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_logits, source_logits
 from .features import FeatureSource, StageData, make_source
 from .freezing import set_freeze_line
@@ -130,8 +130,10 @@ def fine_tune(
         with diary.phase("read pictures"):
             splits = _splits(
                 data, seed=plan.seed, val=val, test=test, val_folder=val_folder, test_folder=test_folder,
-                bad_files=bad_files, workers=runtime.workers, limit=limit,
+                bad_files=bad_files, workers=runtime.workers, limit=limit, show=show,
             )  # fmt: skip
+        if not len(splits.val):
+            raise DataError("The validation split is empty, but it chooses the best state. Hold some out: --val 0.15.")
         _say_data(splits, show)
         with diary.phase("load backbone"):
             model = create_classifier(
@@ -156,9 +158,9 @@ def fine_tune(
     try:
         for stage in plan.stages:
             source = _run_stage(model, trainset, valset, stage, plan, diary, runtime)
+        return _finish(model, splits, plan, diary, runtime, source)
     except KeyboardInterrupt:
         raise Interrupted(_leave_usable(run, model, diary, splits)) from None
-    return _finish(model, splits, plan, diary, runtime, source)
 
 
 def fit(
@@ -286,11 +288,14 @@ def _splits(
     bad_files: str,
     workers: int,
     limit: int | None,
+    show: bool,
 ) -> Splits:
     if isinstance(data, Splits):
         return data
     if not isinstance(data, ImageTable):
-        data = load_images(data, bad_files=bad_files, val_folder=val_folder, test_folder=test_folder, workers=workers)
+        table = load_images(data, val_folder=val_folder, test_folder=test_folder, check=False)
+        with ProgressBar(len(table), "Reading pictures", enabled=show) as bar:
+            data = check_images(table, bad_files=bad_files, workers=workers, progress=lambda done, _: bar.move_to(done))
     if limit is not None:
         data = data.limit(limit, seed=seed)
     return split(data, val=val, test=test, seed=seed)
@@ -411,7 +416,8 @@ def _finish(
             results["val"] = Evaluation.from_logits(logits, splits.val)
         else:
             results["val"] = evaluate(model, splits.val, runtime=exact)
-        results["test"] = evaluate(model, splits.test, runtime=exact, advance=bar.advance)
+        if len(splits.test):
+            results["test"] = evaluate(model, splits.test, runtime=exact, advance=bar.advance)
     metrics = {name: result.metrics for name, result in results.items()} | _facts(model, diary, splits)
     run = diary.run
     report_path = None

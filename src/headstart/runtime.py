@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import RecipeError, SetupError
+from .fastops import bf16_works, keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def make_runtime(*, device: str = "auto", precision: str = "auto", workers: int 
     Args:
         device: `auto` (a GPU where there is one) or a torch device such as `cpu`, `cuda`, `cuda:1`, `mps`.
         precision: `fp32`, `bf16`, or `auto`: bf16 where the machine computes in it natively and a start-up
-            self-test of its kernels passes, else fp32.
+            self-test of its kernels passes, else fp32. On a CPU the process also keeps freed memory from now on.
         workers: threads that decode and augment pictures; None means one per core, at most 8.
     Raises:
         SetupError: no such device. RecipeError: unknown precision.
@@ -84,11 +85,11 @@ def make_runtime(*, device: str = "auto", precision: str = "auto", workers: int 
         state = PartialState(cpu=chosen.type == "cpu")
         rank, world, chosen = state.process_index, state.num_processes, state.device
     if precision == "auto":
-        from .fastops import bf16_works
-
-        dtype = torch.bfloat16 if bf16_works(chosen) else torch.float32
+        dtype = torch.bfloat16 if bf16_works(chosen.type) else torch.float32
     else:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if chosen.type == "cpu":
+        keep_freed_memory()
     return Runtime(chosen, dtype, workers or min(8, os.cpu_count() or 1), rank, world)
 
 

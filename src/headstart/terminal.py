@@ -42,6 +42,10 @@ class ProgressBar:
         """`n` more units are done."""
         self._bar.update(n)
 
+    def move_to(self, done: int) -> None:
+        """`done` units are done in all."""
+        self._bar.update(done - self._bar.n)
+
     def note(self, **figures: float | str) -> None:
         """Figures shown behind the bar, such as the running loss."""
         self._bar.set_postfix(figures, refresh=False)

@@ -17,6 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 Forward = Callable[[Any, torch.Tensor], Any]
 
+# Functions that draw random numbers when they are told that the module calling them is in training mode.
+_RANDOM = ("dropout", "scaled_dot_product_attention", "multi_head_attention_forward")
+
 
 @dataclass(frozen=True)
 class Call:
@@ -31,10 +34,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward pass did: its calls by start, the position of each tensor's first use, the output's shape."""
+    """What one forward pass did: its calls by start, and the shape of what came out.
+
+    first_use: position at which each parameter and buffer is first read. first_random: position at which a module
+    itself, not one below it, first calls a function that may drop values.
+    """
 
     calls: tuple[Call, ...]
     first_use: dict[str, int]
+    first_random: dict[str, int]
     output_shape: tuple[int, ...] | None
 
     def first_calls(self) -> dict[str, Call]:
@@ -58,16 +66,19 @@ class _Method(nn.Module):
 
 
 class _Uses(TorchFunctionMode):
-    """Notes the first operation that reads each of the given tensors."""
+    """Notes the first operation that reads each of the given tensors, and each module's first that may be random."""
 
-    def __init__(self, names: dict[int, str], clock: Iterator[int]) -> None:
+    def __init__(self, names: dict[int, str], clock: Iterator[int], open_calls: list[tuple[str, int]]) -> None:
         super().__init__()
-        self.names, self.clock = names, clock
+        self.names, self.clock, self.open_calls = names, clock, open_calls
         self.first_use: dict[str, int] = {}
+        self.first_random: dict[str, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if any(word in getattr(func, "__name__", "") for word in _RANDOM):
+            self.first_random.setdefault(self.open_calls[-1][0] if self.open_calls else "", next(self.clock))
         # Asking a weight for its shape or dtype is not using it; those getters give no tensor back.
         if getattr(func, "__name__", "") != "__get__" or isinstance(out, torch.Tensor):
             for tensor in _tensors((args, tuple(kwargs.values()))):
@@ -138,7 +149,7 @@ def _run(module: nn.Module, forward: Forward, state: dict[str, torch.Tensor], x:
             calls.append(Call(name, start, next(clock), _shape(args), _shape(out)))
 
         hooks += [sub.register_forward_pre_hook(enter), sub.register_forward_hook(leave)]
-    uses = _Uses({id(t): n for n, t in state.items()}, clock)
+    uses = _Uses({id(t): n for n, t in state.items()}, clock, open_calls)
     try:
         with uses:
             out = torch.func.functional_call(
@@ -147,4 +158,5 @@ def _run(module: nn.Module, forward: Forward, state: dict[str, torch.Tensor], x:
     finally:
         for hook in hooks:
             hook.remove()
-    return Trace(tuple(sorted(calls, key=lambda c: c.start)), uses.first_use, _shape(out))
+    ordered = tuple(sorted(calls, key=lambda c: c.start))
+    return Trace(ordered, uses.first_use, uses.first_random, _shape(out))

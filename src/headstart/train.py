@@ -18,8 +18,8 @@ from .classifier import Classifier
 from .dataset import epoch_order
 from .errors import ModelError
 from .evaluation import Score, score
-from .features import Source, StageData
-from .freezing import Contract, param_groups
+from .features import Source, StageData, fast_kernels
+from .freezing import Contract, fixed_tensors, param_groups
 from .recipe import Stage
 from .runtime import Runtime
 
@@ -288,12 +288,12 @@ def fit(
         if log:
             log(record)
 
+    watch = starts_trained and stage.on_collapse != "ignore"
     for attempt in range(MAX_RETRIES + 1):
         run = _Stage(model, data, stage, lr=lr, seed=seed, runtime=runtime)
         try:
-            best, best_epoch, epochs = _attempt(
-                run, watch=starts_trained and stage.on_collapse != "ignore", write=write, report=report
-            )
+            with fast_kernels(model, runtime):
+                best, best_epoch, epochs = _attempt(run, watch=watch, write=write, report=report)
             break
         except _CollapseError as collapse:
             restore(model, entry_state)
@@ -430,10 +430,10 @@ def _prefetch(
 
 
 def snapshot(model: Classifier) -> dict[str, Tensor]:
-    """Copies of everything training may change: trainable parameters and all buffers."""
-    state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    state.update({name: b.detach().clone() for name, b in model.named_buffers()})
-    return state
+    """Copies of everything training may change; what is fixed is left out, so that putting it back hides nothing."""
+    fixed = {name for name, _ in fixed_tensors(model)}
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: tensor.detach().clone() for name, tensor in tensors.items() if name not in fixed}
 
 
 def restore(model: Classifier, state: dict[str, Tensor]) -> None:

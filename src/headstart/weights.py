@@ -134,16 +134,17 @@ def fits(net: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
     return all(k in tensors and tensors[k].shape == own[k].shape for k in own if not _may_miss(k))
 
 
-def adapted(stored: StoredWeights, net: nn.Module, adapt: Adapt) -> dict[str, torch.Tensor]:
-    """The tensors under the network's names and for its input size, as timm does it for what it downloads."""
+def adapted(stored: StoredWeights, net: nn.Module, adapt: Adapt) -> dict[str, torch.Tensor] | None:
+    """The tensors under the whole network's names and for its input size, as timm does it for what it downloads.
+
+    None where timm's function for this architecture can make nothing of them.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # remarks about speed, from where timm interpolates
             return dict(adapt(dict(stored.tensors), net))
-    except Exception as error:  # written for files of this architecture; with another anything may go wrong
-        raise CheckpointError(
-            f"Weights {stored.source} do not fit {type(net).__name__}: timm could not adapt them ({error!r})."
-        ) from error
+    except Exception:  # written for files of this architecture; with another anything may go wrong
+        return None
 
 
 def load_strictly(
@@ -179,3 +180,26 @@ def _may_miss(key: str) -> bool:
 
 def _listed(keys: list[str], limit: int = 20) -> str:
     return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
+
+
+def from_hub_cache(name: str) -> dict[str, Any] | None:
+    """Point timm to the file in the Hugging Face cache, so that no request is made for what is already there."""
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    config: Any = timm.get_pretrained_cfg(name)
+    if not config.hf_hub_id or config.custom_load or config.hf_hub_filename:
+        return None
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        path = try_to_load_from_cache(config.hf_hub_id, file)
+        if isinstance(path, str):
+            return {"file": path}
+    return None
+
+
+def reach_hub() -> None:
+    """Ask the hub once, since its client would otherwise try for most of a minute before it gives up."""
+    from huggingface_hub import constants, get_session
+
+    if not constants.HF_HUB_OFFLINE:
+        get_session().head(constants.ENDPOINT, timeout=10)

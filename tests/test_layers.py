@@ -12,8 +12,8 @@ from headstart.checkpoint import save
 from headstart.classifier import create_classifier
 from headstart.errors import ModelError
 from headstart.freezing import count_statistics, set_freeze_line
+from headstart.layers import Row, Summary, make_summary, summary
 from headstart.recipe import HeadSpec, HiddenLayer
-from headstart.summary import Row, Summary, make_summary, summary
 from tiny import SPEC, TinyNet
 
 NAMES = ("cat", "dog", "owl")
@@ -90,6 +90,16 @@ def test_every_number_is_counted_once(name: str) -> None:
     assert adds_up(table)
     assert len({(row.part, row.name) for row in table.rows}) == len(table.rows)
     assert [row.name for row in table.rows if row.part == "head"] == ["norm", "hidden1", "classifier"]
+
+
+def test_what_has_no_parameters_is_shown_where_it_changes_the_shape() -> None:
+    rows = summary("resnet18", num_classes=3).rows
+    plain = [(row.name, row.type, row.output_shape) for row in rows if not row.parameters]
+    assert plain == [
+        ("input", "pixels", (3, 224, 224)),
+        ("maxpool", "MaxPool2d", (64, 56, 56)),
+        ("global_pool", "SelectAdaptivePool2d", (512,)),
+    ]
 
 
 def test_spec_and_by_hand_have_the_same_counts() -> None:

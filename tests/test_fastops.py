@@ -1,0 +1,328 @@
+"""Faster kernels: same results and gradients as the stock ones, same keys, and everything can be undone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.norm_act import BatchNormAct2d
+from torch import Tensor, nn
+
+from headstart import fastops
+from headstart.fastops import (
+    DepthwiseConv,
+    FrozenForward,
+    bf16_errors,
+    bf16_works,
+    depthwise_grad_input,
+    fast_depthwise,
+    fast_squeeze_excite,
+    fast_training,
+    frozen_forward,
+    fuse_fixed_batchnorm,
+)
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    out = function(*leaves)
+    grad = draw(*out.shape, seed=9).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+CASES = [(k, s, p, size) for k in (3, 5, 7) for s in (1, 2) for p in (k // 2, 0, 1) for size in ((9, 12), (11, 11))]
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "size"), CASES)
+def test_depthwise_gradients_in_float64(kernel: int, stride: int, padding: int, size: tuple[int, int]) -> None:
+    x, weight, bias = draw(3, 4, *size), draw(4, 1, kernel, kernel, seed=1), draw(4, seed=2)
+    ours = gradients(
+        lambda a, w, b: DepthwiseConv.apply(a, w, b, (stride, stride), (padding, padding)), x, weight, bias
+    )
+    stock = gradients(lambda a, w, b: F.conv2d(a, w, b, stride, padding, 1, 4), x, weight, bias)
+    for a, b in zip(ours, stock, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("size", [(8, 8), (9, 11), (12, 7)])
+@pytest.mark.parametrize("chunk", [1, 1 << 30])
+def test_grad_input_by_transposed_convolution(
+    kernel: int, size: tuple[int, int], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastops, "_CHUNK_BYTES", chunk)
+    x, weight, padding = draw(3, 4, *size), draw(4, 1, kernel, kernel, seed=1), kernel // 2
+    out, grad_x = gradients(lambda a: F.conv2d(a, weight, None, 2, padding, 1, 4), x)
+    grad = draw(*out.shape, seed=9)
+    found = depthwise_grad_input(grad, x, weight, stride=(2, 2), padding=(padding, padding))
+    torch.testing.assert_close(found, grad_x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 1), (5, 2), (7, 1)])
+def test_depthwise_gradients_in_low_precision(dtype: torch.dtype, kernel: int, stride: int) -> None:
+    x, weight = draw(4, 32, 14, 14).to(dtype), draw(32, 1, kernel, kernel, seed=1).to(dtype)
+    padding = kernel // 2
+    ours = gradients(lambda a, w: DepthwiseConv.apply(a, w, None, (stride, stride), (padding, padding)), x, weight)
+    exact = gradients(lambda a, w: F.conv2d(a, w, None, stride, padding, 1, 32), x.double(), weight.double())
+    stock = F.conv2d(x, weight, None, stride, padding, 1, 32)
+    assert torch.equal(ours[0], stock), "the forward is the stock one"
+    for a, b in zip(ours, exact, strict=True):
+        assert a.dtype == dtype
+        assert relative(a, b) < (1e-6 if dtype == torch.float32 else 5e-3)
+
+
+class Block(nn.Module):
+    """Convolutions of every kind that is, or is not, to be converted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(8, 8, 5, padding=2, groups=8)
+        self.strided = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8, bias=False)
+        self.same = Conv2dSame(8, 8, 5, stride=2, groups=8)
+        self.plain = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.dilated = nn.Conv2d(8, 8, 5, padding=4, dilation=2, groups=8)
+        self.worded = nn.Conv2d(8, 8, 5, padding="same", groups=8)
+        self.reflect = nn.Conv2d(8, 8, 5, padding=2, groups=8, padding_mode="reflect")
+        self.dense = nn.Conv2d(8, 8, 5, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.children():
+            x = layer(x)
+        return x
+
+
+def net_gradients(net: nn.Module, x: Tensor, *, autocast: bool = False) -> list[Tensor]:
+    net.zero_grad()
+    leaf = x.detach().clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = net(leaf)
+    out.square().mean().backward()
+    assert leaf.grad is not None
+    return [out.detach(), leaf.grad, *(p.grad.clone() for p in net.parameters() if p.grad is not None)]
+
+
+def test_conversion_keeps_keys_and_results_and_can_be_undone() -> None:
+    torch.manual_seed(0)
+    net, x = Block().double(), draw(2, 8, 29, 31)
+    stock, keys, classes = net_gradients(net, x), list(net.state_dict()), [type(m) for m in net.modules()]
+    with fast_depthwise(net) as done:
+        assert done.converted == 3
+        assert isinstance(net.same, fastops.FastConv2dSame)
+        assert type(net.dilated) is type(net.plain) is type(net.worded) is nn.Conv2d
+        assert list(net.state_dict()) == keys
+        for a, b in zip(net_gradients(net, x), stock, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        twin = copy.deepcopy(net)
+    assert [type(m) for m in net.modules()] == classes
+    for a, b in zip(net_gradients(twin, x), stock, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_converted_under_autocast() -> None:
+    torch.manual_seed(0)
+    net, x = (
+        nn.Sequential(nn.Conv2d(16, 16, 5, stride=2, padding=2, groups=16)),
+        draw(4, 16, 14, 14, dtype=torch.float32),
+    )
+    exact = net_gradients(copy.deepcopy(net).double(), x.double())
+    with fast_depthwise(net):
+        ours = net_gradients(net, x, autocast=True)
+    assert ours[0].dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in ours[1:])
+    for a, b in zip(ours, exact, strict=True):
+        assert relative(a, b) < 1e-2
+
+
+def spread_norms(net: nn.Module) -> nn.Module:
+    """Statistics and affine parts that are not the identity, in eval mode."""
+    generator = torch.Generator().manual_seed(3)
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        with torch.no_grad():
+            norm.running_mean.normal_(generator=generator).mul_(0.3)  # type: ignore[union-attr]
+            norm.running_var.uniform_(0.5, 2.0, generator=generator)  # type: ignore[union-attr]
+            norm.weight.uniform_(0.5, 1.5, generator=generator)
+            norm.bias.normal_(generator=generator).mul_(0.3)
+        norm.eval()
+    return net
+
+
+NETS = ("mobilenetv3_small_100", "tf_efficientnet_b0", "resnet18")
+
+
+@pytest.fixture(scope="module", params=NETS)
+def backbone(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    return spread_norms(timm.create_model(request.param, num_classes=0).double().eval())
+
+
+def test_fused_fixed_batchnorm_in_float64(backbone: nn.Module) -> None:
+    x = draw(2, 3, 40, 40)
+    stock, keys, classes = (
+        net_gradients(backbone, x),
+        list(backbone.state_dict()),
+        [type(m) for m in backbone.modules()],
+    )
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in backbone.modules())
+    with fuse_fixed_batchnorm(backbone) as done:
+        assert done.converted == norms > 10
+        assert list(backbone.state_dict()) == keys
+        for a, b in zip(net_gradients(backbone, x), stock, strict=True):
+            assert relative(a, b) < 1e-9 or float(b.norm()) < 1e-12
+    assert [type(m) for m in backbone.modules()] == classes
+    assert all(torch.equal(a, b) for a, b in zip(net_gradients(backbone, x), stock, strict=True))
+
+
+def test_everything_for_training_together(backbone: nn.Module) -> None:
+    x = draw(2, 3, 40, 40)
+    stock, classes = net_gradients(backbone, x), [type(m) for m in backbone.modules()]
+    with fast_training(backbone):
+        for a, b in zip(net_gradients(backbone, x), stock, strict=True):
+            assert relative(a, b) < 1e-9 or float(b.norm()) < 1e-12
+    assert [type(m) for m in backbone.modules()] == classes
+
+
+class Pair(nn.Module):
+    def __init__(self, *, shared: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, bias=True)
+        self.norm = BatchNormAct2d(6, act_layer=nn.SiLU)
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.norm(y) + y if self.shared else self.norm(y)
+
+
+def test_norm_in_training_mode_is_not_fused() -> None:
+    torch.manual_seed(0)
+    net, x = spread_norms(Pair().double()), draw(4, 3, 8, 8)
+    net.norm.train()
+    twin = copy.deepcopy(net)
+    stock = net_gradients(twin, x)
+    with fuse_fixed_batchnorm(net) as done:
+        assert done.converted == 1
+        ours = net_gradients(net, x)
+    assert all(torch.equal(a, b) for a, b in zip(ours, stock, strict=True))
+    assert torch.equal(net.norm.running_mean, twin.norm.running_mean)
+    assert net.norm.num_batches_tracked == 1
+    assert net.norm.act.inplace
+
+
+def test_convolution_that_others_read_is_not_fused() -> None:
+    with fuse_fixed_batchnorm(Pair(shared=True).eval()) as done:
+        assert done.converted == 0
+
+
+def test_squeeze_excite_gradients_in_float64() -> None:
+    torch.manual_seed(0)
+    net, x = spread_norms(timm.create_model("efficientnet_b0", num_classes=0).double().eval()), draw(2, 3, 40, 40)
+    stock = net_gradients(net, x)
+    with fast_squeeze_excite(net) as done:
+        assert done.converted == 16
+        for a, b in zip(net_gradients(net, x), stock, strict=True):
+            assert relative(a, b) < 1e-9 or float(b.norm()) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_100", "resnet18", "vit_tiny_patch16_224"])
+def test_frozen_forward(name: str) -> None:
+    torch.manual_seed(0)
+    options = {"img_size": 64} if "vit" in name else {}
+    net = spread_norms(timm.create_model(name, num_classes=0, **options).eval())
+    x = draw(3, 3, 64, 64, dtype=torch.float32)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    classes = [type(m) for m in net.modules()]
+    with torch.no_grad():
+        plain = net(x)
+    fast = frozen_forward(net)
+    assert (fast.folded > 15) == ("vit" not in name)
+    found = fast(x)
+    assert relative(found, plain) < 1e-5
+    assert not found.requires_grad
+    if bf16_works():
+        half = frozen_forward(net, dtype=torch.bfloat16)(x)
+        assert half.dtype == torch.bfloat16
+        assert relative(half, plain) < 5e-2
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert [type(m) for m in net.modules()] == classes
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_frozen_forward_of_a_converted_net() -> None:
+    torch.manual_seed(0)
+    net, x = spread_norms(timm.create_model("mobilenetv2_100", num_classes=0).eval()), draw(2, 3, 64, 64).float()
+    with torch.no_grad():
+        plain = net(x)
+    with fast_training(net):
+        fast = frozen_forward(net)
+        assert fast.folded == 52
+        assert relative(fast(x), plain) < 1e-5
+        with torch.no_grad():
+            assert relative(net(x), plain) < 1e-5
+
+
+def test_fixed_batch_size_gives_the_same_bits() -> None:
+    torch.manual_seed(0)
+    net, x = spread_norms(timm.create_model("mobilenetv2_100", num_classes=0).eval()), draw(4, 3, 64, 64).float()
+    fast = frozen_forward(net, batch_size=4)
+    sizes: list[int] = []
+    fast.module.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    whole = fast(x)
+    assert fast(x[:1]).shape == (1, whole.shape[1])
+    assert torch.equal(fast(x[:3]), whole[:3])
+    assert sizes == [4, 4, 4]
+
+
+def test_failed_compilation_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(module: nn.Module, **_: object) -> Callable[[Tensor], Tensor]:
+        def call(x: Tensor) -> Tensor:
+            raise RuntimeError("no compiler here")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3)), draw(2, 3, 8, 8).float()
+    fast = frozen_forward(net, compiled=True)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), net(x))
+    assert isinstance(fast, FrozenForward)
+    assert not fast.compiled
+    assert "no compiler here" in fast.compile_error
+
+
+def test_bf16_self_test_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = bf16_errors()
+    assert set(errors) >= {"matmul", "2x2 stride 2", "3x3 stride 3", "depthwise 5x5 stride 2"}
+    right = F.conv2d
+
+    def wrong(x: Tensor, weight: Tensor, **options: object) -> Tensor:
+        out = right(x, weight, **options)  # type: ignore[arg-type]
+        return out * 1.5 if x.dtype == torch.bfloat16 and weight.shape[2] == 2 else out
+
+    monkeypatch.setattr(fastops.F, "conv2d", wrong)
+    monkeypatch.setattr(fastops, "_cpu_has_bf16", lambda: True)
+    fastops._bf16_works.cache_clear()
+    assert bf16_errors()["2x2 stride 2"] > 0.1
+    assert not bf16_works(torch.device("cpu"))
+    fastops._bf16_works.cache_clear()
+
+
+def test_bf16_is_not_used_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastops, "_cpu_has_bf16", lambda: False)
+    fastops._bf16_works.cache_clear()
+    assert not bf16_works()
+    fastops._bf16_works.cache_clear()

@@ -1,0 +1,92 @@
+"""The commands and the Python of README and guide run as they are written, on a made folder and a local hub cache."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+from safetensors.torch import save_file
+
+from conftest import make_picture
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/guide.md")
+NOT_HERE = ("make ", "headstart demo")  # set-up, tried by continuous integration itself; the demo, in its own test
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    lines = [line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
+    lines += [line[2:] for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
+    return [line.split("  #")[0] for line in lines if not line.startswith(NOT_HERE)]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with `photos`, and a hub cache laid out as the real one, holding random weights."""
+    folder = tmp_path_factory.mktemp("readme")
+    rng = np.random.default_rng(0)
+    for hue, name in enumerate(("roses", "sunflowers", "tulips")):
+        (folder / "photos" / name).mkdir(parents=True)
+        for i in range(1, 9):
+            make_picture(rng, hue, (64, 64)).save(folder / "photos" / name / f"{i}.jpg")
+    hub = folder / "hub" / "models--timm--mobilenetv2_100.ra_in1k"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("0123456789abcdef0123456789abcdef01234567")
+    snapshot = hub / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    snapshot.mkdir(parents=True)
+    save_file(timm.create_model("mobilenetv2_100").state_dict(), snapshot / "model.safetensors")
+    return folder
+
+
+def run(here: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "HF_HUB_CACHE": str(here / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    return subprocess.run(arguments, cwd=here, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_python_run_as_written(page: str, here: Path) -> None:
+    lines = commands(page)
+    assert len(lines) > 4
+    for line in lines:
+        done = run(here, *(word.strip("'\"") for word in line.split()), *_fresh(line, here))
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        assert done.stdout
+    for number, block in enumerate(blocks(page, "python")):
+        done = run(here, sys.executable, "-W", "error", "-c", block)
+        assert done.returncode == 0, f"{page}, Python block {number}\n{done.stderr}"
+
+
+def _fresh(line: str, here: Path) -> list[str]:
+    """Both pages write runs/first: the second time it is there."""
+    return ["--overwrite"] if " fit " in line and (here / line.split("--out ")[-1].split()[0]).exists() else []
+
+
+def test_the_result_table_is_the_one_the_records_give() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "real_sets.py", "table"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("\n") >= 8  # six sets and two lines of heading
+    assert done.stdout.strip() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_page_that_is_pointed_to_is_there() -> None:
+    for page in (*PAGES, "ARCHITECTURE.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+            assert ((ROOT / page).parent / target).exists(), f"{page} -> {target}"
