@@ -148,7 +148,7 @@ def test_batch_of_a_table_covers_the_classes(table: ImageTable) -> None:
     assert len(ax.images) == 6
     for image, name in zip(ax.images, names, strict=True):  # each class is brightest in its own channel
         strongest = int(np.asarray(image.get_array()).mean(axis=(0, 1)).argmax())
-        assert strongest == ("blue", "green", "red").index(name)
+        assert strongest == ("red", "green", "blue").index(name)
     again = [t.get_text() for t in show_batch(table, n=6).texts]
     assert again == names
     assert len(show_batch(table, spec=SPEC).images) == 9

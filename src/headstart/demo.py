@@ -21,6 +21,9 @@ from .terminal import say
 BACKBONE = "test_resnet"  # timm's smallest ResNet, 0.5 M parameters
 IMAGE_SIZE = 32
 TRAIN_PER_CLASS, VAL_PER_CLASS = 20, 10
+# Nominal head rates; a stage trains at a tenth (scratch) or a hundredth (fine-tune) of them. The target task from
+# scratch gets Adam's usual 1e-3, and as many epochs as fine-tuning; the source task has more pictures and takes more.
+SOURCE_LR, SCRATCH_LR, HEAD_LR = 5e-2, 1e-2, 3e-2
 _AUGMENT = "document"  # digits must not be mirrored
 
 
@@ -43,28 +46,26 @@ def run_demo(
     """
     out = Path(out)
     pictures = write_digits(out / "digits", seed=seed)
+    machine = {"overwrite": overwrite, "progress": progress, "seed": seed}
     say("Source task: digits 0-4, from scratch", enabled=progress)
-    source = _fit(
-        pictures / "source",
-        "scratch",
-        out=out / "source",
-        epochs=(8,),
-        overwrite=overwrite,
-        seed=seed,
-        progress=progress,
-    )
+    source = _fit(pictures / "source", "scratch", out=out / "source", lr=SOURCE_LR, epochs=(15,), **machine)
     scores = {"source task (0-4)": source.metrics["test"]}
     results: dict[str, FitResult] = {}
-    for label, recipe, weights, epochs in (
-        ("from scratch", "scratch", "none", (30,)),
-        ("frozen head", "head", source.run_path, (60,)),
-        ("fine-tuned", "fine-tune", source.run_path, (60, 20)),
+    for label, recipe, weights, lr, epochs in (
+        ("from scratch", "scratch", "none", SCRATCH_LR, (30,)),
+        ("frozen head", "head", source.run_path, HEAD_LR, (60,)),
+        ("fine-tuned", "fine-tune", source.run_path, HEAD_LR, (60, 30)),
     ):
         say(f"Target task: digits 5-9, {TRAIN_PER_CLASS} pictures each, {label}", enabled=progress)
         results[label] = _fit(
-            pictures / "target", recipe, weights=weights, out=out / label.replace(" ", "-"), epochs=epochs,
-            overwrite=overwrite, seed=seed, progress=progress,
-        )  # fmt: skip
+            pictures / "target",
+            recipe,
+            weights=weights,
+            out=out / label.replace(" ", "-"),
+            lr=lr,
+            epochs=epochs,
+            **machine,
+        )
         scores[label] = results[label].metrics["test"]
     report = results["fine-tuned"].report_path
     assert report is not None
@@ -77,14 +78,15 @@ def _fit(
     *,
     weights: str | Path | None = "none",
     out: Path,
+    lr: float,
     epochs: tuple[int, ...],
     overwrite: bool,
     seed: int,
     progress: bool,
 ) -> FitResult:
     plan = RECIPES[recipe]
-    stages = tuple(replace(s, epochs=n, batch_size=32) for s, n in zip(plan.stages, epochs, strict=True))
-    plan = replace(plan, stages=stages, augment=_AUGMENT, seed=seed)
+    stages = tuple(replace(s, epochs=n, batch_size=32, views=4) for s, n in zip(plan.stages, epochs, strict=True))
+    plan = replace(plan, stages=stages, lr=lr, augment=_AUGMENT, seed=seed)
     return fine_tune(
         load_images(folder, check=False), backbone=BACKBONE, weights=weights or "none", out=out, recipe=plan,
         spec_overrides={"image_size": IMAGE_SIZE, "fit": "squash"}, overwrite=overwrite, progress=progress,
