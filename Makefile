@@ -23,10 +23,10 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 test: $(INSTALLED) ## run the whole suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 quick: $(INSTALLED) ## run the suite without the slow tests
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -n auto -m 'not slow'
 
 check: $(INSTALLED) ## formatting, lint, types, direction of imports, generated pages
 	$(BIN)/ruff format --check .

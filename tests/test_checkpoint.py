@@ -54,6 +54,18 @@ def test_modules_of_the_users_own_are_asked_for(tmp_path: Path) -> None:
         assert torch.equal(mine(x), again(x))
 
 
+def test_pooling_of_two_modules_of_the_users_own_is_kept(tmp_path: Path) -> None:
+    class Map(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:, :, ::4, ::4]
+
+    mine = create_classifier(Map(), ("a", "b"), head=nn.Linear(3, 2), data_spec=SPEC, pool="max").eval()
+    save(mine, tmp_path)
+    again = load(tmp_path, backbone=Map(), head=nn.Linear(3, 2))
+    x = torch.randint(0, 255, (3, 3, 16, 16), dtype=torch.uint8)
+    assert torch.equal(mine(x), again(x))
+
+
 def test_a_missing_extra_or_misshapen_tensor_is_named(model: Classifier, tmp_path: Path) -> None:
     save(model, tmp_path)
     file = tmp_path / "model.safetensors"

@@ -319,3 +319,10 @@ def test_own_modules_with_real_weights(shared: Path) -> None:
     model = create_classifier(squeeze.features, NAMES, head=HeadSpec(pool="avg"), data_spec=DataSpec(96)).eval()
     assert model.num_features == 512
     assert model.features(pixels(2, 96)).std() > 0.1
+
+
+def test_weights_for_a_module_of_the_users_own_are_refused_not_ignored() -> None:
+    from tiny import SPEC, TinyNet
+
+    with pytest.raises(ModelError, match=r"weights='best\.safetensors' is for backbones by name"):
+        create_classifier(TinyNet(), ("a", "b"), data_spec=SPEC, weights="best.safetensors")

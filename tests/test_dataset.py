@@ -722,3 +722,11 @@ KNOWN_HYMENOPTERA_VAL = (
     "train/ants/162603798_40b51f1654.jpg",
     "train/ants/175998972.jpg",
 )
+
+
+def test_one_class_spelled_in_two_unicode_forms_is_told_not_dropped(tmp_path: Path) -> None:
+    for name in ("\u00e9", "e\u0301", "z"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    with pytest.raises(DataError, match="two class folders are both called"):
+        load_images(tmp_path)

@@ -40,6 +40,9 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "photos" / name).mkdir(parents=True)
         for i in range(1, 9):
             make_picture(rng, hue, (64, 64)).save(folder / "photos" / name / f"{i}.jpg")
+    for name in ("roses", "tulips"):
+        (folder / "new-photos" / name).mkdir(parents=True)
+        make_picture(rng, 0, (64, 64)).save(folder / "new-photos" / name / "1.jpg")
     hub = folder / "hub" / "models--timm--mobilenetv2_100.ra_in1k"
     (hub / "refs").mkdir(parents=True)
     (hub / "refs" / "main").write_text("0123456789abcdef0123456789abcdef01234567")

@@ -48,6 +48,8 @@ SHORT = Recipe(
     lr=0.01,
 )
 
+DROPOUT = headstart.HeadSpec(dropout=0.5)
+
 
 @pytest.fixture
 def run(photos: Path, tmp_path: Path) -> headstart.FitResult:
@@ -194,6 +196,86 @@ def test_an_interrupt_leaves_a_usable_run(photos: Path, tmp_path: Path, monkeypa
     assert [s["name"] for s in metrics["stages"]] == ["head"]
     assert len(predict_files(tmp_path / "run", [photos / "red/red1.jpg"], device="cpu")) == 1
     assert (tmp_path / "run/report.html").stat().st_size > 1000
+    # The older run is not given up for an unfinished one.
+    fine = tmp_path / "fine"
+    fine.mkdir()
+    monkeypatch.undo()
+    fine_tune(photos, out=fine, recipe=SHORT, **TINY)
+    whole = (fine / "metrics.json").read_bytes()
+    monkeypatch.setattr(run_room.Run, "append_history", stop_in_fine_tuning)
+    with pytest.raises(
+        Interrupted, match=r"fine\.new-1 holds the best state(?s:.*)older run .*fine is as it was"
+    ) as caught:
+        fine_tune(photos, out=fine, recipe=SHORT, overwrite=True, **TINY)
+    assert (fine / "metrics.json").read_bytes() == whole
+    assert isinstance(caught.value.model, headstart.Classifier)
+    assert "--backbone test_resnet --weights" in str(caught.value)
+
+
+def test_an_error_in_training_leaves_what_was_trained_or_nothing(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headstart import train
+
+    loop = train.fit
+
+    def fails(stage: str) -> None:
+        def fit_or_fail(model: object, data: object, at: Stage, **options: object) -> object:
+            if at.name == stage:
+                raise ModelError("the rate is too high")
+            return loop(model, data, at, **options)
+
+        monkeypatch.setattr(train, "fit", fit_or_fail)
+
+    fails("head")
+    with pytest.raises(ModelError, match=r"^the rate is too high$"):
+        fine_tune(photos, out=tmp_path / "run", recipe=SHORT, **TINY)
+    assert not (tmp_path / "run").exists()
+    fails("fine-tune")
+    with pytest.raises(ModelError, match=r"(?s)the rate is too high.*late holds the best state so far"):
+        fine_tune(photos, out=tmp_path / "late", recipe=SHORT, **TINY)
+    assert load(tmp_path / "late").class_names == ("blue", "green", "red")
+
+
+def test_a_transform_of_the_users_own_with_dropout_gives_the_same_bits_twice(photos: Path) -> None:
+    from torchvision.transforms import v2
+
+    splits = split(load_images(photos))
+
+    def train() -> torch.Tensor:
+        model = create_classifier("test_resnet", splits.class_names, weights="none", image_size=32, head=DROPOUT)
+        set_freeze_line(model, "all")
+        stage = Stage(freeze_line="all", epochs=2, batch_size=4)
+        cpu = headstart.make_runtime(device="cpu", precision="fp32", workers=2)
+        fit(model, splits, stage, lr=1e-3, augment=v2.ColorJitter(0.5, 0.5), runtime=cpu)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    assert torch.equal(train(), train())
+
+
+def test_options_without_effect_are_refused(photos: Path) -> None:
+    splits = split(load_images(photos))
+    with pytest.raises(RecipeError, match="limit: without effect on a Splits"):
+        fine_tune(splits, limit=5, **TINY)
+    with pytest.raises(RecipeError, match="val_folder: without effect on a ImageTable"):
+        fine_tune(load_images(photos), val_folder="x", **TINY)
+    with pytest.raises(RecipeError, match="random weights"):
+        fine_tune(photos, recipe="scratch", **(TINY | {"weights": "hub"}))
+    empty = replace(splits, val=splits.val.select([]))
+    with pytest.raises(DataError, match="validation split is empty"):
+        fit(create_classifier(TinyNet(), splits.class_names, data_spec=SPEC), empty)
+
+
+def test_evaluating_training_pictures_is_told(
+    run: headstart.FitResult, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    headstart.evaluate_run(tmp_path / "run", photos, device="cpu")
+    used = len(run.splits.train) + len(run.splits.val)
+    assert f"{used} of these 36 pictures were trained on" in capsys.readouterr().err
+    other = tmp_path / "other"
+    (photos).rename(other)
+    headstart.evaluate_run(tmp_path / "run", other, device="cpu")
+    assert "trained on" not in capsys.readouterr().err
 
 
 def test_the_steps_one_by_one(photos: Path) -> None:

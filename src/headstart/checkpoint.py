@@ -22,7 +22,7 @@ from .transforms import DataSpec
 FORMAT, VERSION = "headstart-model", 1
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16",
            torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
-_KEYS = {"format", "version", "backbone", "head", "class_names", "preprocessing", "versions"}
+_KEYS = {"format", "version", "backbone", "head", "pool", "class_names", "preprocessing", "versions"}
 
 
 def save(model: Classifier, folder: str | Path) -> Path:
@@ -38,6 +38,7 @@ def save(model: Classifier, folder: str | Path) -> Path:
         "version": VERSION,
         "backbone": None if model.backbone_name is None else {"name": model.backbone_name, "args": model.backbone_args},
         "head": None if model.head_spec is None else model.head_spec.to_dict(),
+        "pool": model.pool,
         "class_names": list(model.class_names),
         "preprocessing": asdict(model.spec),
         "versions": {name: version(name) for name in ("headstart", "torch", "timm")},
@@ -87,7 +88,8 @@ def _rebuild(card: dict[str, Any], *, backbone: nn.Module | None, head: nn.Modul
     if card["backbone"] is None:
         if backbone is None:
             raise _own_module("backbone")
-        return create_classifier(backbone, card["class_names"], head=part, data_spec=spec)
+        pool = None if isinstance(part, HeadSpec) else card["pool"]
+        return create_classifier(backbone, card["class_names"], head=part, data_spec=spec, pool=pool)
     name, args = card["backbone"]["name"], dict(card["backbone"]["args"])
     if isinstance(part, HeadSpec):
         del args["pool"], args["features_from"]  # the spec holds them

@@ -183,6 +183,10 @@ def create_classifier(
         name, args = backbone, {**args, "image_size": spec.image_size}
         spec = data_spec or spec
     else:
+        if str(weights) not in ("hub", "none"):
+            raise ModelError(
+                f"weights={str(weights)!r} is for backbones by name; load them into your own module first."
+            )
         net, spec = backbone, _spec_for_module(data_spec, features_from, drop_rate, drop_path_rate)
     spec = override_spec(spec, **changes)
     # An earlier block has nothing of the network's own head behind it, so its map is averaged.

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that every `--help` is insta
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -124,7 +125,7 @@ def _fit(args: argparse.Namespace) -> int:
     result = recipes.fine_tune(
         args.photos,
         backbone=backbone,
-        weights=args.weights or ("hub" if recipe.pretrained else "none"),
+        weights=args.weights,
         out=args.out or default_run_path(args.photos, backbone, overwrite=args.overwrite),
         recipe=recipe,
         overwrite=args.overwrite,
@@ -375,6 +376,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     args = _parse(argv)
+    for stream in (sys.stdout, sys.stderr):  # a class or file name the terminal cannot show is escaped, not fatal
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = COMMANDS[args.command].run(args)
         sys.stdout.flush()

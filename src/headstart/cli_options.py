@@ -64,7 +64,7 @@ STAGE_OPTIONS = (
     Option("epochs", _whole, "N", "passes over the training pictures"),
     Option("batch_size", _whole, "N", "pictures per batch"),
     Option("accumulate", _whole, "N", "batches per optimiser step"),
-    Option("optimizer", _word, "NAME", "adamw, adam, rmsprop or sgd (momentum 0.9)"),
+    Option("optimizer", _word, "NAME", "adamw (adam is the same), rmsprop or sgd (momentum 0.9); decay is decoupled"),
     Option("lr_scale", _number, "X", "the stage's learning rate as a multiple of --lr"),
     Option("head_lr_multiplier", _number, "X", "the head's rate over the backbone's"),
     Option("weight_decay", _number, "X", "decoupled; not on norms and biases"),
@@ -76,7 +76,7 @@ STAGE_OPTIONS = (
     Option("early_stop", _whole, "N", "epochs without a better score before the stage ends, 0 is off"),
     Option("clip_norm", _number, "X", "largest gradient norm, 0 is off"),
     Option("select", _word, "SCORE", "the best epoch is chosen by validation loss or accuracy"),
-    Option("views", _whole, "N", "augmented copies of each picture stored for a stage with a frozen backbone"),
+    Option("views", _whole, "N", "views of each picture stored for a frozen backbone, the plain one included"),
     Option("on_collapse", _word, "WHAT", "when the rate wrecks the trained head: retry lower, stop, or ignore"),
 )
 
@@ -202,7 +202,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     """Where to compute, and what to do about files that cannot be read."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
-    group.add_argument("--precision", metavar="HOW", help="auto, fp32 or bf16 (default: auto)")
+    group.add_argument("--precision", metavar="HOW", help="auto, fp32 or bf16 (default: auto in fit, else fp32)")
     group.add_argument(
         "--workers", type=int, metavar="N", help="threads that read pictures (default: one per core, at most 8)"
     )

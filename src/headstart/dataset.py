@@ -79,8 +79,8 @@ class ImageTable:
 
     @cached_property
     def relative_paths(self) -> tuple[str, ...]:
-        """Paths relative to `root`, with forward slashes and in one Unicode form: the same on every system."""
-        return tuple(unicodedata.normalize("NFC", p.relative_to(self.root).as_posix()) for p in self.paths)
+        """Paths relative to `root`, with forward slashes, as they are spelled on the disk."""
+        return tuple(p.relative_to(self.root).as_posix() for p in self.paths)
 
     def class_counts(self) -> npt.NDArray[np.int64]:
         """Pictures per class, int64 [C]; 0 for a class that has none here."""
@@ -417,7 +417,8 @@ def _quotas(sizes: list[int], n: int) -> list[int]:
 
 def _shuffled(table: ImageTable, members: list[int], stream: np.random.Philox) -> list[int]:
     """`members` in an order that depends on their relative paths and the stream, not on their order in the table."""
-    by_path = sorted(members, key=lambda i: table.relative_paths[i])
+    # In one Unicode form: systems spell the same name differently, and the split must not depend on that.
+    by_path = sorted(members, key=lambda i: unicodedata.normalize("NFC", table.relative_paths[i]))
     return [by_path[i] for i in _permutation(len(by_path), stream)]
 
 

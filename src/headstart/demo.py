@@ -46,7 +46,7 @@ def run_demo(
     """
     out = Path(out)
     pictures = write_digits(out / "digits", seed=seed)
-    machine = {"overwrite": overwrite, "progress": progress, "seed": seed}
+    machine: dict[str, Any] = {"overwrite": overwrite, "progress": progress, "seed": seed}
     say("Source task: digits 0-4, from scratch", enabled=progress)
     source = _fit(pictures / "source", "scratch", out=out / "source", lr=SOURCE_LR, epochs=(15,), **machine)
     scores = {"source task (0-4)": source.metrics["test"]}

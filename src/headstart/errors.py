@@ -26,7 +26,14 @@ class SetupError(HeadstartError):
 
 
 class Interrupted(HeadstartError):
-    """Training was stopped by hand; the run folder is usable, the message says how to go on. Exit code 130."""
+    """Training was stopped by hand; the run folder is usable, the message says how to go on. Exit code 130.
+
+    `model` is the classifier in its best state so far, or None before there was one.
+    """
+
+    def __init__(self, message: str, model: object = None) -> None:
+        super().__init__(message)
+        self.model = model
 
 
 def near_matches(word: str, choices: list[str] | tuple[str, ...], n: int = 5) -> str:

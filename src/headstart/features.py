@@ -18,6 +18,7 @@ from .backbones import backbone_features
 from .classifier import Classifier
 from .fastops import fast_training
 from .pixels import Pixels
+from .recipe import AugmentSpec
 from .runtime import Runtime
 
 Advance = Callable[[int], None]
@@ -39,9 +40,19 @@ class Source(Protocol):
         """Logits [B, C] from such inputs."""
         ...
 
+    @property
+    def in_background(self) -> bool:
+        """Whether `batch` may run in another thread while the network draws random numbers."""
+        ...
+
 
 class PixelSource:
     """Pictures as they are, for a line so far forward that the whole network runs in every step."""
+
+    @property
+    def in_background(self) -> bool:
+        # A transform of the user's draws from torch's global generator, and so do dropout and drop-path.
+        return isinstance(self.pixels.augment, AugmentSpec)
 
     def __init__(self, pixels: Pixels) -> None:
         self.pixels = pixels
@@ -61,6 +72,8 @@ def _labels(pixels: Pixels) -> Tensor:
 
 class FeatureSource:
     """The frozen backbone's pooled features [N, K, D], computed once; only the head runs in a step."""
+
+    in_background = True
 
     def __init__(self, features: Tensor, labels: Tensor) -> None:
         self.features, self.labels = features, labels

@@ -180,7 +180,16 @@ def _read_classes(
             f"Pictures end in {', '.join(sorted(IMAGE_EXTENSIONS))}. Fill the folder or remove it."
         )
     ignored.update(path.suffix.lower() for inner in classes for path in inner.others)
-    return {unicodedata.normalize("NFC", inner.path.name): list(inner.pictures) for inner in classes}
+    pictures: dict[str, list[Path]] = {}
+    for inner in classes:
+        name = unicodedata.normalize("NFC", inner.path.name)
+        if name in pictures:
+            raise DataError(
+                f"{shown}: two class folders are both called {name!r}, spelled with different Unicode characters. "
+                "Move their pictures into one of them."
+            )
+        pictures[name] = list(inner.pictures)
+    return pictures
 
 
 def _refuse_wrapper(top: _Folder, shown: str) -> None:

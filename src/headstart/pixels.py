@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .augment import augmented_batch
 from .dataset import ImageTable, open_image
+from .errors import DataError
 from .recipe import AugmentSpec
 from .transforms import DataSpec, load_view, working_image
 
@@ -64,6 +65,8 @@ class Pixels:
         Raises:
             DataError: a file can no longer be read; the message names it.
         """
+        if not len(indices):
+            raise DataError("There is no picture in this split. Hold some out, or leave the step that needs it.")
         out: list[Tensor | None] = [None] * len(indices)
         plain = [p for p, v in enumerate(views) if v == 0 or not self.is_augmented]
         mixed = [p for p, v in enumerate(views) if v != 0 and self.is_augmented]

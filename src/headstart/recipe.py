@@ -115,10 +115,14 @@ class HeadSpec(_Spec):
         _number("head", "dropout", self.dropout, 0, 0.99)
         if not isinstance(self.batchnorm, bool):
             raise RecipeError(f"head: batchnorm is {self.batchnorm!r}; it takes true or false.")
+        if self.features_from is not None and (not isinstance(self.features_from, str) or not self.features_from):
+            raise RecipeError(f"head: features_from is {self.features_from!r}; it takes a block's name or null.")
 
     @classmethod
     def _nested(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
         hidden = values.get("hidden", ())
+        if not isinstance(hidden, tuple):
+            raise RecipeError(f"{where}: hidden is {hidden!r}; it takes a list of layers.")
         values["hidden"] = tuple(HiddenLayer.from_dict(h, where=f"{where}: hidden[{i}]") for i, h in enumerate(hidden))
         return values
 
@@ -234,9 +238,13 @@ class Stage(_Spec):
         _number(owner, "label_smoothing", self.label_smoothing, 0, 0.99)
         if isinstance(self.class_weights, str):
             _choice(owner, "class_weights", self.class_weights, ("none", "balanced"))
-        else:
+        elif isinstance(self.class_weights, tuple):
             for weight in self.class_weights:
-                _number(owner, "class_weights", weight, 0)
+                _number(owner, "class_weights", weight, 0, above=True)
+        else:
+            raise RecipeError(
+                f"{owner}: class_weights is {self.class_weights!r}; it takes none, balanced or a number per class."
+            )
         if not isinstance(self.balanced_sampling, bool):
             raise RecipeError(f"{owner}: balanced_sampling is {self.balanced_sampling!r}; it takes true or false.")
         _number(owner, "early_stop", self.early_stop, 0, whole=True)
@@ -271,6 +279,10 @@ class Recipe(_Spec):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise RecipeError(f"recipe: name is {self.name!r}; it takes a word.")
+        if not isinstance(self.augment, (str, AugmentSpec)):
+            raise RecipeError(f"recipe: augment is {self.augment!r}; it takes a policy's name or an object of ranges.")
         _number("recipe", "lr", self.lr, 0, 100, above=True)
         _number("recipe", "seed", self.seed, 0, 2**63 - 1, whole=True)
         _number("recipe", "drop_rate", self.drop_rate, 0, 0.99)

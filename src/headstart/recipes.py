@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,14 +21,14 @@ from . import train as training
 from .checkpoint import load, save
 from .classifier import Classifier, create_classifier
 from .dataset import ImageTable, Splits, check_images, load_images, split
-from .errors import DataError, Interrupted, ModelError, RecipeError
+from .errors import DataError, HeadstartError, Interrupted, ModelError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_logits, source_logits
 from .features import FeatureSource, StageData, make_source
 from .freezing import set_freeze_line
 from .metrics import softmax
 from .pixels import Augment, Pixels
-from .recipe import POLICIES, RECIPES, HeadSpec, Recipe, Stage, load_recipe
-from .run import Run, environment, open_run
+from .recipe import FINE_TUNE_STAGE, POLICIES, RECIPES, HeadSpec, Recipe, Stage, load_recipe
+from .run import Run, check_run_path, environment, open_run, read_csv
 from .runtime import Runtime, make_runtime
 from .terminal import ProgressBar, duration, say
 from .train import Progress, StageResult
@@ -75,7 +79,7 @@ def fine_tune(
     data: str | Path | ImageTable | Splits,
     *,
     backbone: str | nn.Module = "mobilenetv2_100",
-    weights: str | Path = "hub",
+    weights: str | Path | None = None,
     out: str | Path | None = None,
     recipe: str | Path | Recipe = "fine-tune",
     head: HeadSpec | nn.Module | None = None,
@@ -102,8 +106,9 @@ def fine_tune(
 
     Args:
         data: a folder of pictures, an `ImageTable`, or `Splits` made beforehand.
-        backbone: a timm name, or any module with a `data_spec`.
-        weights: `hub`, `none`, a weights file, or a run folder of this program.
+        backbone: a timm name, or any module together with `data_spec`.
+        weights: `hub`, `none`, a weights file, or a run folder of this program; None is `hub`, or `none` where the
+            recipe trains from scratch.
         out: the run folder to write; None writes nothing.
         recipe: a recipe's name, a JSON file, or a `Recipe`.
         head, augment: replace the recipe's; a head module or a torchvision v2 transform of your own is not saved
@@ -123,18 +128,16 @@ def fine_tune(
     if isinstance(head, HeadSpec):
         plan = replace(plan, head=head)
     weights = _weights_of(plan, weights)
-    show = progress and runtime.is_main
-    run = open_run(out, overwrite=overwrite) if out is not None and runtime.is_main else None
-    diary = _Diary(run, show)
+    if out is not None:
+        check_run_path(out, overwrite=overwrite)
+    diary = _Diary(None, progress and runtime.is_main)
     try:
         with diary.phase("read pictures"):
             splits = _splits(
                 data, seed=plan.seed, val=val, test=test, val_folder=val_folder, test_folder=test_folder,
-                bad_files=bad_files, workers=runtime.workers, limit=limit, show=show,
+                bad_files=bad_files, workers=runtime.workers, limit=limit, show=diary.show,
             )  # fmt: skip
-        if not len(splits.val):
-            raise DataError("The validation split is empty, but it chooses the best state. Hold some out: --val 0.15.")
-        _say_data(splits, show)
+        _say_data(splits, diary.show)
         with diary.phase("load backbone"):
             model = create_classifier(
                 backbone, splits.class_names, head=plan.head if not isinstance(head, nn.Module) else head,
@@ -143,14 +146,11 @@ def fine_tune(
             ).to(runtime.device)  # fmt: skip
         for stage in plan.stages:  # a line that selects nothing is found before hours are spent in front of it
             set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
-    except BaseException as error:
-        if run:
-            run.discard()
-        if isinstance(error, KeyboardInterrupt):
-            raise Interrupted("Stopped before training began; nothing was written.") from None
-        raise
-    if run:
-        _write_plan(run, plan, splits)
+    except KeyboardInterrupt:
+        raise Interrupted("Stopped before training began; nothing was written.") from None
+    if out is not None and runtime.is_main:
+        diary.run = open_run(out, overwrite=overwrite)
+        _write_plan(diary.run, plan, splits)
     trainset = Pixels(
         splits.train, model.spec, augment=augment or plan.augment_spec, seed=plan.seed, workers=runtime.workers
     )
@@ -160,7 +160,15 @@ def fine_tune(
             source = _run_stage(model, trainset, valset, stage, plan, diary, runtime)
         return _finish(model, splits, plan, diary, runtime, source)
     except KeyboardInterrupt:
-        raise Interrupted(_leave_usable(run, model, diary, splits)) from None
+        raise Interrupted(f"Stopped by hand. {_leave_usable(model, diary, splits)}", model) from None
+    except Exception as error:
+        if diary.run and not diary.stages:
+            diary.run.discard()  # nothing has been trained: nothing is lost, and the same command can be given again
+        elif isinstance(error, HeadstartError):
+            raise type(error)(f"{error}\n{_leave_usable(model, diary, splits)}") from error
+        else:
+            _leave_usable(model, diary, splits)
+        raise
 
 
 def fit(
@@ -179,7 +187,8 @@ def fit(
     """Train one stage from where the freeze line stands; the model ends in its best state by validation score.
 
     Args:
-        stage: lengths and rates; its freeze line must be where the model's stands. None takes the defaults there.
+        stage: lengths and rates; its freeze line must be where the model's stands. None takes the default head
+            stage with the line at `head`, and the default fine-tuning stage elsewhere.
         lr: the stage's learning rate; None is the default nominal head rate times the stage's `lr_scale`.
         augment: a policy's name, an `AugmentSpec` or a torchvision v2 transform.
         starts_trained: the head was trained before; a collapse in the first steps is then caught and rolled back.
@@ -188,8 +197,10 @@ def fit(
     """
     runtime = runtime or make_runtime()
     line = model.freeze_line
-    if stage is None:
-        stage = Stage(freeze_line=line.where, batchnorm=line.batchnorm) if line else Stage(freeze_line="all")
+    _require_validation(splits)
+    if stage is None:  # the head's own stage, or the careful one where the backbone is trained too
+        where, batchnorm = (line.where, line.batchnorm) if line else ("all", "fixed")
+        stage = replace(Stage() if where == "head" else FINE_TUNE_STAGE, freeze_line=where, batchnorm=batchnorm)
     if line is None:
         line = set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
     if (stage.freeze_line, stage.batchnorm) != (line.where, line.batchnorm):
@@ -222,6 +233,12 @@ def evaluate_run(
     runtime = make_runtime(device=device, precision=precision, workers=workers)
     model = load(run, device=runtime.device)
     table = load_images(folder, bad_files=bad_files, class_names=model.class_names, workers=runtime.workers)
+    seen = _trained_on(Path(run), table)
+    if seen:
+        say(
+            f"{seen:,} of these {len(table):,} pictures were trained on or chose the model: the figure is too good.",
+            enabled=True,
+        )
     with ProgressBar(len(table), "Evaluating", enabled=progress) as bar:
         return evaluate(model, table, runtime=runtime, advance=bar.advance).metrics
 
@@ -266,15 +283,25 @@ def predict_files(
     ]
 
 
-def _weights_of(plan: Recipe, weights: str | Path) -> str | Path:
-    if plan.pretrained:
-        return weights
-    if str(weights) not in ("hub", "none"):
+def _trained_on(run: Path, table: ImageTable) -> int:
+    """How many of these files stand in the run's train or validation split, in the folder it was trained on."""
+    try:
+        root = json.loads((run / "metrics.json").read_bytes())["data"]["root"]
+        used = {str(Path(root) / row["path"]) for row in read_csv(run / "splits.csv") if row["split"] != "test"}
+    except (OSError, ValueError, KeyError, TypeError, HeadstartError):
+        return 0  # a folder `save` wrote holds the model alone
+    return sum(str(path) in used for path in table.paths)
+
+
+def _weights_of(plan: Recipe, weights: str | Path | None) -> str | Path:
+    if weights is None:
+        return "hub" if plan.pretrained else "none"
+    if not plan.pretrained and str(weights) != "none":
         raise RecipeError(
             f"Recipe {plan.name!r} starts from random weights, but weights are given ({weights}). Leave them out, or"
             " choose another recipe."
         )
-    return "none"
+    return weights
 
 
 def _splits(
@@ -290,15 +317,33 @@ def _splits(
     limit: int | None,
     show: bool,
 ) -> Splits:
+    idle: dict[str, Any] = (
+        {"val_folder": val_folder, "test_folder": test_folder} if isinstance(data, (ImageTable, Splits)) else {}
+    )
+    idle |= {"limit": limit} if isinstance(data, Splits) else {}
+    given = [name for name, value in idle.items() if value is not None]
+    if given:
+        raise RecipeError(f"{', '.join(given)}: without effect on a {type(data).__name__}; leave it out.")
     if isinstance(data, Splits):
-        return data
-    if not isinstance(data, ImageTable):
-        table = load_images(data, val_folder=val_folder, test_folder=test_folder, check=False)
-        with ProgressBar(len(table), "Reading pictures", enabled=show) as bar:
-            data = check_images(table, bad_files=bad_files, workers=workers, progress=lambda done, _: bar.move_to(done))
-    if limit is not None:
-        data = data.limit(limit, seed=seed)
-    return split(data, val=val, test=test, seed=seed)
+        splits = data
+    else:
+        if not isinstance(data, ImageTable):
+            table = load_images(data, val_folder=val_folder, test_folder=test_folder, check=False)
+            table = table if limit is None else table.limit(limit, seed=seed)
+            with ProgressBar(len(table), "Reading pictures", enabled=show) as bar:
+                data = check_images(
+                    table, bad_files=bad_files, workers=workers, progress=lambda done, _: bar.move_to(done)
+                )
+        elif limit is not None:
+            data = data.limit(limit, seed=seed)
+        splits = split(data, val=val, test=test, seed=seed)
+    _require_validation(splits)
+    return splits
+
+
+def _require_validation(splits: Splits) -> None:
+    if not len(splits.val):
+        raise DataError("The validation split is empty, but it chooses the best state. Hold some out: --val 0.15.")
 
 
 def _say_data(splits: Splits, show: bool) -> None:
@@ -463,19 +508,40 @@ def _predictions(results: dict[str, Evaluation], class_names: Sequence[str]) -> 
     return "predictions.csv", header, rows
 
 
-def _leave_usable(run: Run | None, model: Classifier, diary: _Diary, splits: Splits) -> str:
-    """Write what there is after Ctrl-C, and say how to go on."""
+def _leave_usable(model: Classifier, diary: _Diary, splits: Splits) -> str:
+    """Write what there is after Ctrl-C or an error, and say how to go on."""
+    run = diary.run
     if run is None:
-        return "Stopped by hand. The model in memory is in its best state so far."
-    save(model, run.path)
-    run.write_json("metrics.json", _facts(model, diary, splits, interrupted=True))
+        return "The model is in its best state so far; it is the exception's `model`."
     from .report import write_report
 
-    write_report(run.path)
-    path = run.finish()
-    return (
-        f"Stopped by hand. {path} holds the best state so far, not yet scored on the test split.\n"
-        f"Score it:    headstart evaluate {path} FOLDER\n"
-        f"Use it:      headstart predict {path} FILES\n"
-        f"Train on:    headstart fit PHOTOS --weights {path} --out NEW_RUN"
-    )
+    with _not_interrupted():
+        save(model, run.path)
+        run.write_json("metrics.json", _facts(model, diary, splits, interrupted=True))
+        write_report(run.path)
+        replaces = run.path != run.target
+        path = run.path if replaces else run.finish()
+    name, quoted = model.backbone_name, shlex.quote(str(path))
+    lines = [f"{path} holds the best state so far, not yet scored on the test split."]
+    if replaces:
+        lines.append(f"The older run {run.target} is as it was.")
+    lines += [f"Score it:    headstart evaluate {quoted} FOLDER", f"Use it:      headstart predict {quoted} FILES"]
+    if name:
+        lines.append(
+            f"Train on from its backbone, with a new head:    "
+            f"headstart fit PHOTOS --backbone {shlex.quote(name)} --weights {quoted} --out NEW_RUN"
+        )
+    return "\n".join(lines)
+
+
+@contextmanager
+def _not_interrupted() -> Iterator[None]:
+    """A second Ctrl-C must not tear what the first one saves."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

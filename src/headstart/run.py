@@ -224,26 +224,34 @@ def open_run(path: str | Path, *, overwrite: bool = False) -> Run:
         CheckpointError: a file or a non-empty folder is there and `overwrite` is not set, or is set and the folder
             is no run folder or holds other things too.
     """
-    path = Path(path).expanduser().absolute()
-    target = path.resolve() if path.is_symlink() else path
+    target = check_run_path(path, overwrite=overwrite)
     try:
-        if target.exists() and not target.is_dir():
-            raise CheckpointError(f"Run {path}: a file of that name is there. Choose another folder with --out.")
         if not target.exists() or not any(target.iterdir()):
             target.mkdir(parents=True, exist_ok=True)
             return Run(target, target)
-        if not overwrite:
-            what = "an earlier run" if is_run(target) else "a folder that is not empty"
-            raise CheckpointError(
-                f"Run {path}: {what} is there, and is not overwritten unasked. Choose another folder with --out"
-                + (", or pass --overwrite to replace it." if is_run(target) else ".")
-            )
-        _refuse_unless_run(target)
         staging = _free_name(target, "new")
         staging.mkdir()
         return Run(staging, target)
     except OSError as error:
         raise CheckpointError(f"Run {path}: the folder cannot be made ({error}). Choose another with --out.") from None
+
+
+def check_run_path(path: str | Path, *, overwrite: bool = False) -> Path:
+    """The folder `open_run` would use, after the checks it makes; nothing is made or changed."""
+    path = Path(path).expanduser().absolute()
+    target = path.resolve() if path.is_symlink() else path
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"Run {path}: a file of that name is there. Choose another folder with --out.")
+    if not target.exists() or not any(target.iterdir()):
+        return target
+    if not overwrite:
+        what = "an earlier run" if is_run(target) else "a folder that is not empty"
+        raise CheckpointError(
+            f"Run {path}: {what} is there, and is not overwritten unasked. Choose another folder with --out"
+            + (", or pass --overwrite to replace it." if is_run(target) else ".")
+        )
+    _refuse_unless_run(target)
+    return target
 
 
 def _free_name(target: Path, word: str) -> Path:

@@ -158,6 +158,7 @@ class _Stage:
         self.optimizer = make_optimizer(model, stage, lr=lr)
         self.contract = Contract(model, self.optimizer)
         weights = class_weight_vector(stage, data.train.labels, len(model.class_names))
+        self._refuse_batches_of_one()
         self.class_weights = None if weights is None else weights.to(runtime.device)
         n = len(data.train.labels)
         self.train_subset = torch.from_numpy(epoch_order(n, seed=0, epoch=0)[:TRAIN_SCORE_LIMIT])
@@ -166,6 +167,16 @@ class _Stage:
         )
         self.steps = self.steps_per_epoch * stage.epochs
         self.step = self.pictures = 0
+
+    def _refuse_batches_of_one(self) -> None:
+        """BatchNorm in training mode has no variance to take from one picture."""
+        learns = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.head.modules())
+        learns |= self.stage.batchnorm == "train" and not self.model.backbone_is_frozen
+        if learns and min(self.stage.batch_size, len(self.data.train.labels)) == 1:
+            raise ModelError(
+                f"stage {self.stage.name!r}: BatchNorm cannot learn its statistics from batches of one picture."
+                " Take a batch size of 2 or more, and at least two training pictures."
+            )
 
     def epoch(self, epoch: int, *, pool: ThreadPoolExecutor, after_step: Callable[[], None]) -> float:
         """Train one epoch (from 1) and return the mean training loss, weights and smoothing included."""
@@ -237,12 +248,13 @@ class _Stage:
     def score_val(self, limit: int | None = None) -> Score:
         """Score the validation split, or a fixed random part of it."""
         n = len(self.data.val.labels)
+        # In float32, as the final scores are, so that a state is chosen by the very figure it is reported with.
         chosen = (
             torch.arange(n)
             if limit is None or n <= limit
             else torch.from_numpy(epoch_order(n, seed=0, epoch=0)[:limit])
         )
-        return score(self.model, self.data.val, indices=chosen, runtime=self.runtime)
+        return score(self.model, self.data.val, indices=chosen, runtime=replace(self.runtime, dtype=torch.float32))
 
     def score_train(self) -> Score:
         """Score a fixed part of the training split as the validation split is scored, so that both compare."""
@@ -421,6 +433,9 @@ def _prefetch(
         views = views_of_epoch(indices, source.num_views, epoch=epoch)
         return source.batch(indices.tolist(), views.tolist())
 
+    if not source.in_background:
+        yield from map(prepare, shares)
+        return
     for share in shares:
         waiting.append(pool.submit(prepare, share))
         if len(waiting) > ahead:

@@ -1,0 +1,76 @@
+"""Recipes are closed values: what they hold reads back equal, what they do not know is refused by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headstart import AugmentSpec, HeadSpec, HiddenLayer, Recipe, RecipeError, Stage, load_recipe
+from headstart.recipe import POLICIES, RECIPES
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_recipe_survives_json(name: str, tmp_path: Path) -> None:
+    head = HeadSpec(pool="avg", hidden=(HiddenLayer(8, "gelu", "before", 0.1), HiddenLayer(4, "none")), dropout=0.2)
+    stages = tuple(replace(s, class_weights=(1.0, 2.0)) for s in RECIPES[name].stages)
+    recipe = replace(RECIPES[name], head=head, augment=AugmentSpec(rotation=5, crop_scale=(0.5, 0.9)), stages=stages)
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe.to_dict()))
+    assert load_recipe(path) == recipe
+    assert load_recipe(name) == RECIPES[name]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"stagez": []}, r"unknown key 'stagez'.*Did you mean: stages"),
+        ({"stages": []}, "stages is empty"),
+        ({"stages": [{}, {}]}, "stage names repeat"),
+        ({"stages": 5}, "takes a list of stages"),
+        ({"stages": [{"epoch": 5}]}, r"stages\[0\]: unknown key 'epoch'.*epochs"),
+        ({"stages": [{"epochs": 0}]}, "epochs is 0; it takes a whole number from 1"),
+        ({"stages": [{"epochs": 2.5}]}, "epochs is 2.5"),
+        ({"stages": [{"epochs": True}]}, "epochs is True"),
+        ({"stages": [{"lr_scale": 0}]}, "lr_scale is 0; it takes a number above 0"),
+        ({"stages": [{"lr_scale": "fast"}]}, "lr_scale is 'fast'"),
+        ({"stages": [{"optimizer": "adamx"}]}, "optimizer is 'adamx'.*Did you mean: adam"),
+        ({"stages": [{"class_weights": 5}]}, "class_weights is 5"),
+        ({"stages": [{"class_weights": None}]}, "class_weights is None"),
+        ({"stages": [{"class_weights": [0, 1]}]}, "class_weights is 0; it takes a number above 0"),
+        ({"head": {"hidden": None}}, "hidden is None; it takes a list"),
+        ({"head": {"hidden": [{"width": 0}]}}, "width is 0"),
+        ({"head": {"features_from": ""}}, "features_from is ''"),
+        ({"head": {"pool": "mean"}}, "pool is 'mean'"),
+        ({"augment": "foto"}, "augment is 'foto'.*photo"),
+        ({"augment": ["photo"]}, r"augment is \('photo',\)"),
+        ({"augment": None}, "augment is None"),
+        ({"augment": True}, "augment is True"),
+        ({"augment": {"rotation": 200}}, "rotation is 200; it takes a number from 0 to 180"),
+        ({"augment": {"crop_scale": [0.9, 0.5]}}, "the first must not exceed the second"),
+        ({"name": 5}, "name is 5"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ([], "expected an object with named values"),
+    ],
+)
+def test_what_a_recipe_does_not_take_is_named(data: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_dict(data)
+
+
+def test_a_recipe_file_that_is_none_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"neither a known recipe .* nor a file.*Did you mean: fine-tune"):
+        load_recipe("finetune")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(RecipeError, match="not a JSON file"):
+        load_recipe(tmp_path / "bad.json")
+
+
+def test_fine_tuning_is_a_hundred_times_slower_than_the_head_and_none_changes_nothing() -> None:
+    head, tune = RECIPES["fine-tune"].stages
+    assert head.lr_scale / tune.lr_scale == pytest.approx(100)
+    assert [name for name, policy in POLICIES.items() if policy.is_identity] == ["none"]
+    assert Stage() == RECIPES["head"].stages[0]
