@@ -120,10 +120,9 @@ def table() -> str:
         timed = list(zip(*(r["stages"] for r in runs if r.get("threads", 2) == most), strict=True))
         seconds = [f"{statistics.median(s['seconds'] for s in column):.0f}" for column in timed]
         n = runs[0]["n"]
-        rows.append(
-            f"| {name} | {runs[0]['classes']} | {n['train'] + n['val']:,} / {n['test']:,} | {len(runs)} | {cells[0]} | {cells[-1]} "
-            f"| {seconds[0]} | {seconds[-1]} |"
-        )
+        pictures = f"{n['train'] + n['val']:,} / {n['test']:,}"
+        row = (name, runs[0]["classes"], pictures, len(runs), cells[0], cells[-1], seconds[0], seconds[-1])
+        rows.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(rows)
 
 
