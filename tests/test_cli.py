@@ -319,11 +319,11 @@ def test_fit_leaves_what_was_not_given_to_the_library(
     monkeypatch.chdir(tmp_path)
     main(["fit", "data/flowers/"])
     assert calls["fine_tune"] == {
-        "data": "data/flowers/", "backbone": cli_options.DEFAULT_BACKBONE, "weights": "hub", "recipe": FINE_TUNE,
+        "data": "data/flowers/", "backbone": cli_options.DEFAULT_BACKBONE, "weights": None, "recipe": FINE_TUNE,
         "out": Path("runs/flowers-mobilenetv2_100"), "overwrite": False, "spec_overrides": {}, "progress": True,
     }  # fmt: skip
     main(["fit", "data/flowers", "--recipe", "scratch"])
-    assert calls["fine_tune"]["weights"] == "none"
+    assert calls["fine_tune"]["weights"] is None  # the library chooses: random where the recipe is from scratch
 
 
 def test_default_run_folder_is_numbered_when_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

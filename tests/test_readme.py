@@ -26,15 +26,19 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[str]:
-    lines = [line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
-    lines += [line[2:] for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
+    """In the order of the page: the lines of `bash` blocks, and those behind a prompt in `console` blocks."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    lines = []
+    for language, block in re.findall(r"^```(bash|console)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
+        shown = [line for line in block.splitlines() if line.strip()]
+        lines += shown if language == "bash" else [line[2:] for line in shown if line.startswith("$ ")]
     return [line.split("  #")[0] for line in lines if not line.startswith(NOT_HERE)]
 
 
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
     """A working folder with `photos`, and a hub cache laid out as the real one, holding random weights."""
-    folder = tmp_path_factory.mktemp("readme")
+    folder = tmp_path
     rng = np.random.default_rng(0)
     for hue, name in enumerate(("roses", "sunflowers", "tulips")):
         (folder / "photos" / name).mkdir(parents=True)
@@ -68,17 +72,12 @@ def test_commands_and_python_run_as_written(page: str, here: Path) -> None:
     lines = commands(page)
     assert len(lines) > 4
     for line in lines:
-        done = run(here, *(word.strip("'\"") for word in line.split()), *_fresh(line, here))
+        done = run(here, *(word.strip("'\"") for word in line.split()))
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         assert done.stdout
     for number, block in enumerate(blocks(page, "python")):
         done = run(here, sys.executable, "-W", "error", "-c", block)
         assert done.returncode == 0, f"{page}, Python block {number}\n{done.stderr}"
-
-
-def _fresh(line: str, here: Path) -> list[str]:
-    """Both pages write runs/first: the second time it is there."""
-    return ["--overwrite"] if " fit " in line and (here / line.split("--out ")[-1].split()[0]).exists() else []
 
 
 def test_the_result_table_is_the_one_the_records_give() -> None:
