@@ -273,3 +273,9 @@ def test_always_the_same_four_questions() -> None:
     full = verdicts(made_history(FALLING), {"val": scored([0.9, 0.9]), "test": scored([0.9, 0.9])})
     assert [v.question for v in full] == [v.question for v in empty]
     assert all(isinstance(v, Verdict) and v.sentence.endswith(".") for v in [*empty, *full])
+
+
+def test_from_a_handful_of_pictures_overfitting_is_not_denied() -> None:
+    verdict = overfitting(made_history([1.0, 0.9], train_accuracy=1.0, val_accuracy=0.75, n=(8, 4)))
+    assert (verdict.answer, verdict.good) == ("unclear", None)
+    assert "tells little" in verdict.sentence

@@ -32,6 +32,7 @@ OVERFIT_JITTERS = 1.5
 # Overfitting in the state that was kept: training accuracy above validation accuracy by 5 points and by more than
 # the 95 % interval of their difference.
 OVERFIT_GAP = 0.05
+OVERFIT_BLIND = 0.2  # where chance explains gaps this wide, no gap says that all is well
 # Uneven: the recalls of the classes differ by more than a random spread of the same mistakes gives in 1 % of draws,
 # and the worst class lies 5 points below the whole. Below 10 pictures per class a `yes` is not claimed.
 UNEVEN_P = 0.01
@@ -272,6 +273,9 @@ def overfitting(history: Sequence[Record]) -> Verdict:
     apart = f"The state kept gets {both} right: {within}."
     if rise:
         return Verdict(question, "partly", f"{late.strip()} {apart}", good=None)
+    if chance > OVERFIT_BLIND:
+        few = f"with so few, chance alone can set them {_points(chance)} points apart, so this tells little"
+        return Verdict(question, "unclear", f"The state kept gets {both} right; {few}.")
     return Verdict(question, "no", f"{apart} The validation loss did not turn upwards.", good=True)
 
 
