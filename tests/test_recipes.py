@@ -235,6 +235,8 @@ def test_an_error_in_training_leaves_what_was_trained_or_nothing(
     with pytest.raises(ModelError, match=r"(?s)the rate is too high.*late holds the best state so far"):
         fine_tune(photos, out=tmp_path / "late", recipe=SHORT, **TINY)
     assert load(tmp_path / "late").class_names == ("blue", "green", "red")
+    with pytest.raises(ModelError, match=r"^the rate is too high$"):
+        fine_tune(photos, recipe=SHORT, **TINY)
 
 
 def test_a_transform_of_the_users_own_with_dropout_gives_the_same_bits_twice(photos: Path) -> None:

@@ -162,7 +162,9 @@ def fine_tune(
     except KeyboardInterrupt:
         raise Interrupted(f"Stopped by hand. {_leave_usable(model, diary, splits)}", model) from None
     except Exception as error:
-        if diary.run and not diary.stages:
+        if diary.run is None:
+            raise
+        if not diary.stages:
             diary.run.discard()  # nothing has been trained: nothing is lost, and the same command can be given again
         elif isinstance(error, HeadstartError):
             raise type(error)(f"{error}\n{_leave_usable(model, diary, splits)}") from error
