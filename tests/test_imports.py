@@ -24,7 +24,7 @@ LAYERS = (
     ("weights", "backbones", "classifier", "freezing", "checkpoint", "pixels", "verdicts"),
     ("features", "evaluation", "train"),
     ("layers", "plots", "report", "report_charts", "report_page", "report_results"),
-    ("recipes", "demo"),
+    ("bench", "recipes", "demo"),
     ("cli", "cli_options"),
 )
 SIDEWAYS = {
@@ -49,6 +49,7 @@ SIDEWAYS = {
     ("report", "report_results"),
     ("report_results", "report_charts"),
     ("report_results", "report_page"),
+    ("recipes", "bench"),
     ("demo", "recipes"),
     ("cli", "cli_options"),
 }

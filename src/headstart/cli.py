@@ -10,8 +10,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from . import terminal
 from .cli_options import (
     DEFAULT_BACKBONE,
     DEFAULT_RECIPE,
+    Command,
     add_augment_option,
     add_bad_files_option,
     add_head_options,
@@ -36,17 +36,6 @@ from .recipe import HeadSpec, load_recipe
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 HELP_WIDTH = 100
-
-
-@dataclass(frozen=True)
-class Command:
-    """One word after `headstart`: its options and the function that runs it and returns the exit code."""
-
-    title: str
-    usage: str
-    add_options: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-    notes: str = ""
 
 
 class _Parser(argparse.ArgumentParser):

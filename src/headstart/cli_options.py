@@ -19,6 +19,17 @@ DEFAULT_BACKBONE = "mobilenetv2_100"
 DEFAULT_RECIPE = "fine-tune"
 
 
+@dataclass(frozen=True)
+class Command:
+    """One word after `headstart`: its options and the function that runs it and returns the exit code."""
+
+    title: str
+    usage: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    notes: str = ""
+
+
 def _whole(flag: str, text: str) -> int:
     try:
         return int(text)

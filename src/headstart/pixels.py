@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,6 +19,21 @@ from .recipe import AugmentSpec
 from .transforms import DataSpec, load_view, working_image
 
 Augment = AugmentSpec | Callable[[Tensor], Tensor]
+
+
+@dataclass
+class _Kept:
+    """Decoded pictures by number, and the bytes there is still room for."""
+
+    room: int
+    plain: dict[int, Tensor] = field(default_factory=dict)
+    working: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def reserve(self, nbytes: int) -> bool:
+        if nbytes > self.room:
+            return False
+        self.room -= nbytes
+        return True
 
 
 class Pixels:
@@ -46,13 +64,17 @@ class Pixels:
     ) -> None:
         self.table, self.spec, self.seed = table, spec, seed
         self.augment = AugmentSpec() if augment is None else augment
-        self._room = cache_bytes
-        self._plain: dict[int, Tensor] = {}
-        self._working: dict[int, np.ndarray] = {}
+        self._kept = _Kept(cache_bytes)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="headstart-decode")
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def with_views(self, augment: Augment | None, *, seed: int = 0) -> Self:
+        """The same pictures with other augmented views; what is decoded is shared, and so is the memory for it."""
+        other = copy(self)
+        other.augment, other.seed = AugmentSpec() if augment is None else augment, seed
+        return other
 
     @property
     def is_augmented(self) -> bool:
@@ -87,25 +109,19 @@ class Pixels:
         return torch.stack([picture for picture in out if picture is not None])
 
     def _plain_view(self, index: int) -> Tensor:
-        kept = self._plain.get(index)
+        kept = self._kept.plain.get(index)
         if kept is not None:
             return kept
         picture = load_view(self.table.paths[index], self.spec)
-        if self._reserve(picture.numel()):
-            self._plain[index] = picture
+        if self._kept.reserve(picture.numel()):
+            self._kept.plain[index] = picture
         return picture
 
     def _working_image(self, index: int) -> np.ndarray:
-        kept = self._working.get(index)
+        kept = self._kept.working.get(index)
         if kept is not None:
             return kept
         picture = working_image(open_image(self.table.paths[index]), self.spec)
-        if self._reserve(picture.nbytes):
-            self._working[index] = picture
+        if self._kept.reserve(picture.nbytes):
+            self._kept.working[index] = picture
         return picture
-
-    def _reserve(self, nbytes: int) -> bool:
-        if nbytes > self._room:
-            return False
-        self._room -= nbytes
-        return True

@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 from . import train as training
+from .bench import Bench, make_bench, require_validation
 from .checkpoint import load, save
 from .classifier import Classifier, create_classifier
-from .dataset import ImageTable, Splits, check_images, load_images, split
-from .errors import DataError, HeadstartError, Interrupted, ModelError, RecipeError
+from .dataset import ImageTable, Splits, load_images
+from .errors import HeadstartError, Interrupted, ModelError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_logits, source_logits
-from .features import FeatureSource, StageData, make_source
+from .features import FeatureSource, StageData
 from .freezing import set_freeze_line
 from .metrics import softmax
 from .pixels import Augment, Pixels
@@ -76,7 +77,7 @@ class _Diary:
 
 
 def fine_tune(
-    data: str | Path | ImageTable | Splits,
+    data: str | Path | ImageTable | Splits | Bench,
     *,
     backbone: str | nn.Module = "mobilenetv2_100",
     weights: str | Path | None = None,
@@ -105,7 +106,8 @@ def fine_tune(
     validation score and scores the test split once, at the end.
 
     Args:
-        data: a folder of pictures, an `ImageTable`, or `Splits` made beforehand.
+        data: a folder of pictures, an `ImageTable`, `Splits` made beforehand, or a `Bench`, which brings its own
+            machine (device, precision, workers) and shares work between runs.
         backbone: a timm name, or any module together with `data_spec`.
         weights: `hub`, `none`, a weights file, or a run folder of this program; None is `hub`, or `none` where the
             recipe trains from scratch.
@@ -123,21 +125,23 @@ def fine_tune(
         HeadstartError: one of its leaves, with what to do; nothing is left behind unless training had begun.
         Interrupted: stopped by hand during training; the run folder holds the best state so far.
     """
-    runtime = make_runtime(device=device, precision=precision, workers=workers)
+    runtime = (
+        data.runtime if isinstance(data, Bench) else make_runtime(device=device, precision=precision, workers=workers)
+    )
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if isinstance(head, HeadSpec):
         plan = replace(plan, head=head)
-    weights = _weights_of(plan, weights)
+    weights = weights_of(plan, weights)
     if out is not None:
         check_run_path(out, overwrite=overwrite)
     diary = _Diary(None, progress and runtime.is_main)
     try:
         with diary.phase("read pictures"):
-            splits = _splits(
-                data, seed=plan.seed, val=val, test=test, val_folder=val_folder, test_folder=test_folder,
-                bad_files=bad_files, workers=runtime.workers, limit=limit, show=diary.show,
+            bench = data if isinstance(data, Bench) else make_bench(
+                data, runtime=runtime, seed=plan.seed, val=val, test=test, val_folder=val_folder,
+                test_folder=test_folder, bad_files=bad_files, limit=limit, share=False, progress=progress,
             )  # fmt: skip
-        _say_data(splits, diary.show)
+        splits = bench.splits
         with diary.phase("load backbone"):
             model = create_classifier(
                 backbone, splits.class_names, head=plan.head if not isinstance(head, nn.Module) else head,
@@ -151,14 +155,12 @@ def fine_tune(
     if out is not None and runtime.is_main:
         diary.run = open_run(out, overwrite=overwrite)
         _write_plan(diary.run, plan, splits)
-    trainset = Pixels(
-        splits.train, model.spec, augment=augment or plan.augment_spec, seed=plan.seed, workers=runtime.workers
-    )
-    valset = Pixels(splits.val, model.spec, workers=runtime.workers)
+    trainset = bench.pixels("train", model.spec, augment=augment or plan.augment_spec, seed=plan.seed)
+    valset = bench.pixels("val", model.spec)
     try:
         for stage in plan.stages:
-            source = _run_stage(model, trainset, valset, stage, plan, diary, runtime)
-        return _finish(model, splits, plan, diary, runtime, source)
+            source = _run_stage(model, trainset, valset, stage, plan, diary, bench)
+        return _finish(model, bench, plan, diary, source)
     except KeyboardInterrupt:
         raise Interrupted(f"Stopped by hand. {_leave_usable(model, diary, splits)}", model) from None
     except Exception as error:
@@ -199,7 +201,7 @@ def fit(
     """
     runtime = runtime or make_runtime()
     line = model.freeze_line
-    _require_validation(splits)
+    require_validation(splits)
     if stage is None:  # the head's own stage, or the careful one where the backbone is trained too
         where, batchnorm = (line.where, line.batchnorm) if line else ("all", "fixed")
         stage = replace(Stage() if where == "head" else FINE_TUNE_STAGE, freeze_line=where, batchnorm=batchnorm)
@@ -213,12 +215,12 @@ def fit(
         )
     model.to(runtime.device)
     policy = POLICIES[augment] if isinstance(augment, str) else augment
-    trainset = Pixels(splits.train, model.spec, augment=policy, seed=seed, workers=runtime.workers)
-    valset = Pixels(splits.val, model.spec, workers=runtime.workers)
+    bench = Bench(splits, runtime)
     return _train(
-        model, trainset, valset, stage, runtime=runtime, show=progress, seed=seed, starts_trained=starts_trained,
+        model, bench.pixels("train", model.spec, augment=policy, seed=seed), bench.pixels("val", model.spec), stage,
+        bench=bench, show=progress, plan=Recipe(seed=seed), starts_trained=starts_trained,
         lr=lr if lr is not None else RECIPES["fine-tune"].lr * stage.lr_scale, log=log,
-    )[0]  # fmt: skip
+    ).result  # fmt: skip
 
 
 def evaluate_run(
@@ -295,7 +297,7 @@ def _trained_on(run: Path, table: ImageTable) -> int:
     return sum(str(path) in used for path in table.paths)
 
 
-def _weights_of(plan: Recipe, weights: str | Path | None) -> str | Path:
+def weights_of(plan: Recipe, weights: str | Path | None) -> str | Path:
     if weights is None:
         return "hub" if plan.pretrained else "none"
     if not plan.pretrained and str(weights) != "none":
@@ -306,78 +308,30 @@ def _weights_of(plan: Recipe, weights: str | Path | None) -> str | Path:
     return weights
 
 
-def _splits(
-    data: str | Path | ImageTable | Splits,
-    *,
-    seed: int,
-    val: float,
-    test: float,
-    val_folder: str | None,
-    test_folder: str | None,
-    bad_files: str,
-    workers: int,
-    limit: int | None,
-    show: bool,
-) -> Splits:
-    idle: dict[str, Any] = (
-        {"val_folder": val_folder, "test_folder": test_folder} if isinstance(data, (ImageTable, Splits)) else {}
-    )
-    idle |= {"limit": limit} if isinstance(data, Splits) else {}
-    given = [name for name, value in idle.items() if value is not None]
-    if given:
-        raise RecipeError(f"{', '.join(given)}: without effect on a {type(data).__name__}; leave it out.")
-    if isinstance(data, Splits):
-        splits = data
-    else:
-        if not isinstance(data, ImageTable):
-            table = load_images(data, val_folder=val_folder, test_folder=test_folder, check=False)
-            table = table if limit is None else table.limit(limit, seed=seed)
-            with ProgressBar(len(table), "Reading pictures", enabled=show) as bar:
-                data = check_images(
-                    table, bad_files=bad_files, workers=workers, progress=lambda done, _: bar.move_to(done)
-                )
-        elif limit is not None:
-            data = data.limit(limit, seed=seed)
-        splits = split(data, val=val, test=test, seed=seed)
-    _require_validation(splits)
-    return splits
-
-
-def _require_validation(splits: Splits) -> None:
-    if not len(splits.val):
-        raise DataError("The validation split is empty, but it chooses the best state. Hold some out: --val 0.15.")
-
-
-def _say_data(splits: Splits, show: bool) -> None:
-    counts = f"{len(splits.train):,} train, {len(splits.val):,} val, {len(splits.test):,} test"
-    say(f"{len(splits.class_names)} classes; pictures: {counts}.", enabled=show)
-    bad = splits.train.bad_files
-    if bad:
-        say(f"{len(bad)} unreadable files are left out; the report lists them.", enabled=show)
-
-
 def _run_stage(
-    model: Classifier, trainset: Pixels, valset: Pixels, stage: Stage, plan: Recipe, diary: _Diary, runtime: Runtime
+    model: Classifier, trainset: Pixels, valset: Pixels, stage: Stage, plan: Recipe, diary: _Diary, bench: Bench
 ) -> StageData:
     line = set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
     say(f"Stage {stage.name}: {line.describe()}", enabled=diary.show)
     started = time.perf_counter()
     with diary.phase(f"stage {stage.name}"):
-        result, source = _train(
-            model, trainset, valset, stage, runtime=runtime, show=diary.show, seed=plan.seed,
+        done = _train(
+            model, trainset, valset, stage, bench=bench, show=diary.show, plan=plan,
             starts_trained=bool(diary.stages), lr=plan.lr * stage.lr_scale, log=diary.log,
         )  # fmt: skip
-    seconds = time.perf_counter() - started
+    result, seconds = done.result, time.perf_counter() - started
     best = result.best
+    shared = f", {duration(done.shared_seconds)} of work shared with an earlier run" if done.shared_seconds else ""
     say(
         f"  best epoch {result.best_epoch}: val loss {best.loss:.4f}, accuracy {best.accuracy:.4f}"
-        f" ({duration(seconds)})",
+        f" ({duration(seconds)}{shared})",
         enabled=diary.show,
     )
     diary.stages.append(
         {
             "name": stage.name,
             "seconds": seconds,
+            "shared_seconds": done.shared_seconds,
             "epochs": result.epochs,
             "best_epoch": result.best_epoch,
             "best_val_loss": best.loss,
@@ -392,7 +346,16 @@ def _run_stage(
             "events": result.events,
         }
     )
-    return source
+    return done.source
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What a stage came to, what it was fed with, and the seconds an earlier run spent on work that it shared."""
+
+    result: StageResult
+    source: StageData
+    shared_seconds: float
 
 
 def _train(
@@ -402,23 +365,34 @@ def _train(
     stage: Stage,
     *,
     lr: float,
-    seed: int,
-    runtime: Runtime,
+    plan: Recipe,
+    bench: Bench,
     starts_trained: bool,
     show: bool,
     log: training.Log | None,
-) -> tuple[StageResult, StageData]:
-    """Make the source that the freeze line calls for, then run the loop, each with its bar."""
+) -> _Trained:
+    """Make the source that the freeze line calls for, then run the loop, each with its bar, or recall an equal stage.
+
+    `plan` gives the seed, and what a shared stage is told apart by.
+    """
     stored = model.backbone_is_frozen
     views = stage.views if trainset.is_augmented else 1
+    key = bench.stage_key(model, stage, plan, trainset)
     with ProgressBar(len(trainset) * views + len(valset), "  frozen backbone", enabled=show and stored) as bar:
-        source = make_source(trainset, valset, model, views=views, runtime=runtime, advance=bar.advance)
+        source, shared = bench.source(trainset, valset, model, views=views, advance=bar.advance)
+    recalled = bench.recall(key, model)
+    if recalled:
+        result, seconds = recalled
+        for record in result.history if log else ():
+            log(record)  # type: ignore[misc]
+        return _Trained(result, source, shared + seconds)
     with ProgressBar(len(trainset) * stage.epochs, f"  {stage.name}", enabled=show) as bar:
         result = training.fit(
-            model, source, stage, lr=lr, seed=seed, runtime=runtime, starts_trained=starts_trained, log=log,
-            report=_to_bar(bar),
+            model, source, stage, lr=lr, seed=plan.seed, runtime=bench.runtime, starts_trained=starts_trained,
+            log=log, report=_to_bar(bar),
         )  # fmt: skip
-    return result, source
+    bench.keep(key, model, result, seconds=result.seconds)
+    return _Trained(result, source, shared)
 
 
 def _to_bar(bar: ProgressBar) -> Callable[[Progress], None]:
@@ -450,11 +424,9 @@ def _tables(splits: Splits) -> tuple[tuple[str, ImageTable], ...]:
     return ("train", splits.train), ("val", splits.val), ("test", splits.test)
 
 
-def _finish(
-    model: Classifier, splits: Splits, plan: Recipe, diary: _Diary, runtime: Runtime, last: StageData
-) -> FitResult:
+def _finish(model: Classifier, bench: Bench, plan: Recipe, diary: _Diary, last: StageData) -> FitResult:
     """Score validation and test once with the final model, in float32, and write the run folder."""
-    exact = replace(runtime, dtype=torch.float32)
+    splits, exact = bench.splits, replace(bench.runtime, dtype=torch.float32)
     results: dict[str, Evaluation] = {}
     with diary.phase("evaluate"), ProgressBar(len(splits.test), "  evaluating", enabled=diary.show) as bar:
         if isinstance(last.val, FeatureSource):  # the backbone has seen these pictures in float32 already
@@ -462,9 +434,9 @@ def _finish(
             logits = source_logits(model, last.val, indices=everything, runtime=exact)
             results["val"] = Evaluation.from_logits(logits, splits.val)
         else:
-            results["val"] = evaluate(model, splits.val, runtime=exact)
+            results["val"] = bench.evaluate(model, "val")
         if len(splits.test):
-            results["test"] = evaluate(model, splits.test, runtime=exact, advance=bar.advance)
+            results["test"] = bench.evaluate(model, "test", advance=bar.advance)
     metrics = {name: result.metrics for name, result in results.items()} | _facts(model, diary, splits)
     run = diary.run
     report_path = None

@@ -1,0 +1,212 @@
+"""The bench a run stands on: the splits and the machine; several runs on one bench share what is equal between them.
+
+Shared are the decoded pictures, what a frozen backbone makes of them, and a first stage that is the same to the last
+bit: the head stage of `head`, `fine-tune` and any later line is computed once per seed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .classifier import Classifier
+from .dataset import ImageTable, Splits, check_images, load_images, split
+from .errors import DataError, RecipeError
+from .evaluation import Evaluation, evaluate, predict_logits
+from .features import Advance, FeatureSource, StageData, make_source
+from .freezing import tensors_digest
+from .pixels import Augment, Pixels
+from .recipe import AugmentSpec, Recipe, Stage
+from .runtime import Runtime
+from .terminal import ProgressBar, say
+from .train import StageResult, restore, snapshot
+from .transforms import DataSpec
+
+KEEP_BYTES = 2 << 30  # stored features kept for later runs; the oldest go first
+
+
+@dataclass
+class _KeptStage:
+    """A finished stage: how it went, and the trained tensors' best state."""
+
+    result: StageResult
+    state: dict[str, Tensor]
+    seconds: float
+
+
+@dataclass
+class Bench:
+    """Splits and machine, and with `share` what one run leaves for the next.
+
+    Nothing is shared that a difference in backbone, weights, preprocessing, line, views, seed or number format could
+    change: everything kept is found again by a digest of all of them.
+    """
+
+    splits: Splits
+    runtime: Runtime
+    share: bool = False
+    _pixels: dict[str, Pixels] = field(default_factory=dict)
+    _sources: dict[str, tuple[StageData, float]] = field(default_factory=dict)
+    _stages: dict[str, _KeptStage] = field(default_factory=dict)
+
+    def pixels(self, name: str, spec: DataSpec, *, augment: Augment | None = None, seed: int = 0) -> Pixels:
+        """The pictures of split `name` in this preprocessing; decoded ones are shared, views are the caller's own."""
+        kept = self._pixels.get(name)
+        if kept is None or kept.spec != spec:  # one preprocessing at a time, so that memory stays bounded
+            kept = Pixels(getattr(self.splits, name), spec, workers=self.runtime.workers)
+        if self.share:
+            self._pixels[name] = kept
+        return kept.with_views(augment, seed=seed)
+
+    def evaluate(self, model: Classifier, name: str, *, advance: Advance | None = None) -> Evaluation:
+        """Score split `name` in float32, from shared pictures where runs share them."""
+        exact = replace(self.runtime, dtype=torch.float32)
+        if not self.share:
+            return evaluate(model, getattr(self.splits, name), runtime=exact, advance=advance)
+        pixels = self.pixels(name, model.spec)
+        return Evaluation.from_logits(predict_logits(model, pixels, runtime=exact, advance=advance), pixels.table)
+
+    def source(
+        self, train: Pixels, val: Pixels, model: Classifier, *, views: int, advance: Advance | None = None
+    ) -> tuple[StageData, float]:
+        """What `make_source` gives, and the seconds that an earlier run spent on it (0.0 where it is made now)."""
+        key = self._source_key(model, train, val, views)
+        if key in self._sources:
+            source, seconds = self._sources[key] = self._sources.pop(key)  # the last used goes last
+            return source, seconds
+        started = time.perf_counter()
+        source = make_source(train, val, model, views=views, runtime=self.runtime, advance=advance)
+        if key is not None and _stored_bytes(source):
+            self._sources[key] = source, time.perf_counter() - started
+            while sum(_stored_bytes(kept) for kept, _ in self._sources.values()) > KEEP_BYTES:
+                self._sources.pop(next(iter(self._sources)))
+        return source, 0.0
+
+    def stage_key(self, model: Classifier, stage: Stage, plan: Recipe, train: Pixels) -> str | None:
+        """What a frozen-backbone stage is known by; None where it is not shared."""
+        if model.head_spec is None or not model.backbone_is_frozen:
+            return None
+        rest = {name: value for name, value in plan.to_dict().items() if name not in ("name", "stages")}
+        return self._key(model, train, [rest, stage.to_dict(), tensors_digest(model.state_dict().items())])
+
+    def recall(self, key: str | None, model: Classifier) -> tuple[StageResult, float] | None:
+        """Put the model into the state such a stage ended in: its result and the seconds it took, None if unknown."""
+        kept = self._stages.get(key) if key is not None else None
+        if kept is None:
+            return None
+        restore(model, kept.state)
+        return kept.result, kept.seconds
+
+    def keep(self, key: str | None, model: Classifier, result: StageResult, *, seconds: float) -> None:
+        """Remember a finished stage for runs that start the same way."""
+        if key is not None:
+            self._stages[key] = _KeptStage(result, snapshot(model), seconds)
+
+    def _source_key(self, model: Classifier, train: Pixels, val: Pixels, views: int) -> str | None:
+        line = model.freeze_line
+        weights = tensors_digest(model.backbone.state_dict().items()) if self.share else ""
+        return self._key(model, train, [line.where, line.batchnorm, views, len(train), len(val), weights])
+
+    def _key(self, model: Classifier, train: Pixels, parts: list[Any]) -> str | None:
+        """None where something cannot be described: a module or a transform of the user's own."""
+        if not self.share or model.backbone_name is None or not isinstance(train.augment, AugmentSpec):
+            return None
+        parts += [model.backbone_name, model.backbone_args, model.pool, repr(train.spec), train.augment.to_dict()]
+        parts += [train.seed if train.is_augmented else 0, str(self.runtime.dtype), str(self.runtime.device)]
+        return json.dumps(parts, sort_keys=True, default=str)
+
+
+def _stored_bytes(data: StageData) -> int:
+    """The memory of stored features; 0 where the loop is fed with pixels."""
+    parts = [part for part in (data.train, data.val) if isinstance(part, FeatureSource)]
+    return sum(part.features.nbytes for part in parts)
+
+
+def make_bench(
+    data: str | Path | ImageTable | Splits,
+    *,
+    runtime: Runtime,
+    seed: int = 0,
+    val: float = 0.15,
+    test: float = 0.15,
+    val_folder: str | None = None,
+    test_folder: str | None = None,
+    bad_files: str = "error",
+    limit: int | None = None,
+    share: bool = True,
+    progress: bool = False,
+) -> Bench:
+    """Read, check and split the pictures, once for all runs on this bench.
+
+    Args:
+        data: a folder of pictures, an `ImageTable`, or `Splits` made beforehand.
+        seed: of the split.
+        val, test, val_folder, test_folder, bad_files, limit: as in `fine_tune`.
+        share: keep what one run makes for the next.
+        progress: a bar and a line on standard error.
+    Raises:
+        DataError: pictures that cannot be used. RecipeError: options without effect on what was given.
+    """
+    show = progress and runtime.is_main
+    splits = _splits(
+        data, seed=seed, val=val, test=test, val_folder=val_folder, test_folder=test_folder, bad_files=bad_files,
+        workers=runtime.workers, limit=limit, show=show,
+    )  # fmt: skip
+    _say_data(splits, show)
+    return Bench(splits, runtime, share)
+
+
+def _splits(
+    data: str | Path | ImageTable | Splits,
+    *,
+    seed: int,
+    val: float,
+    test: float,
+    val_folder: str | None,
+    test_folder: str | None,
+    bad_files: str,
+    workers: int,
+    limit: int | None,
+    show: bool,
+) -> Splits:
+    idle: dict[str, Any] = (
+        {"val_folder": val_folder, "test_folder": test_folder} if isinstance(data, (ImageTable, Splits)) else {}
+    )
+    idle |= {"limit": limit} if isinstance(data, Splits) else {}
+    given = [name for name, value in idle.items() if value is not None]
+    if given:
+        raise RecipeError(f"{', '.join(given)}: without effect on a {type(data).__name__}; leave it out.")
+    if isinstance(data, Splits):
+        splits = data
+    else:
+        if not isinstance(data, ImageTable):
+            table = load_images(data, val_folder=val_folder, test_folder=test_folder, check=False)
+            table = table if limit is None else table.limit(limit, seed=seed)
+            with ProgressBar(len(table), "Reading pictures", enabled=show) as bar:
+                data = check_images(
+                    table, bad_files=bad_files, workers=workers, progress=lambda done, _: bar.move_to(done)
+                )
+        elif limit is not None:
+            data = data.limit(limit, seed=seed)
+        splits = split(data, val=val, test=test, seed=seed)
+    require_validation(splits)
+    return splits
+
+
+def require_validation(splits: Splits) -> None:
+    if not len(splits.val):
+        raise DataError("The validation split is empty, but it chooses the best state. Hold some out: --val 0.15.")
+
+
+def _say_data(splits: Splits, show: bool) -> None:
+    counts = f"{len(splits.train):,} train, {len(splits.val):,} val, {len(splits.test):,} test"
+    say(f"{len(splits.class_names)} classes; pictures: {counts}.", enabled=show)
+    bad = splits.train.bad_files
+    if bad:
+        say(f"{len(bad)} unreadable files are left out; the report lists them.", enabled=show)

@@ -1,0 +1,61 @@
+"""Runs on one bench share pictures, features and equal first stages, and come out as they would alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headstart import Recipe, Stage, fine_tune, load_images, split
+from headstart.bench import Bench
+from headstart.runtime import make_runtime
+
+TINY: dict[str, Any] = {"backbone": "test_resnet", "weights": "none", "spec_overrides": {"image_size": 32}}
+HEAD = Stage(epochs=2, views=2, batch_size=8)
+PLAN = Recipe(stages=(HEAD, Stage(name="fine-tune", freeze_line="all", epochs=1, batch_size=8, lr_scale=0.01)), lr=0.01)
+
+
+def bench_of(photos: Path, *, share: bool) -> Bench:
+    return Bench(split(load_images(photos)), make_runtime(device="cpu", precision="fp32", workers=1), share=share)
+
+
+def weights(result: Any) -> dict[str, torch.Tensor]:
+    return result.model.state_dict()
+
+
+def test_a_shared_head_stage_changes_no_bit_and_is_told(photos: Path) -> None:
+    bench = bench_of(photos, share=True)
+    first = fine_tune(bench, recipe=replace(PLAN, stages=(HEAD,), name="head"), **TINY)
+    shared = fine_tune(bench, recipe=PLAN, **TINY)
+    alone = fine_tune(bench_of(photos, share=False), recipe=PLAN, **TINY)
+    assert first.metrics["stages"][0]["shared_seconds"] == 0
+    assert shared.metrics["stages"][0]["shared_seconds"] > 0
+    assert shared.metrics["stages"][1]["shared_seconds"] == 0
+    assert shared.metrics["test"] == alone.metrics["test"]
+    assert all(torch.equal(mine, weights(alone)[name]) for name, mine in weights(shared).items())
+
+    def without_time(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**record, "seconds": None} for record in history]
+
+    assert without_time(shared.history) == without_time(alone.history)
+
+
+def test_what_differs_is_not_shared(photos: Path) -> None:
+    bench = bench_of(photos, share=True)
+    plan = replace(PLAN, stages=(HEAD,))
+    first = fine_tune(bench, recipe=plan, **TINY)
+    for other, features_shared in (
+        (replace(plan, lr=0.02), True),
+        (replace(plan, stages=(replace(HEAD, weight_decay=0.5),)), True),
+        (replace(plan, seed=1), False),
+        (replace(plan, augment="light"), False),
+        (replace(plan, stages=(replace(HEAD, views=3),)), False),
+    ):
+        result = fine_tune(bench, recipe=other, **TINY)
+        alone = fine_tune(bench_of(photos, share=False), recipe=other, **TINY)
+        stage = result.metrics["stages"][0]
+        assert (stage["shared_seconds"] > 0) == features_shared, other
+        assert all(torch.equal(mine, weights(alone)[name]) for name, mine in weights(result).items())
+        assert any(not torch.equal(mine, weights(first)[name]) for name, mine in weights(result).items())
