@@ -41,6 +41,8 @@ def test_a_recipe_survives_json(name: str, tmp_path: Path) -> None:
         ({"stages": [{"class_weights": 5}]}, "class_weights is 5"),
         ({"stages": [{"class_weights": None}]}, "class_weights is None"),
         ({"stages": [{"class_weights": [0, 1]}]}, "class_weights is 0; it takes a number above 0"),
+        ({"stages": [{"ema": 1}]}, "ema is 1; it takes a number from 0 to 0.99999"),
+        ({"stages": [{"wise": "on"}]}, "wise is 'on'; it takes true or false"),
         ({"head": {"hidden": None}}, "hidden is None; it takes a list"),
         ({"head": {"hidden": [{"width": 0}]}}, "width is 0"),
         ({"head": {"features_from": ""}}, "features_from is ''"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart import HeadSpec, HiddenLayer, ModelError, Stage, create_classifier, make_runtime, set_freeze_line
+from headstart.averaging import snapshot
 from headstart.classifier import Classifier
 from headstart.features import FeatureSource, StageData
 from headstart.train import (
@@ -18,7 +19,6 @@ from headstart.train import (
     fit,
     learning_rate,
     make_optimizer,
-    snapshot,
     views_of_epoch,
 )
 from tiny import SPEC, TinyNet

@@ -113,6 +113,14 @@ def test_flat_but_noisy_losses_rarely_pass_for_learning() -> None:
     assert answers.count("yes") / 500 < 0.07  # a test at 5 %
 
 
+def test_a_mixture_made_at_the_end_is_no_epoch_of_the_trend() -> None:
+    history = made_history(FALLING)
+    mixed = {**history[-1], "epoch": 13, "best": True, "event": {"kind": "wise", "message": "", "alpha": 0.5}}
+    mixed["val"] = {**mixed["val"], "loss": 5.0}
+    assert still_learning([*history, mixed]) == still_learning(history)
+    assert still_learning([*history, {**mixed, "event": None}]) != still_learning(history)
+
+
 # ---- overfitting -----------------------------------------------------------------------------------------------
 
 RISING = np.concatenate([np.linspace(1.0, 0.5, 6), np.linspace(0.55, 0.9, 7)])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .averaging import restore, snapshot
 from .classifier import Classifier
 from .dataset import ImageTable, Splits, check_images, load_images, split
 from .errors import DataError, RecipeError
@@ -25,7 +26,7 @@ from .pixels import Augment, Pixels
 from .recipe import AugmentSpec, Recipe, Stage
 from .runtime import Runtime
 from .terminal import ProgressBar, say
-from .train import StageResult, restore, snapshot
+from .train import StageResult
 from .transforms import DataSpec
 
 KEEP_BYTES = 2 << 30  # stored features kept for later runs; the oldest go first

@@ -88,6 +88,10 @@ STAGE_OPTIONS = (
     Option("clip_norm", _number, "X", "largest gradient norm, 0 is off"),
     Option("select", _word, "SCORE", "the best epoch is chosen by validation loss or accuracy"),
     Option("views", _whole, "N", "views of each picture stored for a frozen backbone, the plain one included"),
+    Option(
+        "ema", _number, "X", "decay of the running average of the trained weights that is kept, such as 0.99; 0 is off"
+    ),
+    Option("wise", _switch, "on|off", "mix the stage's first and last weights, the share chosen on validation"),
     Option("on_collapse", _word, "WHAT", "when the rate wrecks the trained head: retry lower, stop, or ignore"),
 )
 

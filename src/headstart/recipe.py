@@ -48,6 +48,11 @@ def _number(
         raise RecipeError(f"{owner}: {name} is {value!r}; it takes {what} {span}.")
 
 
+def _flag(owner: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise RecipeError(f"{owner}: {name} is {value!r}; it takes true or false.")
+
+
 class _Spec:
     """Closed-schema reading and writing shared by the value objects below."""
 
@@ -113,8 +118,7 @@ class HeadSpec(_Spec):
         _choice("head", "pool", self.pool, POOLS)
         _choice("head", "output", self.output, OUTPUTS)
         _number("head", "dropout", self.dropout, 0, 0.99)
-        if not isinstance(self.batchnorm, bool):
-            raise RecipeError(f"head: batchnorm is {self.batchnorm!r}; it takes true or false.")
+        _flag("head", "batchnorm", self.batchnorm)
         if self.features_from is not None and (not isinstance(self.features_from, str) or not self.features_from):
             raise RecipeError(f"head: features_from is {self.features_from!r}; it takes a block's name or null.")
 
@@ -194,6 +198,9 @@ class Stage(_Spec):
     score before the stage ends, 0 is off. clip_norm: largest gradient norm, 0 is off. accumulate: batches per
     optimiser step. class_weights: `none`, `balanced` or one number per class. collapse_ratio: the alarm goes off
     when the validation loss of the first steps exceeds the entry loss by this factor and `collapse_margin` nats.
+    ema: decay of a running average of what is trained, which is then scored and kept in place of the weights
+    themselves, 0 is off. wise: at the end, mix what the stage started from with what it came to, the share chosen on
+    validation.
     """
 
     name: str = "head"
@@ -218,6 +225,8 @@ class Stage(_Spec):
     on_collapse: str = "retry"
     collapse_ratio: float = 1.5
     collapse_margin: float = 0.25
+    ema: float = 0.0
+    wise: bool = False
 
     def __post_init__(self) -> None:
         owner = f"stage {self.name!r}"
@@ -245,8 +254,7 @@ class Stage(_Spec):
             raise RecipeError(
                 f"{owner}: class_weights is {self.class_weights!r}; it takes none, balanced or a number per class."
             )
-        if not isinstance(self.balanced_sampling, bool):
-            raise RecipeError(f"{owner}: balanced_sampling is {self.balanced_sampling!r}; it takes true or false.")
+        _flag(owner, "balanced_sampling", self.balanced_sampling)
         _number(owner, "early_stop", self.early_stop, 0, whole=True)
         _number(owner, "clip_norm", self.clip_norm, 0)
         _choice(owner, "select", self.select, ("loss", "accuracy"))
@@ -254,6 +262,8 @@ class Stage(_Spec):
         _choice(owner, "on_collapse", self.on_collapse, ON_COLLAPSE)
         _number(owner, "collapse_ratio", self.collapse_ratio, 1)
         _number(owner, "collapse_margin", self.collapse_margin, 0)
+        _number(owner, "ema", self.ema, 0, 0.99999)
+        _flag(owner, "wise", self.wise)
 
 
 HEAD_STAGE = Stage()
@@ -287,8 +297,7 @@ class Recipe(_Spec):
         _number("recipe", "seed", self.seed, 0, 2**63 - 1, whole=True)
         _number("recipe", "drop_rate", self.drop_rate, 0, 0.99)
         _number("recipe", "drop_path_rate", self.drop_path_rate, 0, 0.99)
-        if not isinstance(self.pretrained, bool):
-            raise RecipeError(f"recipe: pretrained is {self.pretrained!r}; it takes true or false.")
+        _flag("recipe", "pretrained", self.pretrained)
         if not self.stages:
             raise RecipeError("recipe: stages is empty; a recipe trains in at least one stage.")
         names = [stage.name for stage in self.stages]

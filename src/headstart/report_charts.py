@@ -178,7 +178,13 @@ def _stage_lines(frame: _Frame, stage: int, attempts: Sequence[Sequence[Record]]
 
 
 _SPLITS = {"train": "training", "val": "validation"}
-_EVENTS = {"collapse": "collapse", "rollback": "rolled back", "early-stop": "early stop", "interrupted": "stopped"}
+_EVENTS = {
+    "collapse": "collapse",
+    "rollback": "rolled back",
+    "early-stop": "early stop",
+    "interrupted": "stopped",
+    "wise": "mixed",
+}
 
 
 def _event_mark(frame: _Frame, stage: int, record: Record, *, low: bool) -> str:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .averaging import Candidate, RunningAverage, State, best_mixture, restore, snapshot
 from .classifier import Classifier
 from .dataset import epoch_order
 from .errors import ModelError
 from .evaluation import Score, score
 from .features import Source, StageData, fast_kernels
-from .freezing import Contract, fixed_tensors, param_groups
+from .freezing import Contract, param_groups
 from .recipe import Stage
 from .runtime import Runtime
 
@@ -157,6 +159,7 @@ class _Stage:
         self.model, self.data, self.stage, self.lr, self.seed, self.runtime = model, data, stage, lr, seed, runtime
         self.optimizer = make_optimizer(model, stage, lr=lr)
         self.contract = Contract(model, self.optimizer)
+        self.average = RunningAverage(model, stage.ema) if stage.ema else None
         weights = class_weight_vector(stage, data.train.labels, len(model.class_names))
         self._refuse_batches_of_one()
         self.class_weights = None if weights is None else weights.to(runtime.device)
@@ -239,6 +242,12 @@ class _Stage:
                     torch._foreach_mul_(group["params"], 1.0 - group["lr"] * group["decay"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update()
+
+    def in_shown_state(self) -> AbstractContextManager[None]:
+        """With a running average, the model holds it inside; an epoch is judged by it. Training goes on without it."""
+        return self.average.applied() if self.average else nullcontext()
 
     def _sum_over_processes(self, value: Tensor) -> float:
         if self.runtime.world > 1:
@@ -305,7 +314,7 @@ def fit(
         run = _Stage(model, data, stage, lr=lr, seed=seed, runtime=runtime)
         try:
             with fast_kernels(model, runtime):
-                best, best_epoch, epochs = _attempt(run, watch=watch, write=write, report=report)
+                best, epochs = _attempt(run, entry_state, watch=watch, write=write, report=report)
             break
         except _CollapseError as collapse:
             restore(model, entry_state)
@@ -314,25 +323,29 @@ def fit(
             message = f"{collapse} Rolled back to the state the stage started from; {then}."
             write(_event_record(run, {"kind": "rollback", "message": message}))
             if give_up:
-                best, best_epoch, epochs = run.score_val(), 0, 0
+                best, epochs = Candidate(entry_state, run.score_val(), 0), 0
                 break
             lr /= RETRY_DIVISOR
-    return StageResult(replace(stage), lr, best, best_epoch, epochs, time.perf_counter() - started, history, events)
+    seconds = time.perf_counter() - started
+    return StageResult(replace(stage), lr, best.val, best.epoch, epochs, seconds, history, events)
 
 
-def _attempt(run: _Stage, *, watch: bool, write: Log, report: Report | None) -> tuple[Score, int, int]:
+def _attempt(
+    run: _Stage, entry_state: State, *, watch: bool, write: Log, report: Report | None
+) -> tuple[Candidate, int]:
+    """Train all epochs; returns the state that was kept, which the model then holds, and the epochs trained."""
     model, stage = run.model, run.stage
-    entry = run.score_val()
-    part = run.score_val(COLLAPSE_SUBSET) if watch else entry
+    entry = Candidate(entry_state, run.score_val(), 0)
+    part = run.score_val(COLLAPSE_SUBSET) if watch else entry.val
     limit = max(part.loss * stage.collapse_ratio, part.loss + stage.collapse_margin)
-    best, best_epoch, best_state = entry, 0, snapshot(model)
-    write(_record(run, epoch=0, train_loss=None, val=entry, best=True, seconds=0.0))
+    best = last = entry
+    write(_record(run, epoch=0, train_loss=None, val=entry.val, best=True, seconds=0.0))
     check_every = max(1, run.steps_per_epoch // COLLAPSE_CHECKS_PER_EPOCH)
-    last_val, epoch = entry, 0
+    epoch = 0
 
     def after_step() -> None:
         if report:
-            report(Progress(stage.name, epoch, run.step, run.steps, run.pictures, last_val))
+            report(Progress(stage.name, epoch, run.step, run.steps, run.pictures, last.val))
         if watch and run.step % check_every == 0 and run.step <= COLLAPSE_EPOCHS * run.steps_per_epoch:
             now = run.score_val(COLLAPSE_SUBSET)
             if not now.loss <= limit:
@@ -347,37 +360,74 @@ def _attempt(run: _Stage, *, watch: bool, write: Log, report: Report | None) -> 
             started = time.perf_counter()
             train_loss = run.epoch(epoch, pool=pool, after_step=after_step)
             run.contract.watch()
-            last_val = run.score_val()
-            if not math.isfinite(last_val.loss):
-                _not_finite(run, watch, epoch)
-            better = _is_better(last_val, best, stage.select)
-            if better:
-                best, best_epoch, best_state = last_val, epoch, snapshot(model)
-            stop = bool(stage.early_stop) and epoch - best_epoch >= stage.early_stop and epoch < stage.epochs
-            event = None
-            if stop:
-                event = {"kind": "early-stop", "message": f"No better validation score for {stage.early_stop} epochs."}
-            write(
-                _record(
-                    run,
-                    epoch=epoch,
-                    train_loss=train_loss,
-                    val=last_val,
-                    best=better,
-                    seconds=time.perf_counter() - started,
-                    event=event,
+            with run.in_shown_state():
+                val = run.score_val()
+                if not math.isfinite(val.loss):
+                    _not_finite(run, watch, epoch)
+                better = _is_better(val, best.val, stage.select)
+                last = Candidate(snapshot(model) if better or stage.wise else {}, val, epoch)
+                best = last if better else best
+                stop = bool(stage.early_stop) and epoch - best.epoch >= stage.early_stop and epoch < stage.epochs
+                event = None
+                if stop:
+                    text = f"No better validation score for {stage.early_stop} epochs."
+                    event = {"kind": "early-stop", "message": text}
+                write(
+                    _record(
+                        run,
+                        epoch=epoch,
+                        train_loss=train_loss,
+                        val=val,
+                        best=better,
+                        seconds=time.perf_counter() - started,
+                        event=event,
+                    )
                 )
-            )
             if stop:
                 break
+        if stage.wise:
+            best = _wise(run, entry, best, last, write)
     except BaseException:
-        restore(model, best_state)
+        restore(model, best.state)
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-    restore(model, best_state)
+    restore(model, best.state)
     run.contract.finish()
-    return best, best_epoch, epoch
+    return best, epoch
+
+
+def _wise(run: _Stage, entry: Candidate, best: Candidate, last: Candidate, write: Log) -> Candidate:
+    """Mix what the stage started from with its best and its last state; the history says which share was kept."""
+    started = time.perf_counter()
+    ends = [best] * (best.epoch > 0) + [last] * (last.epoch != best.epoch)
+    kept = best_mixture(
+        run.model,
+        entry,
+        ends,
+        score=run.score_val,
+        is_better=lambda new, old: _is_better(new, old, run.stage.select),
+    )
+    restore(run.model, kept.state)
+    what = f"{kept.share:g} of the way from the stage's start to epoch {kept.epoch}" if kept.epoch else "the start"
+    message = (
+        f"Between the stage's start and its weights, {what} is best on validation (loss {kept.val.loss:.4f}, accuracy"
+        f" {kept.val.accuracy:.4f})."
+    )
+    event = {"kind": "wise", "message": message, "alpha": kept.share if kept.epoch else 0.0, "epoch": kept.epoch}
+    seconds = time.perf_counter() - started
+    write(
+        _record(
+            run,
+            epoch=last.epoch + 1,
+            train_loss=None,
+            val=kept.val,
+            best=kept is not best,
+            seconds=seconds,
+            event=event,
+        )
+    )
+    return kept
 
 
 def _not_finite(run: _Stage, watch: bool, epoch: int) -> None:
@@ -442,18 +492,3 @@ def _prefetch(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-def snapshot(model: Classifier) -> dict[str, Tensor]:
-    """Copies of everything training may change; what is fixed is left out, so that putting it back hides nothing."""
-    fixed = {name for name, _ in fixed_tensors(model)}
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    return {name: tensor.detach().clone() for name, tensor in tensors.items() if name not in fixed}
-
-
-def restore(model: Classifier, state: dict[str, Tensor]) -> None:
-    """Put a `snapshot` back, in place."""
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    with torch.no_grad():
-        for name, value in state.items():
-            tensors[name].copy_(value)

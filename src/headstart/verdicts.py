@@ -119,6 +119,11 @@ def axis_range(stages: Sequence[Sequence[Sequence[Record]]], quantity: str) -> t
     return min(0.9, max(0.0, math.floor((low - 0.02) * 10) / 10)), 1.0
 
 
+def _epochs(attempt: Sequence[Record]) -> list[Record]:
+    """Without the record of a mixture made at the stage's end (WiSE): it is no step of training."""
+    return [record for record in attempt if (record.get("event") or {}).get("kind") != "wise"]
+
+
 def _losses(records: Sequence[Record], split: str) -> NDArray[np.float64]:
     return np.array([figure(record, split, "loss") for record in records])
 
@@ -150,7 +155,7 @@ def still_learning(history: Sequence[Record]) -> Verdict:
     """Whether the validation loss was still falling when the last stage ended."""
     question = "Was it still learning at the end?"
     stages = stage_attempts(history)
-    attempt = stages[-1][-1] if stages else []
+    attempt = _epochs(stages[-1][-1]) if stages else []
     losses = _losses(attempt, "val")
     states = max(LEARNING_STATES, math.ceil(len(losses) / 3))
     tail = losses[-states:]
@@ -282,7 +287,8 @@ def overfitting(history: Sequence[Record]) -> Verdict:
 def _late_rise(history: Sequence[Record]) -> tuple[str, int, float] | None:
     """(stage, best epoch, rise in nats) of the last stage whose validation loss clearly rose after its best state."""
     for attempts in reversed(stage_attempts(history)):
-        val, train = _losses(attempts[-1], "val"), _losses(attempts[-1], "train")
+        attempt = _epochs(attempts[-1])
+        val, train = _losses(attempt, "val"), _losses(attempt, "train")
         if len(val) < 4 or not (np.isfinite(val).all() and np.isfinite(train).all()):
             continue
         best = int(val.argmin())
@@ -294,7 +300,7 @@ def _late_rise(history: Sequence[Record]) -> tuple[str, int, float] | None:
         noise = (OVERFIT_JITTERS + math.sqrt(2 * math.log(len(val)))) * _jitter(val)
         clear = rise > max(OVERFIT_RISE * val[best], OVERFIT_RISE_NATS, noise)
         if clear and train[best + 1 :][len(after) // 2 :].mean() < train[best]:
-            record = attempts[-1][best]
+            record = attempt[best]
             return str(record.get("stage", "")), int(record.get("epoch", best)), rise
     return None
 
