@@ -18,7 +18,8 @@ ROOMS = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init
 LAYERS = (
     ("errors", "recipe"),
     (
-        *("folders", "decode", "dataset", "transforms", "augment", "metrics", "run", "runtime", "terminal"),
+        *("folders", "manifest", "groups", "sources", "decode", "dataset", "transforms", "augment"),
+        *("metrics", "run", "runtime", "terminal"),
         *("heads", "tracing", "cut", "fastops"),
     ),
     ("weights", "backbones", "classifier", "freezing", "checkpoint", "pixels", "verdicts"),
@@ -29,7 +30,14 @@ LAYERS = (
 )
 SIDEWAYS = {
     ("recipe", "errors"),
+    ("manifest", "folders"),
+    ("manifest", "run"),
+    ("sources", "folders"),
+    ("sources", "manifest"),
     ("dataset", "folders"),
+    ("dataset", "groups"),
+    ("dataset", "manifest"),
+    ("dataset", "sources"),
     ("dataset", "decode"),
     ("transforms", "dataset"),
     ("augment", "dataset"),

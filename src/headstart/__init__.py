@@ -22,6 +22,7 @@ _ROOMS = {
     "run": ("read_run",),
     "runtime": ("Runtime", "make_runtime"),
     "layers": ("summary",),
+    "manifest": ("ManifestRow", "read_manifest", "write_manifest"),
     "train": ("StageResult",),
     "transforms": ("DataSpec", "load_view"),
 }  # fmt: skip

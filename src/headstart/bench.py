@@ -138,6 +138,7 @@ def make_bench(
     test: float = 0.15,
     val_folder: str | None = None,
     test_folder: str | None = None,
+    root: str | Path | None = None,
     bad_files: str = "error",
     limit: int | None = None,
     share: bool = True,
@@ -146,9 +147,9 @@ def make_bench(
     """Read, check and split the pictures, once for all runs on this bench.
 
     Args:
-        data: a folder of pictures, an `ImageTable`, or `Splits` made beforehand.
+        data: pictures as `load_images` takes them, an `ImageTable`, or `Splits` made beforehand.
         seed: of the split.
-        val, test, val_folder, test_folder, bad_files, limit: as in `fine_tune`.
+        val, test, val_folder, test_folder, root, bad_files, limit: as in `fine_tune`.
         share: keep what one run makes for the next.
         progress: a bar and a line on standard error.
     Raises:
@@ -156,8 +157,8 @@ def make_bench(
     """
     show = progress and runtime.is_main
     splits = _splits(
-        data, seed=seed, val=val, test=test, val_folder=val_folder, test_folder=test_folder, bad_files=bad_files,
-        workers=runtime.workers, limit=limit, show=show,
+        data, seed=seed, val=val, test=test, val_folder=val_folder, test_folder=test_folder, root=root,
+        bad_files=bad_files, workers=runtime.workers, limit=limit, show=show,
     )  # fmt: skip
     _say_data(splits, show)
     return Bench(splits, runtime, share)
@@ -171,13 +172,16 @@ def _splits(
     test: float,
     val_folder: str | None,
     test_folder: str | None,
+    root: str | Path | None,
     bad_files: str,
     workers: int,
     limit: int | None,
     show: bool,
 ) -> Splits:
     idle: dict[str, Any] = (
-        {"val_folder": val_folder, "test_folder": test_folder} if isinstance(data, (ImageTable, Splits)) else {}
+        {"val_folder": val_folder, "test_folder": test_folder, "root": root}
+        if isinstance(data, (ImageTable, Splits))
+        else {}
     )
     idle |= {"limit": limit} if isinstance(data, Splits) else {}
     given = [name for name, value in idle.items() if value is not None]
@@ -187,7 +191,7 @@ def _splits(
         splits = data
     else:
         if not isinstance(data, ImageTable):
-            table = load_images(data, val_folder=val_folder, test_folder=test_folder, check=False)
+            table = load_images(data, val_folder=val_folder, test_folder=test_folder, root=root, check=False)
             table = table if limit is None else table.limit(limit, seed=seed)
             with ProgressBar(len(table), "Reading pictures", enabled=show) as bar:
                 data = check_images(
@@ -211,3 +215,13 @@ def _say_data(splits: Splits, show: bool) -> None:
     bad = splits.train.bad_files
     if bad:
         say(f"{len(bad)} unreadable files are left out; the report lists them.", enabled=show)
+    if splits.train.dropped:
+        say(f"{len(splits.train.dropped):,} pictures are dropped by the manifest; the report lists them.", enabled=show)
+    shared = splits.shared_groups()
+    if shared:
+        group, names = next(iter(shared.items()))
+        say(
+            f"{len(shared):,} groups of pictures stand on both sides of the splits the data bring (group {group!r} in"
+            f" {' and '.join(names)}): the scores are too good. Leave the split to headstart to keep them together.",
+            enabled=True,
+        )

@@ -18,6 +18,7 @@ from . import terminal
 from .cli_options import (
     DEFAULT_BACKBONE,
     DEFAULT_RECIPE,
+    PHOTOS_HELP,
     Command,
     add_augment_option,
     add_bad_files_option,
@@ -25,6 +26,7 @@ from .cli_options import (
     add_machine_options,
     add_picture_options,
     add_recipe_options,
+    add_root_option,
     add_stage_options,
     apply_overrides,
     override_head,
@@ -32,6 +34,7 @@ from .cli_options import (
 )
 from .errors import DataError, HeadstartError, Interrupted, RecipeError, near_matches
 from .recipe import HeadSpec, load_recipe
+from .sources import source_name
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -71,7 +74,7 @@ class _Version(argparse.Action):
 
 
 def _fit_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("photos", metavar="PHOTOS", help="folder with one folder per class, or with train/val/test")
+    parser.add_argument("photos", metavar="PHOTOS", help=PHOTOS_HELP)
     group = parser.add_argument_group("run")
     group.add_argument("--out", metavar="RUN", help="run folder (default: runs/PHOTOS-BACKBONE, numbered if taken)")
     group.add_argument("--overwrite", action="store_true", help="replace an existing run folder")
@@ -101,6 +104,7 @@ def _fit_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--test", type=float, metavar="X", help="share held out for the test, likewise")
     group.add_argument("--val-folder", metavar="NAME", help="split folder of PHOTOS to use for validation")
     group.add_argument("--test-folder", metavar="NAME", help="split folder of PHOTOS to use as the test split")
+    add_root_option(group)
     add_bad_files_option(group)
 
 
@@ -120,7 +124,7 @@ def _fit(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         spec_overrides=spec_overrides,
         progress=not args.quiet,
-        **_given(args, "bad_files", "val", "test", "val_folder", "test_folder", "limit"),
+        **_given(args, "bad_files", "val", "test", "val_folder", "test_folder", "root", "limit"),
         **_given(args, "device", "precision", "workers"),
     )
     print(terminal.closing_table(result.metrics))
@@ -131,7 +135,7 @@ def _fit(args: argparse.Namespace) -> int:
 def default_run_path(photos: str, backbone: str, *, overwrite: bool = False) -> Path:
     """`runs/<photos>-<backbone>`; with `-2`, `-3`, ... behind it when that is taken and not to be overwritten."""
     backbone = backbone.replace("/", "-").replace(":", "-")
-    base = Path("runs") / f"{Path(photos).resolve().name or 'photos'}-{backbone}"
+    base = Path("runs") / f"{source_name(photos)}-{backbone}"
     path, number = base, 1
     while path.exists() and not overwrite:
         number += 1
@@ -155,8 +159,9 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="RUN", help="run folder written by `headstart fit`")
-    parser.add_argument("folder", metavar="FOLDER", help="folder with one folder per class, named as in training")
+    parser.add_argument("folder", metavar="PHOTOS", help="folder or manifest, classes named as in training")
     parser.add_argument("--json", action="store_true", help="print every figure as JSON instead of tables")
+    add_root_option(parser)
     add_bad_files_option(parser)
     add_machine_options(parser)
 
@@ -165,12 +170,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     from . import recipes
 
     metrics = recipes.evaluate_run(
-        args.model, args.folder, progress=True, **_given(args, "device", "precision", "workers", "bad_files")
+        args.model, args.folder, progress=True, **_given(args, "device", "precision", "workers", "bad_files", "root")
     )
     if args.json:
         print(json.dumps(metrics, indent=1))
         return 0
-    print(terminal.per_class_table(metrics), "\n\n", terminal.scores_table({Path(args.folder).name: metrics}), sep="")
+    print(terminal.per_class_table(metrics), "\n\n", terminal.scores_table({source_name(args.folder): metrics}), sep="")
     return 0
 
 
@@ -256,10 +261,11 @@ def _refuse_idle_options(args: argparse.Namespace) -> None:
 
 
 def _preview_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("photos", metavar="PHOTOS", help="folder with one folder per class, or with train/val/test")
+    parser.add_argument("photos", metavar="PHOTOS", help=PHOTOS_HELP)
     parser.add_argument("--out", metavar="FILE", help="png, jpg, pdf or svg (default: preview.png)")
     parser.add_argument("--backbone", metavar="NAME", help=f"for its preparation (default: {DEFAULT_BACKBONE})")
     parser.add_argument("--seed", type=int, metavar="N", help="which pictures, and how they are changed")
+    add_root_option(parser)
     add_augment_option(parser)
     add_picture_options(parser)
 
@@ -272,7 +278,7 @@ def _preview(args: argparse.Namespace) -> int:
     from .plots import preview_sheet
 
     _, spec = create_backbone(args.backbone or DEFAULT_BACKBONE, weights="none", image_size=overrides.get("image_size"))
-    table = load_images(args.photos, check=False)
+    table = load_images(args.photos, root=args.root, check=False)
     spec = override_spec(spec, **overrides)
     print(preview_sheet(table, spec, recipe.augment, args.out or "preview.png", **_given(args, "seed")))
     return 0
@@ -303,7 +309,7 @@ COMMANDS: dict[str, Command] = {
         _fit,
     ),
     "evaluate": Command(
-        "score a trained model on a folder of labelled pictures", "RUN FOLDER [options]", _evaluate_options, _evaluate
+        "score a trained model on a folder of labelled pictures", "RUN PHOTOS [options]", _evaluate_options, _evaluate
     ),
     "predict": Command("name the classes of pictures", "RUN FILE|FOLDER... [options]", _predict_options, _predict),
     "summary": Command(

@@ -17,6 +17,7 @@ from .recipe import POLICIES, RECIPES, AugmentSpec, HeadSpec, HiddenLayer, Recip
 
 DEFAULT_BACKBONE = "mobilenetv2_100"
 DEFAULT_RECIPE = "fine-tune"
+PHOTOS_HELP = "folder with one folder per class (or with train/val/test), or a CSV or Parquet manifest"
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,13 @@ def add_bad_files_option(parser: argparse._ActionsContainer) -> None:
         "--bad-files",
         choices=("error", "skip"),
         help="a picture that cannot be read: stop, or name it and go on (default: error)",
+    )
+
+
+def add_root_option(parser: argparse._ActionsContainer) -> None:
+    """`--root`: where a manifest's pictures are, in every command that takes PHOTOS."""
+    parser.add_argument(
+        "--root", metavar="FOLDER", help="where a manifest's relative paths start (default: the manifest's folder)"
     )
 
 

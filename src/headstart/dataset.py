@@ -18,7 +18,10 @@ import numpy.typing as npt
 
 from .decode import MAX_PIXELS, bad_reason, open_image, quiet_pillow
 from .errors import DataError, near_matches
-from .folders import IMAGE_EXTENSIONS, find_pictures, natural_key, read_layout
+from .folders import IMAGE_EXTENSIONS, find_pictures, natural_key
+from .groups import Unit, make_units, shared_groups, take_units
+from .manifest import ManifestRow
+from .sources import read_source
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -50,8 +53,9 @@ class ImageTable:
 
     labels: int64 [N], indices into `class_names`. split_names: per picture 'train', 'val' or 'test' where the folder
     came with split folders, else ''. bad_files: (file, reason) of pictures left out under `bad_files="skip"`.
-    ignored: (extension, count) of files in the class folders that are no pictures. Both belong to the load: parts
-    made with `select` carry them on.
+    ignored: (extension, count) of files in the class folders that are no pictures. dropped: (file, reason) of those
+    that a manifest leaves out. The three belong to the load: parts made with `select` carry them on.
+    groups: per picture the group that stays on one side of every split, '' for a picture by itself; () is '' for all.
     """
 
     root: Path
@@ -61,15 +65,18 @@ class ImageTable:
     split_names: tuple[str, ...]
     bad_files: tuple[tuple[Path, str], ...] = ()
     ignored: tuple[tuple[str, int], ...] = ()
+    dropped: tuple[tuple[Path, str], ...] = ()
+    groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         labels = np.array(self.labels, dtype=np.int64)
         labels.setflags(write=False)
         object.__setattr__(self, "labels", labels)
-        if not len(self.paths) == len(labels) == len(self.split_names):
+        object.__setattr__(self, "groups", self.groups or ("",) * len(self.paths))
+        if not len(self.paths) == len(labels) == len(self.split_names) == len(self.groups):
             raise DataError(
-                f"ImageTable: {len(self.paths)} paths, {len(labels)} labels and {len(self.split_names)} split names; "
-                "it takes one of each per picture."
+                f"ImageTable: {len(self.paths)} paths, {len(labels)} labels, {len(self.split_names)} split names and "
+                f"{len(self.groups)} groups; it takes one of each per picture."
             )
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.class_names):
             raise DataError(f"ImageTable: a label lies outside 0 .. {len(self.class_names) - 1}.")
@@ -94,7 +101,14 @@ class ImageTable:
             paths=tuple(self.paths[i] for i in chosen),
             labels=self.labels[chosen],
             split_names=tuple(self.split_names[i] for i in chosen),
+            groups=tuple(self.groups[i] for i in chosen),
         )
+
+    def rows(self, split: str = "") -> list[ManifestRow]:
+        """The pictures as rows for `write_manifest`; `split` in place of the split names they came with."""
+        labels = (self.class_names[label] for label in self.labels)
+        columns = zip(self.paths, labels, self.split_names, self.groups, strict=True)
+        return [ManifestRow(path, label, split or own, group) for path, label, own, group in columns]
 
     def limit(self, n: int, seed: int = 0) -> ImageTable:
         """At most `n` pictures, drawn in proportion from every class of every split: a quick dry run.
@@ -142,6 +156,10 @@ class Splits:
         """The three tables by name, in the order train, val, test."""
         return {"train": self.train, "val": self.val, "test": self.test}
 
+    def shared_groups(self) -> dict[str, tuple[str, ...]]:
+        """Groups that stand in several splits, which splits the data bring themselves can do; empty after `split`."""
+        return shared_groups({name: table.groups for name, table in self.named().items()})
+
 
 def load_images(
     folder: str | Path,
@@ -150,13 +168,14 @@ def load_images(
     class_names: Sequence[str] | None = None,
     val_folder: str | None = None,
     test_folder: str | None = None,
+    root: str | Path | None = None,
     check: bool = True,
     workers: int = 0,
 ) -> ImageTable:
-    """Read a folder of pictures, one folder per class, with or without split folders around them.
+    """Read labelled pictures: a folder with one folder per class, or a CSV or Parquet manifest (see `read_manifest`).
 
     PHOTOS/cat/1.jpg, or PHOTOS/train/cat/1.jpg beside `val` (`valid`, `validation`) and `test` in any letter case.
-    The class map is that of the training folders, naturally sorted (2 before 10). Hidden folders and files are
+    The class map is that of the training pictures, naturally sorted (2 before 10). Hidden folders and files are
     skipped; other files in the class folders are counted in `ignored`.
 
     Args:
@@ -164,14 +183,14 @@ def load_images(
             them in `ImageTable.bad_files`.
         class_names: impose this class map (a saved model's); folders of some of its classes are then enough.
         val_folder, test_folder: the folder that serves as this split, when its name does not say so.
+        root: the folder that a manifest's relative paths start from; None is the manifest's own.
         check: decode every picture once, to the last row, before anything is trained.
         workers: threads for the check; 0 is one per CPU core.
     Raises:
-        DataError: no such folder, another layout (multi-label, nested, flat), an empty class, fewer than two
-            classes, a class that training does not have, pictures that do not decode.
+        DataError: no such folder or file, another layout (multi-label, nested, flat), an empty class, fewer than two
+            classes, a class that training does not have, pictures that do not decode; what `read_manifest` refuses.
     """
-    root = Path(folder).expanduser().absolute()
-    layout = read_layout(root, shown=str(folder), val_folder=val_folder, test_folder=test_folder)
+    layout = read_source(folder, val_folder=val_folder, test_folder=test_folder, root=root)
     names = _class_map(layout.splits, class_names, shown=str(folder))
     index = {name: i for i, name in enumerate(names)}
     rows = [
@@ -181,12 +200,14 @@ def load_images(
         for path in paths
     ]
     table = ImageTable(
-        root=root,
+        root=layout.root,
         paths=tuple(row[0] for row in rows),
         labels=np.array([row[1] for row in rows], dtype=np.int64),
         class_names=names,
         split_names=tuple(row[2] for row in rows),
         ignored=tuple(sorted(layout.ignored.items())),
+        dropped=layout.dropped,
+        groups=tuple(layout.groups.get(row[0], "") for row in rows),
     )
     return check_images(table, bad_files=bad_files, workers=workers) if check else table
 
@@ -237,13 +258,14 @@ def split(table: ImageTable, *, val: float = 0.15, test: float = 0.15, seed: int
 
     A pure function of the seed, the relative paths and the class names: the same in any process, on any system, in
     any order of the files. Each held-out split gets its share of each class, at least one picture; which pictures
-    are test does not depend on `val`.
+    are test does not depend on `val`. Pictures of one group go to one side together, as near to the shares as whole
+    groups allow.
 
     Args:
         val, test: share of each class's pictures to hold out, in [0, 1); 0 leaves the split empty. Without effect
             for a split the folder brings.
     Raises:
-        DataError: a share out of range, or a class with too few pictures for the splits asked for.
+        DataError: a share out of range, or a class with too few pictures (or groups) for the splits asked for.
     """
     for name, share in (("val", val), ("test", test)):
         if not 0 <= share < 1:
@@ -253,14 +275,17 @@ def split(table: ImageTable, *, val: float = 0.15, test: float = 0.15, seed: int
     given = set(table.split_names)
     shares = {name: share for name, share in (("test", test), ("val", val)) if share and name not in given}
     assigned = np.array([name or "train" for name in table.split_names], dtype="<U5")
-    pool = np.flatnonzero(assigned == "train")
-    _require_enough(table, pool, tuple(shares))
-    for label, name in enumerate(table.class_names):
-        members = _shuffled(table, pool[table.labels[pool] == label].tolist(), random_stream(seed, _word(name), 2))
-        start = 0
-        for split_name, count in _held_out(len(members), shares).items():
-            assigned[members[start : start + count]] = split_name
-            start += count
+    pool = _by_path(table, np.flatnonzero(assigned == "train").tolist())
+    of_class = make_units(pool, table.groups, table.labels.tolist())
+    _require_enough(table, of_class, tuple(shares))
+    for label, units in of_class.items():
+        order = _permutation(len(units), random_stream(seed, _word(table.class_names[label]), 2))
+        free: list[Unit] = [units[i] for i in order]
+        left = len(shares)  # units to leave: one for each split still to come, and for train
+        for split_name, count in _held_out(sum(map(len, units)), shares).items():
+            for unit in take_units(free, count, leave=left):
+                assigned[unit] = split_name
+            left -= 1
     train, val_table, test_table = (table.select(np.flatnonzero(assigned == name)) for name in SPLITS)
     return Splits(train=train, val=val_table, test=test_table)
 
@@ -355,10 +380,10 @@ def _class_map(
         owner = "the imposed class map"
     elif "train" in splits or "" in splits:
         names = tuple(sorted(splits.get("train", splits.get("", {})), key=natural_key))
-        owner = "the training folder"
+        owner = "the training pictures"
     else:
         raise DataError(
-            f"{shown}: there are folders for {' and '.join(splits)}, but no split folder 'train' to learn from. "
+            f"{shown}: there are pictures for {' and '.join(splits)}, but no split folder 'train' to learn from. "
             "Add it, or pass one of the folders by itself."
         )
     for split_name, classes in splits.items():
@@ -368,11 +393,11 @@ def _class_map(
                 raise DataError(
                     f"Class {name!r} in {where} is not among the {len(names)} classes of {owner}: "
                     f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}.{near_matches(name, names)} "
-                    "Rename or remove the folder."
+                    "Rename it or take it out."
                 )
     if class_names is None and len(names) < 2:
         raise DataError(
-            f"One class only in {shown} ({names[0]!r}); a classifier needs two or more, one folder of pictures each."
+            f"One class only in {shown} ({names[0]!r}); a classifier needs two or more, each with pictures of its own."
         )
     return names
 
@@ -382,16 +407,17 @@ def _train_counts(table: ImageTable) -> npt.NDArray[np.int64]:
     return np.bincount(table.labels[mask], minlength=len(table.class_names)).astype(np.int64)
 
 
-def _require_enough(table: ImageTable, pool: npt.NDArray[np.int64], missing: tuple[str, ...]) -> None:
+def _require_enough(table: ImageTable, of_class: dict[int, list[Unit]], missing: tuple[str, ...]) -> None:
     needed = 1 + len(missing)
-    counts = np.bincount(table.labels[pool], minlength=len(table.class_names))
+    counts = np.array([len(of_class.get(label, ())) for label in range(len(table.class_names))])
     short = np.flatnonzero(counts < needed)
     if len(short):
         named = ", ".join(f"{table.class_names[i]!r} has {counts[i]}" for i in short[:5])
         more = f" and {len(short) - 5} classes more" if len(short) > 5 else ""
         raise DataError(
             f"Too few training pictures in {table.root}: class {named}{more}; one each for "
-            f"{' and '.join(('train', *sorted(missing, reverse=True)))} makes {needed}. "
+            f"{' and '.join(('train', *sorted(missing, reverse=True)))} makes {needed}"
+            f"{' (pictures of one group count as one)' if any(table.groups) else ''}. "
             "Add pictures, remove the class, or bring your own split folders (train, val, test)."
         )
 
@@ -417,9 +443,13 @@ def _quotas(sizes: list[int], n: int) -> list[int]:
 
 def _shuffled(table: ImageTable, members: list[int], stream: np.random.Philox) -> list[int]:
     """`members` in an order that depends on their relative paths and the stream, not on their order in the table."""
-    # In one Unicode form: systems spell the same name differently, and the split must not depend on that.
-    by_path = sorted(members, key=lambda i: unicodedata.normalize("NFC", table.relative_paths[i]))
+    by_path = _by_path(table, members)
     return [by_path[i] for i in _permutation(len(by_path), stream)]
+
+
+def _by_path(table: ImageTable, members: list[int]) -> list[int]:
+    # In one Unicode form: systems spell the same name differently, and the split must not depend on that.
+    return sorted(members, key=lambda i: unicodedata.normalize("NFC", table.relative_paths[i]))
 
 
 def _permutation(n: int, stream: np.random.Philox) -> npt.NDArray[np.int64]:

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import DataError, near_matches
@@ -31,10 +31,18 @@ _TABLES = frozenset((".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".parquet"))
 
 @dataclass(frozen=True)
 class Layout:
-    """splits: split name ('' without split folders) -> class name -> pictures. ignored: extension -> files."""
+    """What a source of pictures holds.
+
+    splits: split name ('' without splits) -> class name -> pictures. ignored: extension -> files. root: the folder
+    that holds all pictures. groups: the group of each picture that has one. dropped: (file, reason) of pictures that
+    a manifest leaves out.
+    """
 
     splits: dict[str, dict[str, list[Path]]]
     ignored: Counter[str]
+    root: Path
+    groups: dict[Path, str] = field(default_factory=dict)
+    dropped: tuple[tuple[Path, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,13 +77,13 @@ def read_layout(root: Path, *, shown: str, val_folder: str | None = None, test_f
     ignored: Counter[str] = Counter()
     if not split_folders:
         _refuse_wrapper(top, shown)
-        return Layout({"": _read_classes(top, shown, ignored)}, ignored)
+        return Layout({"": _read_classes(top, shown, ignored)}, ignored, root)
     if top.pictures:
         raise _stray(top, shown)
     splits: dict[str, dict[str, list[Path]]] = {}
     for name in sorted(split_folders, key=("train", "val", "test").index):
         splits[name] = _read_classes(_list(split_folders[name]), shown, ignored, top=top)
-    return Layout(splits, ignored)
+    return Layout(splits, ignored, root)
 
 
 def find_pictures(folder: Path) -> list[Path]:
@@ -209,8 +217,8 @@ def _refuse(shown: str, what: str) -> DataError:
     return DataError(
         f"{shown}: {what}. Expected is one folder per class, the folder's name being the one label of its pictures: "
         f"{root}/cat/1.jpg and {root}/dog/2.jpg, or inside split folders {root}/train/cat/1.jpg and "
-        f"{root}/val/cat/2.jpg. Sort the pictures so. Several labels per picture (multi-label), and labels from a "
-        "table, are not supported."
+        f"{root}/val/cat/2.jpg. Sort the pictures so, or pass a table with columns path and label: {root}.csv. Several "
+        "labels per picture (multi-label) are not supported."
     )
 
 

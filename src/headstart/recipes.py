@@ -91,6 +91,7 @@ def fine_tune(
     test: float = 0.15,
     val_folder: str | None = None,
     test_folder: str | None = None,
+    root: str | Path | None = None,
     bad_files: str = "error",
     overwrite: bool = False,
     device: str = "auto",
@@ -106,8 +107,8 @@ def fine_tune(
     validation score and scores the test split once, at the end.
 
     Args:
-        data: a folder of pictures, an `ImageTable`, `Splits` made beforehand, or a `Bench`, which brings its own
-            machine (device, precision, workers) and shares work between runs.
+        data: pictures as `load_images` takes them, an `ImageTable`, `Splits` made beforehand, or a `Bench`, which
+            brings its own machine (device, precision, workers) and shares work between runs.
         backbone: a timm name, or any module together with `data_spec`.
         weights: `hub`, `none`, a weights file, or a run folder of this program; None is `hub`, or `none` where the
             recipe trains from scratch.
@@ -117,6 +118,7 @@ def fine_tune(
             in the recipe.
         spec_overrides: image_size, mean, std, interpolation, crop_pct, fit in place of the backbone's own.
         val, test: shares held out where the data bring no such split.
+        root: the folder that a manifest's relative paths start from.
         bad_files: `error` names every unreadable file and stops; `skip` leaves them out and lists them in the report.
         device, precision, workers: see `make_runtime`.
         limit: use this many pictures only, class by class: a dry run.
@@ -139,7 +141,7 @@ def fine_tune(
         with diary.phase("read pictures"):
             bench = data if isinstance(data, Bench) else make_bench(
                 data, runtime=runtime, seed=plan.seed, val=val, test=test, val_folder=val_folder,
-                test_folder=test_folder, bad_files=bad_files, limit=limit, share=False, progress=progress,
+                test_folder=test_folder, root=root, bad_files=bad_files, limit=limit, share=False, progress=progress,
             )  # fmt: skip
         splits = bench.splits
         with diary.phase("load backbone"):
@@ -227,16 +229,17 @@ def evaluate_run(
     run: str | Path,
     folder: str | Path,
     *,
+    root: str | Path | None = None,
     device: str = "auto",
     precision: str = "fp32",
     workers: int | None = None,
     bad_files: str = "error",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Score a saved model on a folder of labelled pictures; the same figures as `metrics.json` holds per split."""
+    """Score a saved model on a folder or manifest of labelled pictures: the figures of `metrics.json`, per split."""
     runtime = make_runtime(device=device, precision=precision, workers=workers)
     model = load(run, device=runtime.device)
-    table = load_images(folder, bad_files=bad_files, class_names=model.class_names, workers=runtime.workers)
+    table = load_images(folder, root=root, bad_files=bad_files, class_names=model.class_names, workers=runtime.workers)
     seen = _trained_on(Path(run), table)
     if seen:
         say(
@@ -464,6 +467,8 @@ def _facts(model: Classifier, diary: _Diary, splits: Splits, *, interrupted: boo
                 for name, table in _tables(splits)
             },
             "bad_files": [[str(path), reason] for path, reason in splits.train.bad_files],
+            "dropped": [[str(path), reason] for path, reason in splits.train.dropped],
+            "shared_groups": {group: list(names) for group, names in splits.shared_groups().items()},
         },
         "backbone": model.backbone_name or type(model.backbone).__name__,
         "interrupted": interrupted,

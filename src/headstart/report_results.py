@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,14 +167,27 @@ def data_section(run: RunRecord) -> str:
     if len(names) > MANY_CLASSES:
         total = table(header, [foot], label="pictures per split", numbers=range(1, len(header)))
         body = total + details(f"All {len(names)} classes", body)
-    bad = data.get("bad_files") or []
-    listed = "".join(f"<li><code>{esc(path)}</code>: {esc(reason)}</li>" for path, reason in bad)
-    files = "1 unreadable file was" if len(bad) == 1 else f"{len(bad):,} unreadable files were"
-    skipped = details(f"{files} left out", f"<ul>{listed}</ul>") if bad else ""
+    skipped = _left_out(data.get("bad_files") or [], "unreadable file")
+    dropped = _left_out(
+        data.get("dropped") or [], "picture that the manifest drops", "pictures that the manifest drops"
+    )
+    shared = data.get("shared_groups") or {}
+    leak = f"<p>{len(shared):,} groups of pictures stand in several splits: the scores are too good.</p>"
     return section(
         "Data",
         "<p>The training split is learned from, the validation split chooses the state that is kept, the test split is "
         f'scored once, at the end.</p><p class="note">Read from <code>{esc(data.get("root", ""))}</code>.</p>',
         body,
         skipped or '<p class="note">No file was left out as unreadable.</p>',
+        dropped,
+        leak if shared else "",
     )
+
+
+def _left_out(files: Sequence[tuple[str, str]], one: str, many: str = "") -> str:
+    """A folded list of files and why each was left out; empty where there is none."""
+    if not files:
+        return ""
+    listed = "".join(f"<li><code>{esc(path)}</code>: {esc(reason or 'no reason given')}</li>" for path, reason in files)
+    counted = f"1 {one} was" if len(files) == 1 else f"{len(files):,} {many or one + 's'} were"
+    return details(f"{counted} left out", f"<ul>{listed}</ul>")

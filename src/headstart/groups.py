@@ -1,0 +1,61 @@
+"""Groups: pictures that belong together, such as near copies or a burst, and stay on one side of every split."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+Unit = list[int]
+
+
+def make_units(members: Sequence[int], groups: Sequence[str], labels: Sequence[int]) -> dict[int, list[Unit]]:
+    """Label -> the units of that class; a unit is a group's members, or one picture that stands alone.
+
+    A group that spans several classes counts with the class of most of its pictures, the lower label at a tie.
+
+    Args:
+        members: positions to divide up; units and their members come in this order.
+        groups, labels: group ('' stands alone) and label of every position.
+    """
+    units: dict[object, Unit] = {}
+    for i in members:
+        units.setdefault(groups[i] or i, []).append(i)
+    of_class: dict[int, list[Unit]] = {}
+    for unit in units.values():
+        counts = Counter(labels[i] for i in unit)
+        of_class.setdefault(min(counts, key=lambda label: (-counts[label], label)), []).append(unit)
+    return of_class
+
+
+def take_units(units: list[Unit], pictures: int, *, leave: int) -> list[Unit]:
+    """Remove whole units from the front of `units`, up to `pictures` pictures, and return them.
+
+    A unit too large for what is left is passed over; where none fits, the smallest is taken. With units of one
+    picture each, these are the first `pictures`.
+
+    Args:
+        leave: this many units stay, whatever was asked for.
+    """
+    taken: list[Unit] = []
+    for unit in list(units):
+        if len(unit) <= pictures and len(units) > leave:
+            units.remove(unit)
+            taken.append(unit)
+            pictures -= len(unit)
+    if not taken and pictures > 0 and len(units) > leave:
+        taken.append(units.pop(units.index(min(units, key=len))))
+    return taken
+
+
+def shared_groups(sides: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """The groups that stand in more than one split, with those splits, in the order of `sides`.
+
+    Args:
+        sides: split name -> the group of each of its pictures, '' for those that stand alone.
+    """
+    found: dict[str, list[str]] = {}
+    for side, groups in sides.items():
+        for group in dict.fromkeys(groups):
+            if group:
+                found.setdefault(group, []).append(side)
+    return {group: tuple(names) for group, names in found.items() if len(names) > 1}
