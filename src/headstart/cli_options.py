@@ -89,9 +89,11 @@ STAGE_OPTIONS = (
     Option("clip_norm", _number, "X", "largest gradient norm, 0 is off"),
     Option("select", _word, "SCORE", "the best epoch is chosen by validation loss or accuracy"),
     Option("views", _whole, "N", "views of each picture stored for a frozen backbone, the plain one included"),
+    Option("mixup", _number, "X", "blend each picture with another, share from Beta(X, X); 0.2 is usual, 0 is off"),
     Option(
-        "ema", _number, "X", "decay of the running average of the trained weights that is kept, such as 0.99; 0 is off"
+        "cutmix", _number, "X", "or paste a rectangle of another in, likewise; 1 is usual; for a line in front of all"
     ),
+    Option("ema", _number, "X", "keep the running average of the trained weights, with this decay (0.99); 0 is off"),
     Option("wise", _switch, "on|off", "mix the stage's first and last weights, the share chosen on validation"),
     Option("on_collapse", _word, "WHAT", "when the rate wrecks the trained head: retry lower, stop, or ignore"),
 )

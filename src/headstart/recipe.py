@@ -199,7 +199,8 @@ class Stage(_Spec):
     optimiser step. class_weights: `none`, `balanced` or one number per class. collapse_ratio: the alarm goes off
     when the validation loss of the first steps exceeds the entry loss by this factor and `collapse_margin` nats.
     ema: decay of a running average of what is trained, which is then scored and kept in place of the weights
-    themselves, 0 is off. wise: at the end, mix what the stage started from with what it came to, the share chosen on
+    themselves, 0 is off. mixup, cutmix: each batch is mixed with a shuffled copy of itself, the share drawn from
+    Beta(x, x), 0 is off. wise: at the end, mix what the stage started from with what it came to, the share chosen on
     validation.
     """
 
@@ -225,6 +226,8 @@ class Stage(_Spec):
     on_collapse: str = "retry"
     collapse_ratio: float = 1.5
     collapse_margin: float = 0.25
+    mixup: float = 0.0
+    cutmix: float = 0.0
     ema: float = 0.0
     wise: bool = False
 
@@ -262,6 +265,8 @@ class Stage(_Spec):
         _choice(owner, "on_collapse", self.on_collapse, ON_COLLAPSE)
         _number(owner, "collapse_ratio", self.collapse_ratio, 1)
         _number(owner, "collapse_margin", self.collapse_margin, 0)
+        _number(owner, "mixup", self.mixup, 0, 100)
+        _number(owner, "cutmix", self.cutmix, 0, 100)
         _number(owner, "ema", self.ema, 0, 0.99999)
         _flag(owner, "wise", self.wise)
 

@@ -24,9 +24,10 @@ from .classifier import Classifier, create_classifier
 from .dataset import ImageTable, Splits, load_images
 from .errors import HeadstartError, Interrupted, ModelError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_logits, source_logits
-from .features import FeatureSource, StageData
+from .features import FeatureSource, PixelSource, StageData
 from .freezing import set_freeze_line
 from .metrics import softmax
+from .mixing import check_mixing
 from .pixels import Augment, Pixels
 from .recipe import FINE_TUNE_STAGE, POLICIES, RECIPES, HeadSpec, Recipe, Stage, load_recipe
 from .run import Run, check_run_path, environment, open_run, read_csv
@@ -151,7 +152,7 @@ def fine_tune(
                 drop_path_rate=plan.drop_path_rate, seed=plan.seed, **(spec_overrides or {}),
             ).to(runtime.device)  # fmt: skip
         for stage in plan.stages:  # a line that selects nothing is found before hours are spent in front of it
-            set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
+            check_mixing(stage, set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm))
     except KeyboardInterrupt:
         raise Interrupted("Stopped before training began; nothing was written.") from None
     if out is not None and runtime.is_main:
@@ -383,6 +384,8 @@ def _train(
     key = bench.stage_key(model, stage, plan, trainset)
     with ProgressBar(len(trainset) * views + len(valset), "  frozen backbone", enabled=show and stored) as bar:
         source, shared = bench.source(trainset, valset, model, views=views, advance=bar.advance)
+    if stage.mixup and not isinstance(source.train, PixelSource):
+        say("  mixup blends what the frozen layers made of the pictures, which is stored, not pixels", enabled=show)
     recalled = bench.recall(key, model)
     if recalled:
         result, seconds = recalled

@@ -22,6 +22,7 @@ from .errors import ModelError
 from .evaluation import Score, score
 from .features import Source, StageData, fast_kernels
 from .freezing import Contract, param_groups
+from .mixing import Mix, check_mixing, draw_mix, mix_inputs
 from .recipe import Stage
 from .runtime import Runtime
 
@@ -162,6 +163,7 @@ class _Stage:
         self.average = RunningAverage(model, stage.ema) if stage.ema else None
         weights = class_weight_vector(stage, data.train.labels, len(model.class_names))
         self._refuse_batches_of_one()
+        check_mixing(stage, model.freeze_line)
         self.class_weights = None if weights is None else weights.to(runtime.device)
         n = len(data.train.labels)
         self.train_subset = torch.from_numpy(epoch_order(n, seed=0, epoch=0)[:TRAIN_SCORE_LIMIT])
@@ -199,8 +201,14 @@ class _Stage:
             for i in group:
                 batch = next(inputs)
                 if len(shares[i]):
+                    mix = draw_mix(
+                        len(shares[i]),
+                        mixup=stage.mixup,
+                        cutmix=stage.cutmix,
+                        rng=np.random.default_rng([self.seed, epoch, 2, i, runtime.rank]),
+                    )
                     total += self._backward(
-                        batch.to(runtime.device, non_blocking=True), train.labels[shares[i]], weight
+                        batch.to(runtime.device, non_blocking=True), train.labels[shares[i]], weight, mix
                     )
                 self.pictures += len(batches[i])
             count += weight
@@ -215,18 +223,26 @@ class _Stage:
             return float(len(labels))
         return float(self.class_weights.cpu()[labels].sum())
 
-    def _backward(self, inputs: Tensor, labels: Tensor, weight: float) -> Tensor:
+    def _backward(self, inputs: Tensor, labels: Tensor, weight: float, mix: Mix | None) -> Tensor:
+        share = 1.0
+        if mix:
+            inputs, share = mix_inputs(inputs, mix)
         with self.runtime.autocast():
             logits = self.data.train.forward(self.model, inputs)
-        loss = nn.functional.cross_entropy(
+        loss = self._loss(logits, labels)
+        if mix:
+            loss = share * loss + (1 - share) * self._loss(logits, labels[mix.partners])
+        (loss / weight).backward()
+        return loss.detach()
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(
             logits.float(),
             labels.to(logits.device),
             weight=self.class_weights,
             label_smoothing=self.stage.label_smoothing,
             reduction="sum",
         )
-        (loss / weight).backward()
-        return loss.detach()
 
     def _optimizer_step(self) -> None:
         stage = self.stage
