@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,11 +77,12 @@ def test_help_is_instant_and_needs_no_heavy_package(words: list[str]) -> None:
     code = block + "from headstart.cli import main; main()"
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
+        before = os.times()
         done = subprocess.run(
             [sys.executable, "-c", code, *words, "--help"], capture_output=True, text=True, check=False
         )
-        seconds.append(time.perf_counter() - started)
+        after = os.times()  # of the processor, not of the clock: other work on the machine must not fail this
+        seconds.append(after.children_user - before.children_user + after.children_system - before.children_system)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(" ".join(["usage: headstart", *words]))
     assert min(seconds) < 0.5
