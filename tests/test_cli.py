@@ -300,14 +300,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_fit_calls_fine_tune_with_what_was_given(calls: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = """fit photos --backbone resnet18 --weights w.safetensors --out runs/x --epochs 2,1 --val 0.2
         --test-folder val --bad-files skip --image-size 96 --device cpu --precision fp32 --workers 1 --limit 50
-        --quiet"""
+        --quiet --no-cache"""
     assert main(arguments.split()) == 0
     call = calls["fine_tune"]
     assert call.pop("recipe") == apply_overrides(FINE_TUNE, {"epochs": "2,1"})
     assert call == {
         "data": "photos", "backbone": "resnet18", "weights": "w.safetensors", "out": "runs/x", "overwrite": False,
         "spec_overrides": {"image_size": 96}, "progress": False, "val": 0.2, "test_folder": "val", "bad_files": "skip",
-        "limit": 50, "device": "cpu", "precision": "fp32", "workers": 1,
+        "limit": 50, "device": "cpu", "precision": "fp32", "workers": 1, "cache": False,
     }  # fmt: skip
     out = capsys.readouterr().out
     assert "head   head           2,562     4 of 30     0.310         0.900  1:15\n" in out

@@ -19,14 +19,14 @@ LAYERS = (
     ("errors", "recipe"),
     (
         *("folders", "manifest", "groups", "sources", "decode", "dataset", "transforms", "augment"),
-        *("metrics", "run", "runtime", "terminal"),
+        *("metrics", "run", "runtime", "store", "terminal"),
         *("heads", "tracing", "cut", "fastops"),
     ),
-    ("weights", "backbones", "classifier", "freezing", "mixing", "checkpoint", "pixels", "verdicts"),
+    ("weights", "backbones", "classifier", "freezing", "mixing", "checkpoint", "pixels", "pixelstore", "verdicts"),
     ("features", "evaluation", "averaging", "train"),
     ("layers", "plots", "report", "report_charts", "report_page", "report_results"),
     ("bench", "recipes", "demo"),
-    ("cli", "cli_options"),
+    ("cli", "cli_cache", "cli_options"),
 )
 SIDEWAYS = {
     ("recipe", "errors"),
@@ -50,6 +50,7 @@ SIDEWAYS = {
     ("freezing", "classifier"),
     ("mixing", "freezing"),
     ("checkpoint", "classifier"),
+    ("pixels", "pixelstore"),
     ("evaluation", "features"),
     ("averaging", "evaluation"),
     ("train", "averaging"),
@@ -62,9 +63,13 @@ SIDEWAYS = {
     ("report_results", "report_page"),
     ("recipes", "bench"),
     ("demo", "recipes"),
+    ("cli", "cli_cache"),
     ("cli", "cli_options"),
 }
-TORCH_FREE = ("errors", "recipe", "dataset", "metrics", "run", "terminal", "verdicts", "cli_options", "cli")
+TORCH_FREE = (
+    *("errors", "recipe", "dataset", "metrics", "run", "store", "terminal", "verdicts"),
+    *("cli_cache", "cli_options", "cli"),
+)
 
 
 def layer_of(room: str) -> int:

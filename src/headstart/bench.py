@@ -22,9 +22,11 @@ from .errors import DataError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_logits
 from .features import Advance, FeatureSource, StageData, make_source
 from .freezing import tensors_digest
-from .pixels import Augment, Pixels
+from .pixels import Augment, Pixels, is_augmented
+from .pixelstore import PixelStore
 from .recipe import AugmentSpec, Recipe, Stage
 from .runtime import Runtime
+from .store import Cache
 from .terminal import ProgressBar, say
 from .train import StageResult
 from .transforms import DataSpec
@@ -52,26 +54,44 @@ class Bench:
     splits: Splits
     runtime: Runtime
     share: bool = False
+    cache: bool = True
+    progress: bool = False
+    _stores: dict[DataSpec | None, PixelStore] = field(default_factory=dict)
     _pixels: dict[str, Pixels] = field(default_factory=dict)
     _sources: dict[str, tuple[StageData, float]] = field(default_factory=dict)
     _stages: dict[str, _KeptStage] = field(default_factory=dict)
 
     def pixels(self, name: str, spec: DataSpec, *, augment: Augment | None = None, seed: int = 0) -> Pixels:
         """The pictures of split `name` in this preprocessing; decoded ones are shared, views are the caller's own."""
+        table, store = getattr(self.splits, name), self._store(spec)
+        if store:
+            _fill(
+                store,
+                table,
+                working=is_augmented(augment),
+                check=False,
+                workers=self.runtime.workers,
+                show=self.progress,
+            )
         kept = self._pixels.get(name)
         if kept is None or kept.spec != spec:  # one preprocessing at a time, so that memory stays bounded
-            kept = Pixels(getattr(self.splits, name), spec, workers=self.runtime.workers)
+            kept = Pixels(table, spec, workers=self.runtime.workers, store=store)
         if self.share:
             self._pixels[name] = kept
         return kept.with_views(augment, seed=seed)
 
     def evaluate(self, model: Classifier, name: str, *, advance: Advance | None = None) -> Evaluation:
-        """Score split `name` in float32, from shared pictures where runs share them."""
+        """Score split `name` in float32."""
         exact = replace(self.runtime, dtype=torch.float32)
-        if not self.share:
+        if not self.share and not self.cache:  # nobody needs these decoded pictures again
             return evaluate(model, getattr(self.splits, name), runtime=exact, advance=advance)
         pixels = self.pixels(name, model.spec)
         return Evaluation.from_logits(predict_logits(model, pixels, runtime=exact, advance=advance), pixels.table)
+
+    def _store(self, spec: DataSpec) -> PixelStore | None:
+        if self.cache and spec not in self._stores:
+            self._stores[spec] = _open_store(spec, show=self.progress)
+        return self._stores.get(spec)
 
     def source(
         self, train: Pixels, val: Pixels, model: Classifier, *, views: int, advance: Advance | None = None
@@ -141,7 +161,10 @@ def make_bench(
     root: str | Path | None = None,
     bad_files: str = "error",
     limit: int | None = None,
+    check: bool | None = None,
+    spec: DataSpec | None = None,
     share: bool = True,
+    cache: bool = True,
     progress: bool = False,
 ) -> Bench:
     """Read, check and split the pictures, once for all runs on this bench.
@@ -150,34 +173,41 @@ def make_bench(
         data: pictures as `load_images` takes them, an `ImageTable`, or `Splits` made beforehand.
         seed: of the split.
         val, test, val_folder, test_folder, root, bad_files, limit: as in `fine_tune`.
+        check: decode every picture, to see whether it does; None is for folders alone.
+        spec: the preprocessing, where it is known already: the check then decodes what the runs need.
         share: keep what one run makes for the next.
+        cache: keep decoded pictures in the cache folder and use those kept before.
         progress: a bar and a line on standard error.
     Raises:
         DataError: pictures that cannot be used. RecipeError: options without effect on what was given.
     """
     show = progress and runtime.is_main
-    splits = _splits(
-        data, seed=seed, val=val, test=test, val_folder=val_folder, test_folder=test_folder, root=root,
-        bad_files=bad_files, workers=runtime.workers, limit=limit, show=show,
-    )  # fmt: skip
-    _say_data(splits, show)
-    return Bench(splits, runtime, share)
+    found = find_data(data, seed=seed, val_folder=val_folder, test_folder=test_folder, root=root, limit=limit)
+    stores = {spec: _open_store(spec, show=show)} if cache else {}
+    is_new = not isinstance(data, (ImageTable, Splits))  # else whoever made the table has checked it
+    if isinstance(found, ImageTable):
+        if is_new if check is None else check:
+            found = _checked(found, stores.get(spec), bad_files=bad_files, workers=runtime.workers, show=show)
+        found = split(found, val=val, test=test, seed=seed)
+    require_validation(found)
+    _say_data(found, show)
+    return Bench(found, runtime, share, cache, show, stores)
 
 
-def _splits(
+def find_data(
     data: str | Path | ImageTable | Splits,
     *,
     seed: int,
-    val: float,
-    test: float,
     val_folder: str | None,
     test_folder: str | None,
     root: str | Path | None,
-    bad_files: str,
-    workers: int,
     limit: int | None,
-    show: bool,
-) -> Splits:
+) -> ImageTable | Splits:
+    """The pictures that the runs are about, not looked into yet.
+
+    Raises:
+        DataError, RecipeError: see `make_bench`.
+    """
     idle: dict[str, Any] = (
         {"val_folder": val_folder, "test_folder": test_folder, "root": root}
         if isinstance(data, (ImageTable, Splits))
@@ -188,20 +218,34 @@ def _splits(
     if given:
         raise RecipeError(f"{', '.join(given)}: without effect on a {type(data).__name__}; leave it out.")
     if isinstance(data, Splits):
-        splits = data
-    else:
-        if not isinstance(data, ImageTable):
-            table = load_images(data, val_folder=val_folder, test_folder=test_folder, root=root, check=False)
-            table = table if limit is None else table.limit(limit, seed=seed)
-            with ProgressBar(len(table), "Reading pictures", enabled=show) as bar:
-                data = check_images(
-                    table, bad_files=bad_files, workers=workers, progress=lambda done, _: bar.move_to(done)
-                )
-        elif limit is not None:
-            data = data.limit(limit, seed=seed)
-        splits = split(data, val=val, test=test, seed=seed)
-    require_validation(splits)
-    return splits
+        return data
+    if not isinstance(data, ImageTable):
+        data = load_images(data, val_folder=val_folder, test_folder=test_folder, root=root, check=False)
+    return data if limit is None else data.limit(limit, seed=seed)
+
+
+def _open_store(spec: DataSpec | None, *, show: bool) -> PixelStore:
+    return PixelStore(Cache(), spec, say=lambda text: say(text, enabled=show))
+
+
+def _fill(
+    store: PixelStore, table: ImageTable, *, working: bool, check: bool, workers: int, show: bool
+) -> list[str | None]:
+    """Decode what the store lacks of these pictures; why each does not decode, or None."""
+    with ProgressBar(len(table), "Reading pictures", enabled=show) as bar:
+        return store.fill(
+            table.paths, root=table.root, working=working, check=check, workers=workers,
+            progress=lambda done, _: bar.move_to(done),
+        )  # fmt: skip
+
+
+def _checked(table: ImageTable, store: PixelStore | None, *, bad_files: str, workers: int, show: bool) -> ImageTable:
+    """The pictures that decode; decoding them fills the store."""
+    if store:
+        reasons = _fill(store, table, working=True, check=True, workers=workers, show=show)
+        return check_images(table, bad_files=bad_files, reasons=reasons)
+    with ProgressBar(len(table), "Reading pictures", enabled=show) as bar:
+        return check_images(table, bad_files=bad_files, workers=workers, progress=lambda done, _: bar.move_to(done))
 
 
 def require_validation(splits: Splits) -> None:

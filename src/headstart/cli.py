@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import terminal
+from .cli_cache import add_cache_options, run_cache
 from .cli_options import (
     DEFAULT_BACKBONE,
     DEFAULT_RECIPE,
@@ -22,6 +23,7 @@ from .cli_options import (
     Command,
     add_augment_option,
     add_bad_files_option,
+    add_cache_option,
     add_head_options,
     add_machine_options,
     add_picture_options,
@@ -79,6 +81,7 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--out", metavar="RUN", help="run folder (default: runs/PHOTOS-BACKBONE, numbered if taken)")
     group.add_argument("--overwrite", action="store_true", help="replace an existing run folder")
     group.add_argument("--limit", type=int, metavar="N", help="dry run on N pictures")
+    add_cache_option(group)
     group.add_argument("--quiet", action="store_true", help="no progress on stderr")
     _fit_data_options(parser)
     group = parser.add_argument_group("backbone")
@@ -125,7 +128,7 @@ def _fit(args: argparse.Namespace) -> int:
         spec_overrides=spec_overrides,
         progress=not args.quiet,
         **_given(args, "bad_files", "val", "test", "val_folder", "test_folder", "root", "limit"),
-        **_given(args, "device", "precision", "workers"),
+        **_given(args, "device", "precision", "workers", "cache"),
     )
     print(terminal.closing_table(result.metrics))
     print(f"\nrun     {_short(result.run_path)}\nreport  {_short(result.report_path)}")
@@ -320,6 +323,13 @@ COMMANDS: dict[str, Command] = {
         "PHOTOS [options]",
         _preview_options,
         _preview,
+    ),
+    "cache": Command(
+        "show or empty the cache folder: decoded pictures and stored features",
+        "list|clear [options]",
+        add_cache_options,
+        run_cache,
+        "HEADSTART_CACHE sets the folder, HEADSTART_CACHE_LIMIT its largest size (default 20GB).",
     ),
     "demo": Command(
         "transfer between scanned digits in two minutes, without network", "[options]", _demo_options, _demo

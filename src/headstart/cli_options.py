@@ -226,6 +226,17 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_cache_option(parser: argparse._ActionsContainer) -> None:
+    """`--no-cache`: the same words in every command."""
+    parser.add_argument(
+        "--no-cache",
+        dest="cache",
+        action="store_const",
+        const=False,
+        help="neither use nor keep decoded pictures and stored features; see `headstart cache`",
+    )
+
+
 def add_bad_files_option(parser: argparse._ActionsContainer) -> None:
     """`--bad-files`: the same words in every command."""
     parser.add_argument(

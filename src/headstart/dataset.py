@@ -218,20 +218,23 @@ def check_images(
     bad_files: str = "error",
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    reasons: Sequence[str | None] | None = None,
 ) -> ImageTable:
     """Decode every picture of the table once and name, or leave out, those that do not decode.
 
     Args:
         bad_files: `error` or `skip`, as in `load_images`.
         progress: called with (pictures done, pictures in all) now and then.
+        reasons: what decoding them has shown already, None for each good picture; nothing is then decoded here.
     Raises:
         DataError: bad pictures under `error` (the first 20 with their reasons); under `skip`, a class of which no
             training picture is left.
     """
     if bad_files not in BAD_FILES:
         raise DataError(f"bad_files is {bad_files!r}; allowed: {', '.join(BAD_FILES)}.")
-    with quiet_pillow():
-        reasons = map_threads(bad_reason, table.paths, workers=workers, progress=progress)
+    if reasons is None:
+        with quiet_pillow():
+            reasons = map_threads(bad_reason, table.paths, workers=workers, progress=progress)
     bad = [(i, reason) for i, reason in enumerate(reasons) if reason is not None]
     if not bad:
         return table

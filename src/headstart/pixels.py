@@ -1,4 +1,4 @@
-"""Decoded pictures in memory: the plain evaluation view of each, and augmented views drawn from it on demand."""
+"""The pictures of one split: the plain evaluation view of each, and augmented views drawn on demand."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ from torch import Tensor
 from .augment import augmented_batch
 from .dataset import ImageTable, open_image
 from .errors import DataError
+from .pixelstore import PixelStore
 from .recipe import AugmentSpec
 from .transforms import DataSpec, load_view, working_image
 
 Augment = AugmentSpec | Callable[[Tensor], Tensor]
+
+
+def is_augmented(augment: Augment | None) -> bool:
+    """False when every view equals the plain one."""
+    return augment is not None and not (isinstance(augment, AugmentSpec) and augment.is_identity)
 
 
 @dataclass
@@ -40,8 +46,8 @@ class Pixels:
     """The pictures of one split, ready to be batched.
 
     View 0 of a picture is its evaluation view, the very one that `predict` computes. View v > 0 is augmented and
-    is a pure function of (seed, index, v). Decoded pictures are kept up to `cache_bytes`; beyond that they are
-    decoded again, so memory stays bounded and nothing else changes.
+    is a pure function of (seed, index, v). Decoded pictures come from the store where they are in it; others are
+    kept in memory up to `cache_bytes` and beyond that decoded again, so memory stays bounded and nothing else changes.
 
     Args:
         table: N pictures.
@@ -50,6 +56,7 @@ class Pixels:
         seed: the views' random numbers start here.
         workers: threads that decode.
         cache_bytes: memory for decoded pictures, evaluation views and working images together.
+        store: decoded pictures on disk, filled beforehand.
     """
 
     def __init__(
@@ -60,9 +67,10 @@ class Pixels:
         augment: Augment | None = None,
         seed: int = 0,
         workers: int = 2,
-        cache_bytes: int = 2 << 30,
+        cache_bytes: int = 1 << 30,
+        store: PixelStore | None = None,
     ) -> None:
-        self.table, self.spec, self.seed = table, spec, seed
+        self.table, self.spec, self.seed, self.store = table, spec, seed, store
         self.augment = AugmentSpec() if augment is None else augment
         self._kept = _Kept(cache_bytes)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="headstart-decode")
@@ -79,7 +87,7 @@ class Pixels:
     @property
     def is_augmented(self) -> bool:
         """False when every view equals the plain one."""
-        return not (isinstance(self.augment, AugmentSpec) and self.augment.is_identity)
+        return is_augmented(self.augment)
 
     def batch(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
         """Pictures as uint8 [B, 3, S, S]; view 0 is the plain one.
@@ -109,19 +117,25 @@ class Pixels:
         return torch.stack([picture for picture in out if picture is not None])
 
     def _plain_view(self, index: int) -> Tensor:
+        path = self.table.paths[index]
         kept = self._kept.plain.get(index)
+        if kept is None and self.store is not None:
+            kept = self.store.view(path)
         if kept is not None:
             return kept
-        picture = load_view(self.table.paths[index], self.spec)
+        picture = load_view(path, self.spec)
         if self._kept.reserve(picture.numel()):
             self._kept.plain[index] = picture
         return picture
 
     def _working_image(self, index: int) -> np.ndarray:
+        path = self.table.paths[index]
         kept = self._kept.working.get(index)
+        if kept is None and self.store is not None:
+            kept = self.store.working(path)
         if kept is not None:
             return kept
-        picture = working_image(open_image(self.table.paths[index]), self.spec)
+        picture = working_image(open_image(path), self.spec)
         if self._kept.reserve(picture.nbytes):
             self._kept.working[index] = picture
         return picture

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from . import train as training
-from .bench import Bench, make_bench, require_validation
+from .bench import Bench, find_data, make_bench, require_validation
 from .checkpoint import load, save
 from .classifier import Classifier, create_classifier
 from .dataset import ImageTable, Splits, load_images
@@ -99,6 +99,7 @@ def fine_tune(
     precision: str = "auto",
     workers: int | None = None,
     limit: int | None = None,
+    cache: bool = True,
     progress: bool = False,
 ) -> FitResult:
     """Pictures in, a fine-tuned classifier out.
@@ -123,6 +124,7 @@ def fine_tune(
         bad_files: `error` names every unreadable file and stops; `skip` leaves them out and lists them in the report.
         device, precision, workers: see `make_runtime`.
         limit: use this many pictures only, class by class: a dry run.
+        cache: keep decoded pictures in the cache folder (see `headstart cache`), and use those kept before.
         progress: bars and a line for each step on standard error.
     Raises:
         HeadstartError: one of its leaves, with what to do; nothing is left behind unless training had begun.
@@ -139,28 +141,32 @@ def fine_tune(
         check_run_path(out, overwrite=overwrite)
     diary = _Diary(None, progress and runtime.is_main)
     try:
-        with diary.phase("read pictures"):
-            bench = data if isinstance(data, Bench) else make_bench(
-                data, runtime=runtime, seed=plan.seed, val=val, test=test, val_folder=val_folder,
-                test_folder=test_folder, root=root, bad_files=bad_files, limit=limit, share=False, progress=progress,
+        with diary.phase("list pictures"):
+            found = data.splits if isinstance(data, Bench) else find_data(
+                data, seed=plan.seed, val_folder=val_folder, test_folder=test_folder, root=root, limit=limit
             )  # fmt: skip
-        splits = bench.splits
         with diary.phase("load backbone"):
             model = create_classifier(
-                backbone, splits.class_names, head=plan.head if not isinstance(head, nn.Module) else head,
+                backbone, found.class_names, head=plan.head if not isinstance(head, nn.Module) else head,
                 weights=str(weights), data_spec=data_spec, drop_rate=plan.drop_rate,
                 drop_path_rate=plan.drop_path_rate, seed=plan.seed, **(spec_overrides or {}),
             ).to(runtime.device)  # fmt: skip
         for stage in plan.stages:  # a line that selects nothing is found before hours are spent in front of it
             check_mixing(stage, set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm))
+        with diary.phase("read pictures"):  # the check decodes them to what this backbone needs
+            bench = data if isinstance(data, Bench) else make_bench(
+                found, runtime=runtime, seed=plan.seed, val=val, test=test, bad_files=bad_files, spec=model.spec,
+                check=not isinstance(data, (ImageTable, Splits)), share=False, cache=cache, progress=progress,
+            )  # fmt: skip
+        splits = bench.splits
     except KeyboardInterrupt:
         raise Interrupted("Stopped before training began; nothing was written.") from None
     if out is not None and runtime.is_main:
         diary.run = open_run(out, overwrite=overwrite)
         _write_plan(diary.run, plan, splits)
-    trainset = bench.pixels("train", model.spec, augment=augment or plan.augment_spec, seed=plan.seed)
-    valset = bench.pixels("val", model.spec)
     try:
+        trainset = bench.pixels("train", model.spec, augment=augment or plan.augment_spec, seed=plan.seed)
+        valset = bench.pixels("val", model.spec)
         for stage in plan.stages:
             source = _run_stage(model, trainset, valset, stage, plan, diary, bench)
         return _finish(model, bench, plan, diary, source)
@@ -189,6 +195,7 @@ def fit(
     runtime: Runtime | None = None,
     starts_trained: bool = False,
     log: training.Log | None = None,
+    cache: bool = True,
     progress: bool = False,
 ) -> StageResult:
     """Train one stage from where the freeze line stands; the model ends in its best state by validation score.
@@ -199,6 +206,7 @@ def fit(
         lr: the stage's learning rate; None is the default nominal head rate times the stage's `lr_scale`.
         augment: a policy's name, an `AugmentSpec` or a torchvision v2 transform.
         starts_trained: the head was trained before; a collapse in the first steps is then caught and rolled back.
+        cache: as in `fine_tune`.
     Raises:
         ModelError: the stage's line is not the model's.
     """
@@ -218,7 +226,7 @@ def fit(
         )
     model.to(runtime.device)
     policy = POLICIES[augment] if isinstance(augment, str) else augment
-    bench = Bench(splits, runtime)
+    bench = Bench(splits, runtime, cache=cache, progress=progress and runtime.is_main)
     return _train(
         model, bench.pixels("train", model.spec, augment=policy, seed=seed), bench.pixels("val", model.spec), stage,
         bench=bench, show=progress, plan=Recipe(seed=seed), starts_trained=starts_trained,

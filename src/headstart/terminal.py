@@ -78,6 +78,14 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def file_size(nbytes: int) -> str:
+    """`0 kB`, `840 kB`, `12.5 MB` or `3.2 GB`: powers of a thousand."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes / 1e3:.0f} kB"
+
+
 def figure(value: float | int | str | None, digits: int = 3) -> str:
     """A number as the tables print it: whole ones with thousands separators, `-` for None."""
     if value is None:

@@ -145,7 +145,7 @@ def working_image(image: Image.Image, spec: DataSpec) -> _Array:
     evaluation view is enlarged to just that, with the backbone's own interpolation, so that training sees the same
     kind of blur as evaluation. What lies between is left as it is.
     """
-    size = _working_size(image.width, image.height, spec)
+    size = working_size(image.width, image.height, spec)
     if size == image.size:
         return np.array(image)
     return np.array(image.resize(size, RESAMPLING[spec.interpolation]))
@@ -204,7 +204,8 @@ def _letterbox(image: Image.Image, spec: DataSpec) -> _Array:
     return np.array(canvas)
 
 
-def _working_size(width: int, height: int, spec: DataSpec) -> tuple[int, int]:
+def working_size(width: int, height: int, spec: DataSpec) -> tuple[int, int]:
+    """Width and height of the `working_image` of a picture of this size."""
     size = spec.image_size
     if spec.fit == "squash":  # the view maps each side to S on its own, so each is shrunk on its own
         most = round(WORKING_MARGIN * size)

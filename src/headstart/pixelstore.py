@@ -1,0 +1,334 @@
+"""Decoded pictures on disk: each is decoded once, to its evaluation view and working image, and found by content."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+import torch
+from PIL import Image, features
+from torch import Tensor
+
+from .dataset import map_threads
+from .decode import bad_reason, open_image
+from .errors import DataError
+from .store import Cache, Entry, EntryWriter, FileHashes, code_hash, content_hash, key_of
+from .terminal import file_size
+from .transforms import DataSpec, as_tensor, evaluation_view, working_image, working_size
+
+SHARD_BYTES = 256 << 20  # an entry of the cache is about this large: what an interrupt loses, what an eviction takes
+
+Say = Callable[[str], None]
+Progress = Callable[[int, int], None]
+
+_Pixels = npt.NDArray[np.uint8]
+_Key = tuple[str, str]  # a file's hash; "view" or "working"
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Where the pixels lie: their shard, the place in it, their shape and their bytes' checksum."""
+
+    shard: str
+    offset: int
+    shape: tuple[int, ...]
+    crc: int
+
+
+class PixelStore:
+    """Evaluation views and working images of one `DataSpec`, memory-mapped, shared by all runs and processes.
+
+    What it gives is to the bit what `load_view` and `working_image` compute from the file. A picture is found by the
+    hash of its file's bytes, so it may move or be copied; a changed file is another picture. Files that do not decode
+    are remembered with their reasons.
+
+    Args:
+        spec: size, interpolation, crop and fit decide what is kept; None keeps no pixels, only which files decode.
+        say: is told what the store will take, and when the run goes on without it.
+    """
+
+    def __init__(self, cache: Cache, spec: DataSpec | None, *, say: Say = lambda text: None) -> None:
+        self._cache, self._spec, self._say = cache, spec, say
+        self._family = key_of(_determined_by(spec))
+        self._records: dict[_Key, _Record] = {}
+        self._reasons: dict[str, str | None] = {}
+        self._digests: dict[Path, str] = {}
+        self._read: set[str] = set()
+        self._held: dict[str, Entry] = {}
+        self._checked: set[_Key] = set()
+
+    # ---- filling -------------------------------------------------------------------------------------------------
+
+    def fill(
+        self,
+        paths: Sequence[Path],
+        *,
+        root: Path,
+        working: bool = True,
+        check: bool = True,
+        workers: int = 0,
+        progress: Progress | None = None,
+    ) -> list[str | None]:
+        """Decode what is not there yet, in threads; returns for each file why it does not decode, or None.
+
+        Args:
+            root: what the files have in common; their hashes are remembered under it.
+            working: keep working images too, which augmented views are cut from.
+            check: where the cache has no room or cannot be written, decode the pictures all the same, to see whether
+            they do. Without it the reasons may be incomplete.
+        progress: called with (pictures done, pictures in all).
+        """
+        parts = () if self._spec is None else ("view", "working") if working else ("view",)
+        job = _Job(paths, parts, workers, progress)
+        reasons: dict[int, str | None] = {}
+        try:
+            self._hash_files(job, root)
+            missing = self._missing(job)
+            if missing and self._has_room(job, missing):
+                reasons = self._decode(job)
+        except OSError as error:
+            self._say(f"Pixel store: {self._cache.folder} cannot be used ({error}); the run goes on without it.")
+        unknown = (
+            []
+            if not check
+            else [i for i in range(len(paths)) if i not in reasons and not self._is_known(paths[i], parts)]
+        )
+        looked = map_threads(lambda i: bad_reason(paths[i]), unknown, workers=workers, progress=job.shifted(unknown))
+        reasons |= dict(zip(unknown, looked, strict=True))
+        return [reasons.get(i, self._reasons.get(self._digests.get(path, ""))) for i, path in enumerate(paths)]
+
+    def _hash_files(self, job: _Job, root: Path) -> None:
+        """Files that this store has seen keep what they were then, however often they are asked for."""
+        unseen = [path for path in job.paths if path not in self._digests]
+        if not unseen:
+            return
+        hashes = FileHashes(self._cache, root)
+
+        def of(path: Path) -> str | None:
+            try:
+                return hashes.of(path)
+            except OSError:
+                return None  # decoding it will say why
+
+        found = map_threads(of, unseen, workers=job.workers)
+        self._digests |= {path: digest for path, digest in zip(unseen, found, strict=True) if digest}
+        hashes.save()
+
+    def _is_known(self, path: Path, parts: Sequence[str]) -> bool:
+        digest = self._digests.get(path, "")
+        is_good = bool(parts) and all((digest, part) in self._records for part in parts)
+        return is_good or digest in self._reasons
+
+    def _missing(self, job: _Job) -> list[int]:
+        """Which pictures are not in the store as it stands now; the shards of those that are in it are held."""
+        for name in self._cache.names("pixels", self._family):
+            if name not in self._read:
+                self._read.add(name)
+                self._index(name, self._cache.describe("pixels", name))
+        for digest in {self._digests[path] for path in job.paths if path in self._digests}:
+            for part in job.parts:
+                record = self._records.get((digest, part))
+                if record is not None and record.shard not in self._held:
+                    self._hold(record.shard)
+        return [i for i, path in enumerate(job.paths) if not self._is_known(path, job.parts)]
+
+    def _index(self, name: str, meta: dict[str, Any] | None) -> None:
+        if meta is None:
+            return
+        self._reasons |= meta["reasons"]
+        for digest, part, offset, shape, crc in meta["records"]:
+            self._records[digest, part] = _Record(name, offset, tuple(shape), crc)
+
+    def _hold(self, name: str) -> None:
+        entry = self._cache.open("pixels", name)
+        if entry is not None:
+            self._held[name] = entry
+        else:  # evicted meanwhile
+            self._records = {key: record for key, record in self._records.items() if record.shard != name}
+
+    def _has_room(self, job: _Job, missing: Sequence[int]) -> bool:
+        if self._spec is None:
+            return True
+        needed = len(missing) * picture_bytes(self._spec, working="working" in job.parts)
+        what = f"Pixel store: {len(missing):,} pictures to decode, about {file_size(needed)}"
+        if self._cache.make_room(needed):
+            self._say(f"{what} in {self._cache.folder}.")
+            return True
+        room = file_size(self._cache.room())
+        self._say(
+            f"{what}, but {self._cache.folder} has room for {room} (HEADSTART_CACHE_LIMIT, free disk): the run goes on"
+            " without it and decodes pictures whenever it needs them."
+        )
+        return False
+
+    def _decode(self, job: _Job) -> dict[int, str | None]:
+        """Decode and keep what is missing; one process at a time, so that nothing is decoded twice."""
+
+        def waiting() -> None:
+            self._say("Pixel store: another process is filling it; waiting for that.")
+
+        with self._cache.lock(self._family, waiting=waiting):
+            missing = self._missing(job)
+            shards = _Shards(self._cache, self._family, room=self._cache.room())
+            try:
+                kept = map_threads(
+                    lambda i: self._keep(job.paths[i], job.parts, shards),
+                    missing,
+                    workers=job.workers,
+                    progress=job.shifted(missing),
+                )
+            finally:  # after an interrupt, too: what has been decoded is kept
+                shards.publish()
+        for i, (digest, _) in zip(missing, kept, strict=True):
+            if digest:
+                self._digests[job.paths[i]] = digest
+        if shards.is_full:
+            self._say("Pixel store: no more room; the other pictures are decoded whenever they are needed.")
+        self._missing(job)
+        return {i: reason for i, (_, reason) in zip(missing, kept, strict=True)}
+
+    def _keep(self, path: Path, parts: Sequence[str], shards: _Shards) -> tuple[str | None, str | None]:
+        """The file's hash as it is now, and why it does not decode or None."""
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return None, bad_reason(path)
+        digest = content_hash(data)
+        try:
+            image = open_image(data)
+        except DataError:
+            reason = bad_reason(path)
+            if reason is not None:
+                shards.add_reason(digest, reason)
+            return digest, reason
+        if self._spec is None:
+            shards.add_reason(digest, None)
+        else:
+            shards.add(digest, {part: _made(part, image, self._spec) for part in parts})
+        return digest, None
+
+    # ---- reading -------------------------------------------------------------------------------------------------
+
+    def view(self, path: Path) -> Tensor | None:
+        """The evaluation view, uint8 [3, S, S], as the file was when the store was filled; None if it is not here."""
+        pixels = self._pixels(path, "view")
+        return None if pixels is None else torch.from_numpy(pixels)
+
+    def working(self, path: Path) -> _Pixels | None:
+        """The working image, uint8 [h, w, 3], likewise."""
+        return self._pixels(path, "working")
+
+    def _pixels(self, path: Path, part: str) -> _Pixels | None:
+        key = (self._digests.get(path, ""), part)
+        record = self._records.get(key)
+        entry = None if record is None else self._held.get(record.shard)
+        if record is None or entry is None:
+            return None
+        pixels = np.array(entry.data[record.offset : record.offset + math.prod(record.shape)])
+        if key not in self._checked:
+            if zlib.crc32(pixels.data) != record.crc:  # the disk gives other bytes than were written: decode it again
+                del self._records[key]
+                entry.path.unlink(missing_ok=True)
+                return None
+            self._checked.add(key)
+        return pixels.reshape(record.shape)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of `fill`."""
+
+    paths: Sequence[Path]
+    parts: Sequence[str]
+    workers: int
+    progress: Progress | None
+
+    def shifted(self, todo: Sequence[int]) -> Progress | None:
+        """Progress of the pictures `todo`, told as progress of all."""
+        tell, before, total = self.progress, len(self.paths) - len(todo), len(self.paths)
+        return None if tell is None else lambda done, _: tell(before + done, total)
+
+
+@dataclass
+class _Shards:
+    """Shards on their way to the disk; any thread may add to them."""
+
+    cache: Cache
+    family: str
+    room: int
+    is_full: bool = False
+    _writer: EntryWriter | None = None
+    _records: list[tuple[str, str, int, tuple[int, ...], int]] = field(default_factory=list)
+    _reasons: dict[str, str | None] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, digest: str, parts: dict[str, _Pixels]) -> None:
+        rows = [(part, pixels.shape, data := pixels.tobytes(), zlib.crc32(data)) for part, pixels in parts.items()]
+        nbytes = sum(len(data) for _, _, data, _ in rows)
+        with self._lock:
+            if self.is_full or nbytes > self.room:
+                self.is_full = True
+                return
+            try:
+                for part, shape, data, crc in rows:
+                    self._records.append((digest, part, self._open().append(data), shape, crc))
+            except OSError:
+                self.is_full = True
+                return
+            self.room -= nbytes
+            if self._open().nbytes >= SHARD_BYTES:
+                self._publish()
+
+    def add_reason(self, digest: str, reason: str | None) -> None:
+        with self._lock:
+            self._reasons[digest] = reason
+
+    def publish(self) -> None:
+        """Let what has been added so far appear."""
+        with self._lock:
+            if self._records or self._reasons:
+                self._publish()
+
+    def _open(self) -> EntryWriter:
+        if self._writer is None:
+            self._writer = self.cache.write("pixels", f"{self.family}-{secrets.token_hex(8)}")
+        return self._writer
+
+    def _publish(self) -> None:
+        writer = self._open()
+        try:
+            writer.publish({"records": self._records, "reasons": self._reasons})
+        finally:
+            writer.discard()
+            self._writer, self._records, self._reasons = None, [], {}
+
+
+def _made(part: str, image: Image.Image, spec: DataSpec) -> _Pixels:
+    return working_image(image, spec) if part == "working" else as_tensor(evaluation_view(image, spec)).numpy()
+
+
+def picture_bytes(spec: DataSpec, *, working: bool) -> int:
+    """What a picture takes in the store, for one of the usual 4:3 and large enough to be shrunk."""
+    view = 3 * spec.image_size**2
+    return view + 3 * math.prod(working_size(4000, 3000, spec)) if working else view
+
+
+def _determined_by(spec: DataSpec | None) -> dict[str, Any]:
+    """Everything that decides the pixels, besides the file."""
+    values = spec.to_dict() if spec else {}
+    values.pop("std", None)
+    if spec and spec.fit != "letterbox":
+        del values["mean"]  # it pads letterboxes and does nothing else
+    if spec and spec.fit != "crop":
+        del values["crop_pct"]
+    libraries = {name: features.version(name) for name in ("jpg", "libjpeg_turbo", "zlib", "webp", "libtiff")}
+    return values | {"pillow": PIL.__version__, **libraries, "code": code_hash("decode", "transforms")}

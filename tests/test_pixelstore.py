@@ -1,0 +1,259 @@
+"""Decoded once, found by content, the same to the bit as decoding again; two processes share one store."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from conftest import make_picture
+from headstart import DataSpec, Recipe, Stage, fine_tune, load_images, load_view, open_image
+from headstart.errors import DataError
+from headstart.pixels import Pixels
+from headstart.pixelstore import PixelStore, picture_bytes
+from headstart.recipe import POLICIES
+from headstart.store import Cache
+from headstart.transforms import working_image
+from tiny import SPEC, TinyNet
+
+
+@contextmanager
+def decodes() -> Iterator[list[str]]:
+    """The modes of the pictures that Pillow decodes meanwhile, in any thread."""
+    seen: list[str] = []
+    load = ImageFile.ImageFile.load
+
+    def counted(self: ImageFile.ImageFile) -> object:
+        if self._im is None:  # not decoded yet
+            seen.append(self.mode)
+        return load(self)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ImageFile.ImageFile, "load", counted)
+    try:
+        yield seen
+    finally:
+        patch.undo()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+    return Cache()
+
+
+def filled(cache: Cache, photos: Path, spec: DataSpec = SPEC, **how: bool) -> tuple[PixelStore, list[Path]]:
+    store = PixelStore(cache, spec)
+    paths = sorted(photos.rglob("*.*"))
+    store.fill(paths, root=photos, **how)
+    return store, paths
+
+
+@pytest.mark.parametrize("fit", ["crop", "squash", "letterbox"])
+def test_stored_pictures_equal_decoded_ones_to_the_bit(cache: Cache, photos: Path, fit: str) -> None:
+    rng = np.random.default_rng(1)
+    for i, size in enumerate(((300, 40), (25, 33), (90, 90))):
+        make_picture(rng, 0, size).save(photos / "red" / f"odd{i}.png")
+    Image.new("RGBA", (50, 60), (10, 20, 30, 90)).save(photos / "red" / "clear.png")
+    spec = replace(SPEC, fit=fit, crop_pct=0.875)
+    filled(cache, photos, spec)
+    store, paths = filled(cache, photos, spec)
+    assert len(paths) == 40
+    for path in paths:
+        view, working = store.view(path), store.working(path)
+        assert view is not None
+        assert torch.equal(view, load_view(path, spec))
+        assert np.array_equal(working, working_image(open_image(path), spec))
+
+
+def test_an_unchanged_picture_is_never_decoded_again_and_a_changed_one_is(cache: Cache, photos: Path) -> None:
+    with decodes() as first:
+        filled(cache, photos)
+    assert len(first) == 36
+    with decodes() as second:
+        store, paths = filled(cache, photos)
+        store.view(paths[0])
+    assert second == []
+    shutil.copy(paths[0], photos / "red" / "copy.jpg")  # the same content in another place
+    make_picture(np.random.default_rng(5), 2).save(paths[1])
+    with decodes() as third:
+        store, paths = filled(cache, photos)
+    assert len(third) == 1
+    view = store.view(paths[1])
+    assert view is not None
+    assert torch.equal(view, load_view(paths[1], SPEC))
+    with decodes() as other_size:
+        filled(cache, photos, replace(SPEC, image_size=24))
+    assert len(other_size) == 37
+
+
+def test_without_a_spec_only_the_verdicts_are_kept(cache: Cache, photos: Path) -> None:
+    (photos / "red" / "broken.jpg").write_bytes(b"no picture")
+    paths = sorted(photos.rglob("*.jpg"))
+    with decodes() as first:
+        reasons = PixelStore(cache, None).fill(paths, root=photos)
+    assert len(first) == 36
+    with decodes() as second:
+        assert PixelStore(cache, None).fill(paths, root=photos) == reasons
+    assert second == []
+    assert [p.name for p, reason in zip(paths, reasons, strict=True) if reason] == ["broken.jpg"]
+    assert sum(entry.nbytes for entry in cache.entries()) < 10_000
+
+
+def test_what_is_missing_of_a_picture_is_added(cache: Cache, photos: Path) -> None:
+    plain, paths = filled(cache, photos, working=False)
+    assert plain.working(paths[0]) is None
+    with decodes() as seen:
+        store, _ = filled(cache, photos)
+    assert len(seen) == 36
+    assert store.working(paths[0]) is not None
+    with decodes() as seen:
+        filled(cache, photos, working=False)
+    assert seen == []
+
+
+def test_fit_decodes_each_picture_once_and_again_not_at_all(cache: Cache, photos: Path) -> None:
+    broken = photos / "red" / "broken.jpg"
+    broken.write_bytes((photos / "red" / "red0.jpg").read_bytes()[:300])
+
+    def run(seed: int = 0) -> torch.Tensor:
+        recipe = Recipe(stages=(Stage(epochs=1), Stage(name="all", freeze_line="all", epochs=2)), seed=seed)
+        result = fine_tune(
+            photos, backbone=TinyNet(), data_spec=SPEC, recipe=recipe, precision="fp32", bad_files="skip"
+        )
+        assert [path.name for path, _ in result.splits.train.bad_files] == ["broken.jpg"]
+        return torch.cat([p.detach().flatten() for p in result.model.parameters()])
+
+    with decodes() as first:
+        weights = run()
+    assert 36 <= len(first) <= 38  # the broken one may be looked at twice, for its reason
+    with decodes() as second:
+        again = run()
+        run(seed=1)  # other splits, other views of the same pictures
+    assert second == []
+    assert torch.equal(weights, again)
+    with pytest.raises(DataError, match=r"broken\.jpg: damaged or cut off"):
+        fine_tune(photos, backbone=TinyNet(), data_spec=SPEC)
+
+
+def test_without_the_cache_nothing_is_written_and_the_result_is_the_same(cache: Cache, photos: Path) -> None:
+    recipe = Recipe(stages=(Stage(epochs=1), Stage(name="all", freeze_line="all", epochs=1)))
+
+    def run(use: bool) -> torch.Tensor:
+        model = fine_tune(photos, backbone=TinyNet(), data_spec=SPEC, recipe=recipe, precision="fp32", cache=use).model
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    without = run(False)
+    assert not cache.folder.exists()
+    assert torch.equal(without, run(True))
+    assert len(cache.entries()) == 1
+
+
+@pytest.mark.parametrize("trouble", ["room", "folder"])
+def test_without_room_the_run_goes_on_and_says_so(
+    cache: Cache, photos: Path, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    if trouble == "room":
+        monkeypatch.setenv("HEADSTART_CACHE_LIMIT", "10KB")
+    else:
+        cache.folder.write_text("a file, not a folder")
+    store = PixelStore(Cache(), SPEC, say=said.append)
+    broken = photos / "red" / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    paths = sorted(photos.rglob("*.jpg"))
+    steps: list[tuple[int, int]] = []
+    reasons = store.fill(paths, root=photos, progress=lambda done, total: steps.append((done, total)))
+    assert [path for path, reason in zip(paths, reasons, strict=True) if reason] == [broken]
+    assert steps[-1] == (37, 37)
+    line = said[-1]
+    assert "goes on without it" in line
+    if trouble == "room":
+        assert "37 pictures to decode, about " in line
+        assert "room for 10 kB" in line
+    assert store.view(paths[0]) is None
+    kept = [path for path in paths if path != broken]
+    pixels = Pixels(load_images(photos, bad_files="skip"), SPEC, store=store)
+    assert torch.equal(pixels.batch([0], [0])[0], load_view(pixels.table.paths[0], SPEC))
+    assert len(kept) == 36
+
+
+def test_the_estimate_is_about_what_is_taken(cache: Cache, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "large").mkdir()
+    for i in range(4):
+        make_picture(rng, i % 3, (400, 300)).save(tmp_path / "large" / f"{i}.jpg")
+    spec = replace(SPEC, image_size=64, fit="crop", crop_pct=0.875)
+    filled(cache, tmp_path / "large", spec)
+    (entry,) = [e for e in cache.entries() if e.kind == "pixels"]
+    assert 0.95 < entry.nbytes / (4 * picture_bytes(spec, working=True)) < 1.1
+
+
+def test_bytes_that_the_disk_changed_are_noticed(cache: Cache, photos: Path) -> None:
+    store, paths = filled(cache, photos)
+    (entry,) = cache.entries()
+    with entry.path.open("r+b") as file:
+        file.seek(1000)
+        file.write(b"\0" * 20_000)
+    pixels = Pixels(load_images(photos), SPEC, augment=POLICIES["photo"], store=store)
+    fresh = Pixels(load_images(photos), SPEC, augment=POLICIES["photo"])
+    everything = list(range(36))
+    for view in (0, 1):
+        assert torch.equal(pixels.batch(everything, [view] * 36), fresh.batch(everything, [view] * 36))
+    assert not entry.path.exists()  # the next run decodes again
+    store, _ = filled(cache, photos)
+    view0 = store.view(paths[0])
+    assert view0 is not None
+    assert torch.equal(view0, load_view(paths[0], SPEC))
+
+
+CHILD = """
+import json, sys
+from pathlib import Path
+from PIL import ImageFile
+load, seen = ImageFile.ImageFile.load, []
+def counted(self):
+    if self._im is None:
+        seen.append(1)
+    return load(self)
+ImageFile.ImageFile.load = counted
+sys.path.insert(0, {tests!r})
+from tiny import SPEC
+from headstart.pixelstore import PixelStore
+from headstart.store import Cache
+import zlib
+paths = sorted(Path({photos!r}).rglob("*.jpg"))
+store = PixelStore(Cache(), SPEC)
+print("ready", flush=True)
+sys.stdin.readline()
+store.fill(paths, root=Path({photos!r}), workers=1)
+print(json.dumps([len(seen), zlib.crc32(b"".join(store.view(p).numpy().tobytes() for p in paths))]))
+"""
+
+
+def test_two_processes_fill_one_store_and_decode_each_picture_once(cache: Cache, photos: Path) -> None:
+    code = CHILD.format(tests=str(Path(__file__).parent), photos=str(photos))
+    children = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    results = [json.loads(child.communicate(timeout=60)[0]) for child in children]
+    assert sum(count for count, _ in results) == 36
+    assert results[0][1] == results[1][1]
