@@ -18,7 +18,7 @@ ROOMS = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init
 LAYERS = (
     ("errors", "recipe"),
     (
-        *("folders", "manifest", "groups", "sources", "decode", "dataset", "transforms", "augment"),
+        *("folders", "manifest", "groups", "sources", "decode", "isolate", "dataset", "transforms", "augment"),
         *("metrics", "run", "runtime", "store", "terminal"),
         *("heads", "tracing", "cut", "fastops"),
     ),
@@ -39,6 +39,8 @@ SIDEWAYS = {
     ("dataset", "manifest"),
     ("dataset", "sources"),
     ("dataset", "decode"),
+    ("dataset", "isolate"),
+    ("isolate", "decode"),
     ("transforms", "dataset"),
     ("augment", "dataset"),
     ("augment", "transforms"),

@@ -202,11 +202,10 @@ def _predict(args: argparse.Namespace) -> int:
     if args.csv and not Path(args.csv).parent.is_dir():
         raise DataError(f"--csv is {args.csv}, but there is no folder {Path(args.csv).parent}. Make it first.")
     from . import recipes
-    from .dataset import list_image_files, map_threads
-    from .decode import bad_reason
+    from .dataset import bad_reasons, list_image_files
 
     files = list_image_files(args.paths)
-    reasons = map_threads(bad_reason, files, workers=args.workers or 0)
+    reasons = bad_reasons(files, workers=args.workers or 0)
     good = [path for path, reason in zip(files, reasons, strict=True) if reason is None]
     machine = _given(args, "device", "precision", "workers")
     rows = recipes.predict_files(args.model, good, progress=True, **machine) if good else []

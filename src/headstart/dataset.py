@@ -16,7 +16,8 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .decode import MAX_PIXELS, bad_reason, open_image, quiet_pillow
+from . import isolate
+from .decode import open_image
 from .errors import DataError, near_matches
 from .folders import IMAGE_EXTENSIONS, find_pictures, natural_key
 from .groups import Unit, make_units, shared_groups, take_units
@@ -25,11 +26,11 @@ from .sources import read_source
 
 __all__ = [
     "IMAGE_EXTENSIONS",
-    "MAX_PIXELS",
     "SPLITS",
     "ImageTable",
     "Splits",
     "available_cores",
+    "bad_reasons",
     "check_images",
     "epoch_order",
     "list_image_files",
@@ -185,7 +186,7 @@ def load_images(
         val_folder, test_folder: the folder that serves as this split, when its name does not say so.
         root: the folder that a manifest's relative paths start from; None is the manifest's own.
         check: decode every picture once, to the last row, before anything is trained.
-        workers: threads for the check; 0 is one per CPU core.
+        workers: processes for the check; 0 is one per CPU core.
     Raises:
         DataError: no such folder or file, another layout (multi-label, nested, flat), an empty class, fewer than two
             classes, a class that training does not have, pictures that do not decode; what `read_manifest` refuses.
@@ -222,6 +223,9 @@ def check_images(
 ) -> ImageTable:
     """Decode every picture of the table once and name, or leave out, those that do not decode.
 
+    This happens in processes of their own with limits (see `isolate`): a file that crashes a decoder, or takes more
+    than 5 seconds or 2 GB, is a bad file like any other.
+
     Args:
         bad_files: `error` or `skip`, as in `load_images`.
         progress: called with (pictures done, pictures in all) now and then.
@@ -233,8 +237,7 @@ def check_images(
     if bad_files not in BAD_FILES:
         raise DataError(f"bad_files is {bad_files!r}; allowed: {', '.join(BAD_FILES)}.")
     if reasons is None:
-        with quiet_pillow():
-            reasons = map_threads(bad_reason, table.paths, workers=workers, progress=progress)
+        reasons = bad_reasons(table.paths, workers=workers, progress=progress)
     bad = [(i, reason) for i, reason in enumerate(reasons) if reason is not None]
     if not bad:
         return table
@@ -254,6 +257,13 @@ def check_images(
             f"({table.relative_paths[bad[0][0]]}: {bad[0][1]}). Repair the pictures or remove the class."
         )
     return replace(kept, bad_files=table.bad_files + tuple((table.paths[i], reason) for i, reason in bad))
+
+
+def bad_reasons(
+    paths: Sequence[str | Path], *, workers: int = 0, progress: Callable[[int, int], None] | None = None
+) -> list[str | None]:
+    """Why each file does not decode, None where it does; decoded in limited processes, 0 is one per CPU core."""
+    return isolate.bad_reasons(paths, workers=workers or available_cores(), progress=progress)
 
 
 def split(table: ImageTable, *, val: float = 0.15, test: float = 0.15, seed: int = 0) -> Splits:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 import threading
 import warnings
 from collections.abc import Iterator
@@ -10,13 +12,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
+# Imported by name, so that Pillow need not load all its plugins to know these formats.
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
-from .errors import DataError
+from .errors import DataError, SetupError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-MAX_PIXELS = 178_956_970  # where Pillow itself refuses: above every camera's picture, below what fills the memory
+PIXELS_VARIABLE = "HEADSTART_MAX_PIXELS"
+PILLOWS_PIXELS = 178_956_970  # above this Pillow itself refuses
+
+
+def _pixel_cap() -> int:
+    """64 Mpx (8192 x 8192), below where Pillow starts to warn; the environment may say otherwise."""
+    text = os.environ.get(PIXELS_VARIABLE, "")
+    if not text:
+        return 64 << 20
+    if not text.isdecimal() or not 1 <= int(text) <= PILLOWS_PIXELS:
+        raise SetupError(f"{PIXELS_VARIABLE} is {text!r}; it takes a whole number of pixels up to {PILLOWS_PIXELS:,}.")
+    return int(text)
+
+
+MAX_PIXELS = _pixel_cap()
+MAX_BYTES = 512 << 20  # of a file: a picture of `MAX_PIXELS` without compression at 16 bits per channel
 
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _NO_WHITE = ("F", "LAB", "HSV")  # modes without an agreed white, or without a conversion in Pillow
@@ -48,8 +65,8 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     Args:
         source: a file, or a file's bytes.
     Raises:
-        DataError: missing, empty, cut off, damaged, of another format, or above `MAX_PIXELS` by its header (found
-            before anything is decoded).
+        DataError: missing, no regular file, empty, cut off, damaged, of another format, longer than `MAX_BYTES`, or
+            above `MAX_PIXELS` by its header (found before anything is decoded).
     """
     try:
         return _read(source)
@@ -71,9 +88,9 @@ def bad_reason(path: Path) -> str | None:
 def quiet_pillow() -> Iterator[None]:
     """Pillow's warnings are off while any thread is inside.
 
-    They concern metadata (a broken EXIF entry) or sizes that `MAX_PIXELS` governs, and a picture must not be good or
-    bad by the caller's warning filters. `warnings.catch_warnings` is not safe in threads: it restores a list that
-    another thread has changed meanwhile.
+    They concern metadata (a broken EXIF entry, which counts as absent) or sizes, for which `MAX_PIXELS` is the stricter
+    rule; and a picture must not be good or bad by the caller's warning filters. `warnings.catch_warnings` is not safe
+    in threads: it restores a list that another thread has changed meanwhile.
     """
     global _quiet_depth, _quiet_filter
     with _quiet_lock:
@@ -93,33 +110,60 @@ def quiet_pillow() -> Iterator[None]:
 def _read(source: str | Path | bytes) -> Image.Image:
     """`open_image` with bare reasons."""
     if isinstance(source, bytes):
+        _check_length(len(source))
         return _decode(io.BytesIO(source))
     path = Path(source)
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its writer
+            raise DataError("a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+        _check_length(status.st_size)
         with path.open("rb") as file:
             return _decode(file)
     except FileNotFoundError:
         raise DataError("a link to nowhere" if path.is_symlink() else "no such file") from None
-    except IsADirectoryError:
-        raise DataError("a folder, not a file") from None
     except OSError as error:
         raise DataError(error.strerror or str(error)) from None
+
+
+def _check_length(nbytes: int) -> None:
+    if nbytes > MAX_BYTES:
+        raise DataError(f"a file of {nbytes:,} bytes; pictures of up to {MAX_BYTES:,} are read")
 
 
 def _decode(file: BinaryIO) -> Image.Image:
     with quiet_pillow():
         try:
+            if _webp_pixels(file) > MAX_PIXELS:  # Pillow sets its memory aside before it tells the size
+                raise Image.DecompressionBombError
             image = Image.open(file, formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             image.load()
             return _to_rgb(_upright(image))
         except Image.DecompressionBombError:
-            raise DataError(f"its header promises more than {MAX_PIXELS:,} pixels; shrink it first") from None
+            raise DataError(
+                f"its header promises more than {MAX_PIXELS:,} pixels; shrink it first (or set {PIXELS_VARIABLE})"
+            ) from None
         except (DataError, MemoryError):
             raise
         except Exception as error:  # a decoder fed with damaged bytes raises nearly anything
             raise DataError(_why(error, file)) from None
+
+
+def _webp_pixels(file: BinaryIO) -> int:
+    """Pixels of a WebP file's canvas by its header; 0 for any other file. Source: RFC 9649, section 2."""
+    start = file.read(30)
+    file.seek(0)
+    if len(start) < 30 or start[:4] != b"RIFF" or start[8:12] != b"WEBP":
+        return 0
+    kind, body = start[12:16], start[20:]
+    if kind == b"VP8X":
+        return (1 + int.from_bytes(body[4:7], "little")) * (1 + int.from_bytes(body[7:10], "little"))
+    if kind == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        return (1 + (bits & 0x3FFF)) * (1 + (bits >> 14 & 0x3FFF))
+    return (int.from_bytes(body[6:8], "little") & 0x3FFF) * (int.from_bytes(body[8:10], "little") & 0x3FFF)
 
 
 def _why(error: Exception, file: BinaryIO) -> str:
@@ -163,6 +207,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
+    import numpy as np  # here, since few pictures need it and the processes of `isolate` start the quicker without
+
     values = np.asarray(image)
     if image.mode == "I" and (values.min() < 0 or values.max() > 65535):
         raise DataError("32-bit pixels beyond the 16-bit range; convert it to 8 or 16 bit")

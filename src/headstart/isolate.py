@@ -1,0 +1,356 @@
+"""Decoding in processes of its own, with limits: a file that crashes, hangs or bloats a decoder costs that file alone.
+
+A worker is `python -c ...` of the same interpreter, which imports the decoder and nothing heavy. It reads requests and
+writes answers through pipes, as JSON behind its length: nothing is pickled, no module of the caller is imported again,
+so notebooks and scripts without `if __name__ == "__main__"` work. The limits bound what a picture costs; they are no
+wall against code that takes a decoder over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+from . import decode
+from .errors import SetupError
+
+MAX_MESSAGE = 1 << 20  # bytes of a request or an answer: a broken worker cannot fill the parent's memory
+MAX_REASON = 500
+ATTEMPTS = 2  # a worker may also die of what others do to the machine; a file is blamed for two deaths
+_START_SECONDS = 60.0  # until a worker has imported the decoder: reached where something is badly wrong
+_WATCH_SECONDS = 0.1
+_NOTHING = -1  # in place of a position: wakes a thread that waits for work
+_STARTED = "import sys; sys.path[:] = {path!r}; from headstart.isolate import serve; serve()"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one file may cost.
+
+    seconds: processor time, which a busy machine does not stretch: the same files are refused on every run. Windows
+    has no such timer. wait_seconds: time by the clock, for a file that waits for what never comes.
+    memory_bytes: address space of a worker, 0 for no limit; kept on Linux alone (macOS accepts a limit without keeping
+    it, Windows has none of the kind).
+    """
+
+    seconds: float = 5.0
+    wait_seconds: float = 30.0
+    memory_bytes: int = 2 << 30
+
+
+class WorkerDied(Exception):
+    """The worker ended before it answered; the message says how, in bare words.
+
+    is_certain: it would end so again.
+    """
+
+    is_certain = False
+
+
+def bad_reasons(
+    paths: Sequence[str | Path],
+    *,
+    workers: int,
+    limits: Limits | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str | None]:
+    """`decode.bad_reason` of each file, decoded in worker processes; a worker's death or a time-out is a reason, too.
+
+    Args:
+        workers: processes at the most; there are fewer where there are few files.
+        limits: what one file may cost; None is `Limits()`.
+        progress: called from this thread with (files done, files in all).
+    Returns:
+        One entry per path, None for a file that decodes to its last row.
+    Raises:
+        SetupError: no worker process can be started.
+    """
+    limits = limits or Limits()
+    reasons: list[str | None] = [None] * len(paths)
+    if not paths:
+        return reasons
+    number = max(1, min(workers, (len(paths) + 15) // 16))
+    waiting: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # (position, attempts so far)
+    for position in range(len(paths)):
+        waiting.put((position, 0))
+    done: queue.SimpleQueue[tuple[int, str | None] | BaseException] = queue.SimpleQueue()
+    crew = [_Driver(paths, waiting, done, limits) for _ in range(number)]
+    watch = _Watch(crew)
+    try:
+        for thread in (*crew, watch):
+            thread.start()
+        for count in range(1, len(paths) + 1):
+            outcome = done.get()
+            if isinstance(outcome, BaseException):
+                raise outcome
+            reasons[outcome[0]] = outcome[1]
+            if progress is not None and (count % 16 == 0 or count == len(paths)):
+                progress(count, len(paths))
+    finally:
+        for driver in crew:
+            driver.stop()
+        for _ in crew:  # only now: one that is not yet stopped would take another's word
+            waiting.put((_NOTHING, 0))
+        watch.stopped.set()
+        for thread in (*crew, watch):
+            if thread.ident is not None:
+                thread.join()
+    return reasons
+
+
+class _Driver(threading.Thread):
+    """Feeds one worker with files until it is stopped, and puts another worker in its place when it dies."""
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        waiting: queue.SimpleQueue[tuple[int, int]],
+        done: queue.SimpleQueue[tuple[int, str | None] | BaseException],
+        limits: Limits,
+    ) -> None:
+        super().__init__(name="headstart-isolate", daemon=True)
+        self._paths, self._waiting, self._done, self._limits = paths, waiting, done, limits
+        self.worker: Worker | None = None
+        self._stopped = False
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        try:
+            while not self._stopped:
+                position, attempts = self._waiting.get()
+                if position != _NOTHING:
+                    self._one(position, attempts + 1)
+        except BaseException as error:  # handed over to the thread that waits
+            self._done.put(error)
+        finally:
+            if self.worker is not None:
+                self.worker.close()
+
+    def _one(self, position: int, attempt: int) -> None:
+        try:
+            self._done.put((position, self._current().ask(self._paths[position])))
+        except WorkerDied as death:
+            with self._lock:
+                self.worker = None
+            if attempt < ATTEMPTS and not death.is_certain:
+                self._waiting.put((position, attempt))  # behind all others, in a worker that has seen less
+            else:
+                self._done.put((position, str(death)))
+
+    def _current(self) -> Worker:
+        if self.worker is not None:
+            return self.worker
+        worker = Worker(self._limits)
+        with self._lock:
+            self.worker = worker  # from here on it is watched, and killed when the work is stopped
+            if self._stopped:
+                worker.kill()
+        worker.greet()
+        return worker
+
+    def stop(self) -> None:
+        """Let the thread end after the file it is at, which fails now."""
+        self._stopped = True
+        with self._lock:
+            if self.worker is not None:
+                self.worker.kill()
+
+
+class _Watch(threading.Thread):
+    """Kills workers whose time for a file is over."""
+
+    def __init__(self, crew: Sequence[_Driver]) -> None:
+        super().__init__(name="headstart-watch", daemon=True)
+        self._crew = crew
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self.stopped.wait(_WATCH_SECONDS):
+            for worker in [driver.worker for driver in self._crew]:
+                if worker is not None:
+                    worker.check_time()
+
+
+class Worker:
+    """One process that decodes files, one at a time; `greet` comes before the first.
+
+    Raises:
+        SetupError: it cannot be started.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._deadline: float | None = None
+        self._overdue = False
+        code = _STARTED.format(path=[str(Path(__file__).parents[1]), *sys.path])
+        if not sys.executable:
+            raise SetupError("This Python does not know its own program (sys.executable); run it as `python`.")
+        try:
+            # -P: the working folder, which may hold anything, is not searched for modules.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+            )
+        except OSError as error:
+            raise SetupError(f"No process for decoding pictures can be started ({error}).") from error
+
+    def greet(self) -> None:
+        """Hand the limits over and wait until the decoder is imported.
+
+        Raises:
+            SetupError: it is not to be imported there.
+        """
+        settings = asdict(self._limits) | {"max_pixels": decode.MAX_PIXELS, "max_bytes": decode.MAX_BYTES}
+        try:
+            self._exchange(settings, _START_SECONDS)
+        except WorkerDied as death:
+            raise SetupError(
+                f"A process for decoding pictures did not start: {death}. Does `{sys.executable} -c 'import PIL.Image'`"
+                " work here?"
+            ) from None
+
+    def ask(self, path: str | Path) -> str | None:
+        """Why this file does not decode; None when it does.
+
+        Raises:
+            WorkerDied: the worker did not live to answer, or took too long and was killed.
+        """
+        reason = self._exchange({"path": str(path)}, self._limits.wait_seconds).get("reason")
+        return None if reason is None else str(reason)[:MAX_REASON]
+
+    def check_time(self) -> None:
+        """Kill the worker if its answer is overdue."""
+        deadline = self._deadline
+        if deadline is not None and time.monotonic() > deadline:
+            self._overdue = True
+            self._process.kill()
+
+    def kill(self) -> None:
+        """End it at once; `close` still has to follow."""
+        self._process.kill()
+
+    def close(self) -> None:
+        """End the process and give its pipes back."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(OSError):  # a request that was never read is still in the buffer
+                    pipe.close()
+
+    def _exchange(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._deadline = time.monotonic() + seconds
+        try:
+            _send(self._process.stdin, request)
+            answer = _receive(self._process.stdout)
+        except (OSError, ValueError):
+            answer = None
+        finally:
+            self._deadline = None
+        if answer is None:
+            self.close()
+            raise self._death(seconds)
+        return answer
+
+    def _death(self, seconds: float) -> WorkerDied:
+        if self._overdue:
+            return WorkerDied(f"its decoding was not done after {seconds:g} seconds")
+        code = self._process.returncode
+        if code is None or code >= 0:
+            return WorkerDied(f"it crashes the decoder (exit code {code})")
+        if -code == getattr(signal, "SIGPROF", None):
+            death = WorkerDied(f"its decoding takes more than {self._limits.seconds:g} seconds")
+            death.is_certain = True
+            return death
+        known = -code in {kind.value for kind in signal.Signals}
+        return WorkerDied(f"it crashes the decoder ({signal.Signals(-code).name if known else f'signal {-code}'})")
+
+
+# ---- the worker's side -----------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Answer requests from standard input until it ends; runs in the worker."""
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing a library prints gets between the answers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    settings = _receive(requests) or {}
+    decode.MAX_PIXELS, decode.MAX_BYTES = int(settings["max_pixels"]), int(settings["max_bytes"])
+    memory, seconds = int(settings["memory_bytes"]), float(settings["seconds"])
+    _limit_memory(memory)
+    _send(answers, {})
+    while (request := _receive(requests)) is not None:
+        _set_timer(seconds)
+        reason = _reason(Path(request["path"]), memory)
+        _set_timer(0)
+        _send(answers, {"reason": reason})
+
+
+def _reason(path: Path, memory: int) -> str | None:
+    try:
+        return decode.bad_reason(path)
+    except MemoryError:
+        return f"its decoding needs more than {memory >> 20:,} MB of memory"
+
+
+def _limit_memory(nbytes: int) -> None:
+    if nbytes and sys.platform == "linux":
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = nbytes if hard == resource.RLIM_INFINITY else min(nbytes, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core files of crashed decoders
+
+
+def _set_timer(seconds: float) -> None:
+    """The system ends this process once it has used up so much processor time; 0 takes that back."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+# ---- messages --------------------------------------------------------------------------------------------------
+
+
+def _send(pipe: IO[bytes], message: dict[str, Any]) -> None:
+    data = json.dumps(message).encode()  # ASCII: names that are no Unicode travel as lone surrogates
+    pipe.write(len(data).to_bytes(4, "big") + data)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes] | BinaryIO) -> dict[str, Any] | None:
+    """The next message; None at the end of the stream.
+
+    Raises:
+        ValueError: what comes is no message.
+    """
+    head = pipe.read(4)
+    if len(head) < 4:
+        return None
+    length = int.from_bytes(head, "big")
+    if length > MAX_MESSAGE:
+        raise ValueError(f"a message of {length} bytes")
+    data = pipe.read(length)
+    if len(data) < length:
+        return None
+    message = json.loads(data)
+    if not isinstance(message, dict):
+        raise ValueError("a message that is no object")
+    return message
