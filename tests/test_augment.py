@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from headstart.augment import augmented_batch, augmented_view, view_map, view_rng
+from headstart.autoaugment import auto_augment
 from headstart.errors import RecipeError
 from headstart.recipe import POLICIES, AugmentSpec
 from headstart.transforms import FITS, DataSpec, evaluation_view, working_image
@@ -25,7 +26,7 @@ from headstart.transforms import FITS, DataSpec, evaluation_view, working_image
 SPEC = DataSpec(64, interpolation="bilinear")
 EVERYTHING = AugmentSpec(
     rotation=30, translation=0.2, zoom=0.2, crop_scale=(0.4, 1.0), hflip=0.5, vflip=0.5, contrast=0.3,
-    brightness=0.3, channel_brightness=0.2, noise=0.05, downsample=0.5,
+    brightness=0.3, channel_brightness=0.2, noise=0.05, downsample=0.5, auto="randaugment", erasing=0.5,
 )  # fmt: skip
 EACH = {
     "rotation": AugmentSpec(rotation=30),
@@ -39,6 +40,9 @@ EACH = {
     "channel_brightness": AugmentSpec(channel_brightness=0.4),
     "noise": AugmentSpec(noise=0.1),
     "downsample": AugmentSpec(downsample=0.3),
+    "randaugment": AugmentSpec(auto="randaugment"),
+    "trivial": AugmentSpec(auto="trivial"),
+    "erasing": AugmentSpec(erasing=1.0),
 }
 MIDDLE = dict.fromkeys(
     (
@@ -315,6 +319,61 @@ def test_downsampling_takes_detail_and_keeps_the_mean() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- transforms of users
+
+
+@pytest.mark.parametrize(("kind", "magnitude"), [("randaugment", 9), ("randaugment", 30), ("trivial", 0)])
+def test_auto_augmentation_draws_what_torchvision_draws(kind: str, magnitude: int) -> None:
+    image = torch.from_numpy(picture(12, 12).transpose(2, 0, 1).copy())
+    fill, how = (9, 8, 7), v2.InterpolationMode.BILINEAR
+    theirs = (
+        v2.RandAugment(num_ops=1, magnitude=magnitude, interpolation=how, fill=[9, 8, 7])
+        if kind == "randaugment"
+        else v2.TrivialAugmentWide(interpolation=how, fill=[9, 8, 7])
+    )
+    rng = np.random.default_rng(0)
+    drawn = [auto_augment(image, kind, ops=1, magnitude=magnitude, fill=fill, rng=rng) for _ in range(250)]
+    mine = {bytes(picture_.numpy()) for picture_ in drawn}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        known = {bytes(theirs(image).numpy()) for _ in range(400 if kind == "randaugment" else 6000)}
+    if kind == "randaugment":
+        assert mine == known  # every operation, with either sign where it has one
+        assert len(mine) > 15
+    else:
+        assert len(mine - known) <= 3  # six thousand draws miss a few of its many outcomes
+        assert len(mine) > 100
+    before = image.clone()
+    twice = auto_augment(image, "randaugment", ops=2, magnitude=9, fill=fill, rng=np.random.default_rng(3))
+    assert torch.equal(image, before)
+    assert bytes(twice.numpy()) not in mine
+
+
+def test_auto_augmentation_leaves_global_numbers_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    for name in ("randaugment", "trivial"):
+        view(picture(), SPEC, POLICIES[name], 1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_erasing_blanks_one_rectangle_in_the_mean_colour_as_often_as_told() -> None:
+    spec = replace(SPEC, mean=(0.1, 0.2, 0.3))
+    plain = view(ramp(64, 64), spec, AugmentSpec(), 1)
+    blanked, shares = 0, []
+    for n in range(300):
+        drawn = view(ramp(64, 64), spec, AugmentSpec(erasing=0.4), n)
+        changed = (drawn != plain).any(2)
+        if not changed.any():
+            continue
+        blanked += 1
+        rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+        box = drawn[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert (box == spec.fill).all()
+        shares.append(box.shape[0] * box.shape[1] / 64**2)
+    assert blanked / 300 == pytest.approx(0.4, abs=0.09)
+    assert 0.015 < min(shares) < 0.06
+    assert 0.28 < max(shares) < 0.34
 
 
 def test_any_torchvision_transform_is_pure_and_leaves_global_numbers() -> None:

@@ -18,7 +18,7 @@ from headstart import cli, cli_options
 from headstart.cli import COMMANDS, default_run_path, main
 from headstart.cli_options import STAGE_OPTIONS, apply_overrides, picture_overrides, read_hidden
 from headstart.errors import DataError, Interrupted, RecipeError
-from headstart.recipe import RECIPES, AugmentSpec, HeadSpec, HiddenLayer, Stage
+from headstart.recipe import POLICIES, RECIPES, AugmentSpec, HeadSpec, HiddenLayer, Stage
 
 FINE_TUNE = RECIPES["fine-tune"]
 METRICS: dict[str, Any] = {
@@ -158,6 +158,14 @@ def test_recipe_and_head_options_reach_their_fields() -> None:
         FINE_TUNE, lr=0.02, seed=5, drop_rate=0.1, drop_path_rate=0.2, augment="light",
         head=HeadSpec("avg", True, (HiddenLayer(256),), 0.2, "sigmoid", "blocks.3"),
     )  # fmt: skip
+
+
+def test_erasing_is_added_to_the_policy() -> None:
+    assert apply_overrides(FINE_TUNE, {"erasing": "0.25"}).augment == replace(POLICIES["photo"], erasing=0.25)
+    both = apply_overrides(FINE_TUNE, {"erasing": "0.5", "augment": "trivial"})
+    assert both.augment == replace(POLICIES["trivial"], erasing=0.5)
+    with pytest.raises(RecipeError, match=r"erasing is 1\.5; it takes a number from 0 to 1"):
+        apply_overrides(FINE_TUNE, {"erasing": "1.5"})
 
 
 @pytest.mark.parametrize(

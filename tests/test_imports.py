@@ -20,7 +20,7 @@ LAYERS = (
     (
         *("folders", "manifest", "groups", "sources", "decode", "isolate", "dataset", "transforms", "augment"),
         *("metrics", "run", "runtime", "store", "terminal"),
-        *("heads", "tracing", "cut", "fastops"),
+        *("autoaugment", "heads", "tracing", "cut", "fastops"),
     ),
     ("weights", "backbones", "classifier", "freezing", "mixing", "checkpoint", "pixels", "pixelstore", "verdicts"),
     ("features", "evaluation", "averaging", "train"),
@@ -42,6 +42,7 @@ SIDEWAYS = {
     ("dataset", "isolate"),
     ("isolate", "decode"),
     ("transforms", "dataset"),
+    ("augment", "autoaugment"),
     ("augment", "dataset"),
     ("augment", "transforms"),
     ("fastops", "cut"),

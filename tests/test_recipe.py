@@ -52,6 +52,8 @@ def test_a_recipe_survives_json(name: str, tmp_path: Path) -> None:
         ({"augment": None}, "augment is None"),
         ({"augment": True}, "augment is True"),
         ({"augment": {"rotation": 200}}, "rotation is 200; it takes a number from 0 to 180"),
+        ({"augment": {"auto": "rand"}}, "auto is 'rand'; allowed: none, randaugment, trivial"),
+        ({"augment": {"auto_magnitude": 31}}, "auto_magnitude is 31; it takes a whole number from 0 to 30"),
         ({"augment": {"crop_scale": [0.9, 0.5]}}, "the first must not exceed the second"),
         ({"name": 5}, "name is 5"),
         ({"lr": float("nan")}, "lr is nan"),

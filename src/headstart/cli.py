@@ -273,7 +273,7 @@ def _preview_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _preview(args: argparse.Namespace) -> int:
-    recipe = apply_overrides(load_recipe(DEFAULT_RECIPE), {"augment": args.augment})
+    recipe = apply_overrides(load_recipe(DEFAULT_RECIPE), {"augment": args.augment, "erasing": args.erasing})
     overrides = picture_overrides(vars(args))
     from .backbones import create_backbone, override_spec
     from .dataset import load_images

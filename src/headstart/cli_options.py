@@ -160,10 +160,13 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_augment_option(parser: argparse._ActionsContainer) -> None:
-    """`--augment`: a policy's name or a file."""
+    """`--augment`, a policy's name or a file, and `--erasing`, which adds to either."""
     default = recipe_values(lambda recipe: [recipe.augment])
     text = f"changes made to training pictures: {', '.join(POLICIES)}, or a JSON file with ranges"
     parser.add_argument("--augment", metavar="POLICY|FILE", help=_help(text, default))
+    text = "chance that a rectangle of a training picture is blanked; 0.25 is usual"
+    default = recipe_values(lambda recipe: [recipe.augment_spec.erasing])
+    parser.add_argument("--erasing", metavar="X", help=_help(text, default))
 
 
 def add_head_options(parser: argparse.ArgumentParser) -> None:
@@ -276,6 +279,9 @@ def apply_overrides(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     }
     if options.get("augment") is not None:
         changes["augment"] = read_augment(options["augment"])
+    if options.get("erasing") is not None:
+        policy = replace(recipe, augment=changes.get("augment", recipe.augment)).augment_spec
+        changes["augment"] = replace(policy, erasing=_number("--erasing", options["erasing"]))
     return replace(recipe, **changes, head=override_head(recipe.head, options), stages=_stages(recipe, options))
 
 

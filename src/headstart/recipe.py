@@ -19,6 +19,7 @@ POOLS = ("backbone", "avg", "max", "flatten")
 OUTPUTS = ("softmax", "sigmoid")
 BATCHNORM_MODES = ("fixed", "frozen", "train")
 OPTIMIZERS = ("adamw", "adam", "rmsprop", "sgd")
+AUTO_POLICIES = ("none", "randaugment", "trivial")
 SCHEDULES = ("constant", "cosine", "one-cycle")
 ON_COLLAPSE = ("retry", "stop", "ignore")
 
@@ -139,7 +140,9 @@ class AugmentSpec(_Spec):
     crop_scale: (low, high) area fraction of a random resized crop, (1, 1) is off; crop_ratio: its aspect range.
     hflip, vflip: probabilities. contrast, brightness: factor in 1 +- x. channel_brightness: the same, drawn for
     each channel. noise: standard deviation on the 0-1 scale. downsample: least side fraction the picture may be
-    shrunk to before it is enlarged again; 1 is off.
+    shrunk to before it is enlarged again; 1 is off. auto: `none`, `randaugment` (`auto_ops` operations of strength
+    `auto_magnitude`, 0 to 30) or `trivial` (one operation of any strength), after all of these. erasing: the chance
+    that a rectangle is blanked, last of all.
     """
 
     rotation: float = 0.0
@@ -154,13 +157,29 @@ class AugmentSpec(_Spec):
     channel_brightness: float = 0.0
     noise: float = 0.0
     downsample: float = 1.0
+    auto: str = "none"
+    auto_ops: int = 2
+    auto_magnitude: int = 9
+    erasing: float = 0.0
 
     def __post_init__(self) -> None:
         _number("augment", "rotation", self.rotation, 0, 180)
-        for name in ("translation", "hflip", "vflip", "contrast", "brightness", "channel_brightness", "noise"):
+        for name in (
+            "translation",
+            "hflip",
+            "vflip",
+            "contrast",
+            "brightness",
+            "channel_brightness",
+            "noise",
+            "erasing",
+        ):
             _number("augment", name, getattr(self, name), 0, 1)
         _number("augment", "zoom", self.zoom, 0, 0.9)
         _number("augment", "downsample", self.downsample, 0.05, 1)
+        _choice("augment", "auto", self.auto, AUTO_POLICIES)
+        _number("augment", "auto_ops", self.auto_ops, 1, 10, whole=True)
+        _number("augment", "auto_magnitude", self.auto_magnitude, 0, 30, whole=True)
         for name, low, high in (("crop_scale", 0.01, 1.0), ("crop_ratio", 0.1, 10.0)):
             pair = getattr(self, name)
             if not isinstance(pair, tuple) or len(pair) != 2:
@@ -173,7 +192,8 @@ class AugmentSpec(_Spec):
     @property
     def is_identity(self) -> bool:
         """True when no change is ever made, whatever the random numbers."""
-        return self == replace(AugmentSpec(), crop_ratio=self.crop_ratio)
+        idle = {name: getattr(self, name) for name in ("crop_ratio", "auto_ops", "auto_magnitude")}
+        return self == replace(AugmentSpec(), **idle)
 
 
 POLICIES: dict[str, AugmentSpec] = {
@@ -185,6 +205,8 @@ POLICIES: dict[str, AugmentSpec] = {
     ),
     "document": AugmentSpec(rotation=3, translation=0.05, zoom=0.05, brightness=0.2, contrast=0.2),
     "overhead": AugmentSpec(hflip=0.5, vflip=0.5, rotation=180, crop_scale=(0.6, 1.0), brightness=0.2, contrast=0.2),
+    "randaugment": AugmentSpec(hflip=0.5, crop_scale=(0.7, 1.0), auto="randaugment"),
+    "trivial": AugmentSpec(hflip=0.5, crop_scale=(0.7, 1.0), auto="trivial"),
 }
 
 
