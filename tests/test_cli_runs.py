@@ -226,6 +226,8 @@ def test_predict_names_what_cannot_be_read_and_does_the_others(
     [
         (["predict", "{folder}", "{folder}"], "model.json"),
         (["predict", "{run}", "{folder}/redd"], "Did you mean: red?"),
+        (["predict", "{run}", "{folder}", "--csv", "{folder}"], "it is a folder. Name a file in it."),
+        (["preview", "{folder}", "--out", "no/folder.png"], "there is no folder no"),
         (["predict", "{run}", "{folder}", "--csv", "no/folder.csv"], "there is no folder no"),
         (["evaluate", "{run}", "{run}"], "Expected is one folder per class"),
         (["evaluate", "{folder}", "{folder}"], "model.json"),
@@ -235,7 +237,8 @@ def test_wrong_runs_and_folders_are_one_message(
     arguments: list[str], message: str, folder: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [word.format(folder=folder, run=run) for word in arguments]
-    code, out, err = command(capsys, *words, *MACHINE)
+    machine = [] if words[0] == "preview" else MACHINE
+    code, out, err = command(capsys, *words, *machine)
     assert (code, out) == (2, "")
     assert err.startswith(f"headstart {words[0]}: error: ")
     assert message in err

@@ -34,7 +34,7 @@ from .cli_options import (
     override_head,
     picture_overrides,
 )
-from .errors import DataError, HeadstartError, Interrupted, RecipeError, near_matches
+from .errors import HeadstartError, Interrupted, RecipeError, near_matches
 from .recipe import HeadSpec, load_recipe
 from .sources import source_name
 
@@ -199,8 +199,10 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
 def _predict(args: argparse.Namespace) -> int:
     if args.top is not None and args.top < 1:
         raise RecipeError(f"--top is {args.top}; it takes a whole number from 1.")
-    if args.csv and not Path(args.csv).parent.is_dir():
-        raise DataError(f"--csv is {args.csv}, but there is no folder {Path(args.csv).parent}. Make it first.")
+    from .run import check_target
+
+    if args.csv:
+        check_target(args.csv)
     from . import recipes
     from .dataset import bad_reasons, list_image_files
 
@@ -275,6 +277,10 @@ def _preview_options(parser: argparse.ArgumentParser) -> None:
 def _preview(args: argparse.Namespace) -> int:
     recipe = apply_overrides(load_recipe(DEFAULT_RECIPE), {"augment": args.augment, "erasing": args.erasing})
     overrides = picture_overrides(vars(args))
+    out = args.out or "preview.png"
+    from .run import check_target
+
+    check_target(out)
     from .backbones import create_backbone, override_spec
     from .dataset import load_images
     from .plots import preview_sheet
@@ -282,7 +288,7 @@ def _preview(args: argparse.Namespace) -> int:
     _, spec = create_backbone(args.backbone or DEFAULT_BACKBONE, weights="none", image_size=overrides.get("image_size"))
     table = load_images(args.photos, root=args.root, check=False)
     spec = override_spec(spec, **overrides)
-    print(preview_sheet(table, spec, recipe.augment, args.out or "preview.png", **_given(args, "seed")))
+    print(preview_sheet(table, spec, recipe.augment, out, **_given(args, "seed")))
     return 0
 
 

@@ -124,7 +124,7 @@ class ImageTable:
         groups = self._groups()
         if n < len(groups):
             raise DataError(
-                f"limit is {n}; {self.root} has {len(groups)} groups (classes times splits) and each needs a "
+                f"--limit is {n}; {self.root} has {len(groups)} groups (classes times splits) and each needs a "
                 f"picture: {len(groups)} or more."
             )
         quotas = _quotas([len(members) for members in groups.values()], n)

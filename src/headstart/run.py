@@ -68,13 +68,30 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def check_target(path: str | Path) -> None:
+    """Refuse a file that could not be written, before the work whose result it is to hold.
+
+    Raises:
+        CheckpointError: `path` is a folder, or lies in none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"Cannot write {path}: it is a folder. Name a file in it.")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"Cannot write {path}: there is no folder {path.parent}. Make it first.")
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a new file's path beside `path`; on leaving without an error it is synced and takes `path`'s place.
 
     A reader sees the old file or the whole new one, never a part. After an error nothing has changed.
+
+    Raises:
+        CheckpointError: see `check_target`.
     """
     path = Path(path)
+    check_target(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         yield temporary
