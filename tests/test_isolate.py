@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from headstart import SetupError, decode, load_images
-from headstart.isolate import Limits, bad_reasons
+from headstart.isolate import Limits, Struck, bad_reasons
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="signals and named pipes")
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc; memory limits are kept on Linux alone")
@@ -78,6 +78,7 @@ def test_the_reasons_are_those_of_the_decoder(pictures: list[Path]) -> None:
     reasons = bad_reasons(pictures, workers=2, progress=lambda *at: calls.append(at))
     assert reasons == [decode.bad_reason(path) for path in pictures]
     assert [i for i, reason in enumerate(reasons) if reason] == [3, 7, 9]
+    assert not any(isinstance(reason, Struck) for reason in reasons)
     assert calls[-1] == (40, 40)
     assert bad_reasons([], workers=2) == []
 
@@ -104,6 +105,7 @@ def test_a_file_that_needs_too_much_memory_is_named(pictures: list[Path], tmp_pa
     pictures.insert(5, slow_picture(tmp_path / "large.png"))
     reasons = bad_reasons(pictures, workers=1, limits=Limits(memory_bytes=100 << 20))
     assert reasons[5] == "its decoding needs more than 100 MB of memory"
+    assert isinstance(reasons[5], Struck)
     assert reasons[:5] + reasons[6:] == [None] * 40
 
 
@@ -117,6 +119,7 @@ def test_one_death_is_tried_again_two_are_the_files(pictures: list[Path], tmp_pa
         reasons = bad_reasons(pictures, workers=1)
     assert len(killed) == 2
     assert reasons[5] == "it crashes the decoder (SIGSEGV)"
+    assert isinstance(reasons[5], Struck)
     assert reasons[:5] + reasons[6:] == [None] * 40
 
 

@@ -49,6 +49,10 @@ class Limits:
     memory_bytes: int = 2 << 30
 
 
+class Struck(str):
+    """A reason that is no verdict of the decoder: a death or a limit, which another machine or day may not see."""
+
+
 class WorkerDied(Exception):
     """The worker ended before it answered; the message says how, in bare words.
 
@@ -72,7 +76,7 @@ def bad_reasons(
         limits: what one file may cost; None is `Limits()`.
         progress: called from this thread with (files done, files in all).
     Returns:
-        One entry per path, None for a file that decodes to its last row.
+        One entry per path: None for a file that decodes to its last row, `Struck` where a limit or a death decided.
     Raises:
         SetupError: no worker process can be started.
     """
@@ -146,7 +150,7 @@ class _Driver(threading.Thread):
             if attempt < ATTEMPTS and not death.is_certain:
                 self._waiting.put((position, attempt))  # behind all others, in a worker that has seen less
             else:
-                self._done.put((position, str(death)))
+                self._done.put((position, Struck(death)))
 
     def _current(self) -> Worker:
         if self.worker is not None:
@@ -230,8 +234,12 @@ class Worker:
         Raises:
             WorkerDied: the worker did not live to answer, or took too long and was killed.
         """
-        reason = self._exchange({"path": str(path)}, self._limits.wait_seconds).get("reason")
-        return None if reason is None else str(reason)[:MAX_REASON]
+        answer = self._exchange({"path": str(path)}, self._limits.wait_seconds)
+        reason = answer.get("reason")
+        if reason is None:
+            return None
+        text = str(reason)[:MAX_REASON]
+        return Struck(text) if answer.get("struck") else text
 
     def check_time(self) -> None:
         """Kill the worker if its answer is overdue."""
@@ -298,16 +306,16 @@ def serve() -> None:
     _send(answers, {})
     while (request := _receive(requests)) is not None:
         _set_timer(seconds)
-        reason = _reason(Path(request["path"]), memory)
+        answer = _answer(Path(request["path"]), memory)
         _set_timer(0)
-        _send(answers, {"reason": reason})
+        _send(answers, answer)
 
 
-def _reason(path: Path, memory: int) -> str | None:
+def _answer(path: Path, memory: int) -> dict[str, Any]:
     try:
-        return decode.bad_reason(path)
+        return {"reason": decode.bad_reason(path)}
     except MemoryError:
-        return f"its decoding needs more than {memory >> 20:,} MB of memory"
+        return {"reason": f"its decoding needs more than {memory >> 20:,} MB of memory", "struck": True}
 
 
 def _limit_memory(nbytes: int) -> None:

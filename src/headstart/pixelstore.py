@@ -18,9 +18,10 @@ import torch
 from PIL import Image, features
 from torch import Tensor
 
-from .dataset import map_threads
+from .dataset import bad_reasons, map_threads
 from .decode import bad_reason, open_image
 from .errors import DataError
+from .isolate import Struck
 from .store import Cache, Entry, EntryWriter, FileHashes, code_hash, content_hash, key_of
 from .terminal import file_size
 from .transforms import DataSpec, as_tensor, evaluation_view, working_image, working_size
@@ -78,7 +79,9 @@ class PixelStore:
         workers: int = 0,
         progress: Progress | None = None,
     ) -> list[str | None]:
-        """Decode what is not there yet, in threads; returns for each file why it does not decode, or None.
+        """Decode what is not there yet; returns for each file why it does not decode, or None.
+
+        Each file is first decoded in a process with limits (see `isolate`), then, if that went well, in threads here.
 
         Args:
             root: what the files have in common; their hashes are remembered under it.
@@ -102,7 +105,7 @@ class PixelStore:
             if not check
             else [i for i in range(len(paths)) if i not in reasons and not self._is_known(paths[i], parts)]
         )
-        looked = map_threads(lambda i: bad_reason(paths[i]), unknown, workers=workers, progress=job.shifted(unknown))
+        looked = bad_reasons([paths[i] for i in unknown], workers=workers, progress=job.shifted(unknown))
         reasons |= dict(zip(unknown, looked, strict=True))
         return [reasons.get(i, self._reasons.get(self._digests.get(path, ""))) for i, path in enumerate(paths)]
 
@@ -180,21 +183,34 @@ class PixelStore:
             missing = self._missing(job)
             shards = _Shards(self._cache, self._family, room=self._cache.room())
             try:
+                reasons = self._check(job, missing, shards)
+                good = [i for i, reason in reasons.items() if reason is None and self._spec is not None]
                 kept = map_threads(
                     lambda i: self._keep(job.paths[i], job.parts, shards),
-                    missing,
+                    good,
                     workers=job.workers,
-                    progress=job.shifted(missing),
+                    progress=job.shifted(good),
                 )
             finally:  # after an interrupt, too: what has been decoded is kept
                 shards.publish()
-        for i, (digest, _) in zip(missing, kept, strict=True):
+        for i, (digest, reason) in zip(good, kept, strict=True):
+            reasons[i] = reason
             if digest:
                 self._digests[job.paths[i]] = digest
         if shards.is_full:
             self._say("Pixel store: no more room; the other pictures are decoded whenever they are needed.")
         self._missing(job)
-        return {i: reason for i, (_, reason) in zip(missing, kept, strict=True)}
+        return reasons
+
+    def _check(self, job: _Job, missing: Sequence[int], shards: _Shards) -> dict[int, str | None]:
+        """Why each missing picture does not decode, found in processes with limits; what the file decides is kept."""
+        paths = [job.paths[i] for i in missing]
+        progress = job.shifted(missing) if self._spec is None else None
+        reasons = bad_reasons(paths, workers=job.workers, progress=progress)
+        for path, reason in zip(paths, reasons, strict=True):
+            if path in self._digests and not isinstance(reason, Struck) and (reason or self._spec is None):
+                shards.add_reason(self._digests[path], reason)
+        return dict(zip(missing, reasons, strict=True))
 
     def _keep(self, path: Path, parts: Sequence[str], shards: _Shards) -> tuple[str | None, str | None]:
         """The file's hash as it is now, and why it does not decode or None."""
@@ -203,17 +219,16 @@ class PixelStore:
         except OSError:
             return None, bad_reason(path)
         digest = content_hash(data)
+        if digest != self._digests.get(path):  # not the bytes that were checked
+            (reason,) = bad_reasons([path], workers=1)
+            if reason is not None:
+                return None, reason
         try:
             image = open_image(data)
-        except DataError:
-            reason = bad_reason(path)
-            if reason is not None:
-                shards.add_reason(digest, reason)
-            return digest, reason
-        if self._spec is None:
-            shards.add_reason(digest, None)
-        else:
-            shards.add(digest, {part: _made(part, image, self._spec) for part in parts})
+        except DataError as error:
+            return digest, bad_reason(path) or str(error)
+        assert self._spec is not None
+        shards.add(digest, {part: _made(part, image, self._spec) for part in parts})
         return digest, None
 
     # ---- reading -------------------------------------------------------------------------------------------------
