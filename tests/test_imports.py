@@ -18,7 +18,8 @@ ROOMS = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init
 LAYERS = (
     ("errors", "recipe"),
     (
-        *("folders", "manifest", "groups", "sources", "decode", "isolate", "dataset", "transforms", "augment"),
+        *("folders", "manifest", "groups", "prepared", "archives", "sources"),
+        *("decode", "isolate", "dataset", "transforms", "augment"),
         *("metrics", "run", "runtime", "store", "terminal"),
         *("autoaugment", "heads", "tracing", "cut", "fastops"),
     ),
@@ -32,6 +33,11 @@ SIDEWAYS = {
     ("recipe", "errors"),
     ("manifest", "folders"),
     ("manifest", "run"),
+    ("prepared", "store"),
+    ("archives", "folders"),
+    ("archives", "manifest"),
+    ("archives", "prepared"),
+    ("sources", "archives"),
     ("sources", "folders"),
     ("sources", "manifest"),
     ("dataset", "folders"),

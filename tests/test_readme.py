@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ def here(tmp_path: Path) -> Path:
         (folder / "photos" / name).mkdir(parents=True)
         for i in range(1, 9):
             make_picture(rng, hue, (64, 64)).save(folder / "photos" / name / f"{i}.jpg")
+    shutil.make_archive(str(folder / "photos"), "zip", folder / "photos")
     for name in ("roses", "tulips"):
         (folder / "new-photos" / name).mkdir(parents=True)
         make_picture(rng, 0, (64, 64)).save(folder / "new-photos" / name / "1.jpg")
@@ -60,6 +62,7 @@ def run(here: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "HF_HUB_CACHE": str(here / "hub"),
         "HF_HUB_OFFLINE": "1",
+        "HEADSTART_CACHE": str(here / "cache"),
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }

@@ -17,7 +17,9 @@ from .recipe import POLICIES, RECIPES, AugmentSpec, HeadSpec, HiddenLayer, Recip
 
 DEFAULT_BACKBONE = "mobilenetv2_100"
 DEFAULT_RECIPE = "fine-tune"
-PHOTOS_HELP = "folder with one folder per class (or with train/val/test), or a CSV or Parquet manifest"
+PHOTOS_HELP = (
+    "folder of class folders (or of train/val/test), .zip or .tar.gz of one, manifest (.csv, .parquet), URL#sha256=HEX"
+)
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def load_images(
     check: bool = True,
     workers: int = 0,
 ) -> ImageTable:
-    """Read labelled pictures: a folder with one folder per class, or a CSV or Parquet manifest (see `read_manifest`).
+    """Read labelled pictures: a folder of class folders, an archive of it, or a manifest (see `read_manifest`).
 
     PHOTOS/cat/1.jpg, or PHOTOS/train/cat/1.jpg beside `val` (`valid`, `validation`) and `test` in any letter case.
     The class map is that of the training pictures, naturally sorted (2 before 10). Hidden folders and files are

@@ -229,10 +229,20 @@ def _stray(here: _Folder, shown: str) -> DataError:
     )
 
 
+def require_file(path: Path, shown: str) -> None:
+    """Raise, with near matches, unless `path` is a file; `shown` is how the user wrote it."""
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"No file {shown}.{near_matches(path.name, siblings)}")
+
+
 def _no_folder(root: Path, shown: str) -> DataError:
     if root.exists():
-        return DataError(f"{shown} is a file; headstart reads a folder of class folders. Unpack an archive first.")
-    siblings = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
+        return DataError(
+            f"{shown} is a file; headstart reads a folder of class folders, an archive (.zip, .tar, .tar.gz, .tgz) or "
+            "a manifest (.csv, .tsv, .parquet)."
+        )
+    siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
     return DataError(f"No folder {shown}.{near_matches(root.name, siblings)}")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError, SetupError, near_matches
-from .folders import SPLIT_FOLDERS, Layout, natural_key
+from .folders import SPLIT_FOLDERS, Layout, natural_key, require_file
 from .run import to_csv, write_atomic
 
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -60,9 +60,7 @@ def read_manifest(path: str | Path, *, root: str | Path | None = None) -> list[M
         SetupError: Parquet without pyarrow installed.
     """
     file = Path(path).expanduser().absolute()
-    if not file.is_file():
-        siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise DataError(f"No file {path}.{near_matches(file.name, siblings)}")
+    require_file(file, str(path))
     base = file.parent if root is None else Path(root).expanduser().absolute()
     if not base.is_dir():
         raise DataError(f"{path}: its pictures are looked for in {root}, which is no folder.")
