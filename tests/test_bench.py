@@ -59,3 +59,20 @@ def test_what_differs_is_not_shared(photos: Path) -> None:
         assert (stage["shared_seconds"] > 0) == features_shared, other
         assert all(torch.equal(mine, weights(alone)[name]) for name, mine in weights(result).items())
         assert any(not torch.equal(mine, weights(first)[name]) for name, mine in weights(result).items())
+
+
+def test_shared_activations_train_the_later_runs_own_layers(photos: Path) -> None:
+    bench = bench_of(photos, share=True)
+    middle = replace(PLAN, stages=(replace(HEAD, freeze_line="layer3"),))
+    first = fine_tune(bench, recipe=middle, **TINY)
+    kept = {name: tensor.clone() for name, tensor in weights(first).items()}
+    other = replace(middle, lr=0.02)
+    shared, alone = (
+        fine_tune(bench, recipe=other, **TINY),
+        fine_tune(bench_of(photos, share=False), recipe=other, **TINY),
+    )
+    assert shared.metrics["stages"][0]["shared_seconds"] > 0
+    assert shared.metrics["stages"][0]["views"] == 2
+    assert all(torch.equal(mine, weights(alone)[name]) for name, mine in weights(shared).items())
+    assert all(torch.equal(mine, kept[name]) for name, mine in weights(first).items())
+    assert any(not torch.equal(mine, kept[name]) for name, mine in weights(shared).items())

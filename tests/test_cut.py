@@ -284,3 +284,29 @@ def test_tensors_without_the_batch_in_front_are_not_stored() -> None:
     assert parts.frozen_between == ("middle",)
     with torch.no_grad():
         torch.testing.assert_close(parts.suffix(parts.prefix(x)), net(x))
+
+
+class DropsInFront(nn.Module):
+    """A block that drops values itself, in front of the layer that is trained; the cut lies at the block's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return x + self.third(nn.functional.dropout(self.second(x), 0.5, self.training))
+
+
+def test_a_frozen_layer_behind_the_cut_is_recorded_in_the_mode_it_stays_in() -> None:
+    net, x = DropsInFront(), torch.randn(64, 4)
+
+    def whole(module: nn.Module, x: Tensor) -> Any:
+        return module(x)
+
+    for kept, same in ((list(net.modules())[:3], True), ((), False)):
+        parts = made(cut_or_reason(net, ["third"], example_shape=(4,), forward=whole, kept_in_eval=kept))
+        assert parts.at == "first"
+        stored = parts.prefix(x)
+        parts.suffix.training = True
+        assert torch.equal(parts.suffix(stored), parts.suffix(stored)) is same

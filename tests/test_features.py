@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from headstart import (
     Recipe,
@@ -16,10 +18,24 @@ from headstart import (
     make_runtime,
     set_freeze_line,
     split,
+    train,
 )
-from headstart.features import FeatureSource, PixelSource, make_source, store_features
+from headstart import fit as fit_stage
+from headstart.evaluation import predict_logits, source_logits
+from headstart.features import (
+    ActivationSource,
+    FeatureSource,
+    PixelSource,
+    fast_kernels,
+    make_source,
+    place_source,
+    store_activations,
+    store_features,
+)
+from headstart.freezing import fixed_tensors, tensors_digest
 from headstart.pixels import Pixels
 from headstart.recipe import POLICIES
+from test_cut import LINES
 from tiny import SPEC, TinyNet
 
 CPU = make_runtime(device="cpu", precision="fp32", workers=2)
@@ -83,3 +99,173 @@ def test_pixels_are_the_same_with_and_without_a_cache(photos: Path) -> None:
     assert torch.equal(first, kept.batch(*jobs))
     assert torch.equal(first, fresh.batch(*jobs))
     assert torch.equal(first[0], kept.batch([3], [0])[0])
+
+
+def test_the_backbone_of_a_classifier_runs_by_the_fast_kernels(photos: Path) -> None:
+    model = create_classifier("mobilenetv3_small_050", ["a", "b"], weights="none")
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.backbone.modules())
+    with fast_kernels(model, CPU):
+        assert sum(type(m).__name__ == "_FusedNormAct" for m in model.backbone.modules()) == norms
+    set_freeze_line(model, "blocks.3")
+    train = Pixels(split(load_images(photos)).train, model.spec)
+    place = place_source(train, train, model, views=1, runtime=CPU)
+    assert place.cut is not None
+    for half in (place.cut.prefix, place.cut.suffix.train_graph):
+        with fast_kernels(half, CPU):
+            fused = [type(m).__name__ == "_FusedNormAct" for m in half.modules() if isinstance(m, nn.BatchNorm2d)]
+            assert fused
+            assert all(fused)
+
+
+# ---------------------------------------------------------------- a line in the middle
+
+
+class CutNet(nn.Module):
+    """A small network that can be recorded, with a frozen dropout and BatchNorm on both sides of its lines."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+            self.norm = nn.BatchNorm2d(8)
+            self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+            self.last = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+            for norm in (self.norm, self.block[1]):
+                nn.init.uniform_(norm.running_mean)
+                nn.init.uniform_(norm.running_var, 0.5, 2.0)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = x + self.block(x)
+        return self.dropout(self.last(x)).mean((2, 3))
+
+
+def count_pictures(module: nn.Module) -> list[int]:
+    seen: list[int] = []
+    module.register_forward_pre_hook(lambda _, args: None if args[0].is_meta else seen.append(len(args[0])))
+    return seen
+
+
+@pytest.mark.parametrize(("augment", "k"), [("photo", 3), ("none", 1)])
+@pytest.mark.parametrize("epochs", [2, 7])
+def test_the_frozen_part_runs_once_per_picture_and_view(photos: Path, augment: str, k: int, epochs: int) -> None:
+    net = CutNet()
+    splits = split(load_images(photos))
+    model = create_classifier(net, splits.class_names, data_spec=SPEC)
+    stage = Stage(freeze_line="block", epochs=epochs, views=3)
+    set_freeze_line(model, "block")
+    stem, block = count_pictures(net.stem), count_pictures(net.block[0])
+    fit_stage(model, splits, stage, augment=augment, runtime=CPU)
+    deciding = 2  # one small run looks at the shapes of the tensors that could be stored
+    assert sum(stem) - deciding == len(splits.train) * k + len(splits.val)
+    assert sum(block) > epochs * len(splits.train)
+
+
+@pytest.mark.parametrize("where", ["norm", "block", "block.1", "last"])
+def test_stored_activations_are_the_recomputed_ones(photos: Path, where: str) -> None:
+    splits = split(load_images(photos))
+    model = create_classifier(CutNet(), splits.class_names, data_spec=SPEC)
+    set_freeze_line(model, where)
+    train = Pixels(splits.train, SPEC, augment=POLICIES["photo"], seed=4)
+    val = Pixels(splits.val, SPEC)
+    data = make_source(train, val, model, views=3, runtime=CPU, batch_size=8)
+    assert isinstance(data.train, ActivationSource)
+    again = store_activations(model, data.train.cut, train, views=3, runtime=CPU, batch_size=8)
+    assert torch.equal(again.rows, data.train.stored.rows)
+    for picture, view in ((0, 0), (5, 1), (23, 2)):
+        with torch.no_grad():
+            x = model.eval().enter(train.batch([picture], [view]))
+            fresh = data.train.cut.prefix(x)
+        stored = data.train.batch([picture], [view])
+        assert torch.allclose(stored, fresh, rtol=1e-5, atol=1e-6)
+        assert stored.is_contiguous(memory_format=torch.channels_last)
+    with data.val.kernels(model, CPU):
+        logits = source_logits(model, data.val, indices=torch.arange(len(val)), runtime=CPU)
+    torch.testing.assert_close(logits, predict_logits(model, val, runtime=CPU), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["norm", "block", "block.1", "last"])
+def test_a_fit_from_the_store_is_the_fit_from_pixels(photos: Path, where: str) -> None:
+    splits = split(load_images(photos))
+    stage = Stage(name="x", freeze_line=where, epochs=3, batch_size=8, optimizer="sgd")
+    results = []
+    for budget in (None, 0):
+        model = create_classifier(CutNet(), splits.class_names, data_spec=SPEC)
+        set_freeze_line(model, where)
+        frozen = tensors_digest(fixed_tensors(model))
+        pixels = Pixels(splits.train, SPEC), Pixels(splits.val, SPEC)
+        place = place_source(*pixels, model, views=2, runtime=CPU, budget_bytes=budget)
+        data = make_source(*pixels, model, views=2, runtime=CPU, placement=place)
+        assert isinstance(data.train, PixelSource if budget == 0 else ActivationSource)
+        train.fit(model, data, stage, lr=0.05, runtime=CPU)
+        assert tensors_digest(fixed_tensors(model)) == frozen
+        results.append(predict_logits(model, pixels[1], runtime=CPU))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    fresh = create_classifier(CutNet(), splits.class_names, data_spec=SPEC)
+    assert not torch.allclose(results[0], predict_logits(fresh, pixels[1], runtime=CPU), atol=1e-3)
+
+
+def test_dropout_behind_the_line_acts_in_training_alone(photos: Path) -> None:
+    splits = split(load_images(photos))
+    model = create_classifier(CutNet(dropout=0.5), splits.class_names, data_spec=SPEC)
+    set_freeze_line(model, "last")
+    data = make_source(Pixels(splits.train, SPEC), Pixels(splits.val, SPEC), model, views=1, runtime=CPU)
+    x = data.train.batch([0, 1], [0, 0])
+    model.train()
+    assert not torch.equal(data.train.forward(model, x), data.train.forward(model, x))
+    model.eval()
+    assert torch.equal(data.train.forward(model, x), data.train.forward(model, x))
+
+
+def test_the_decision_is_said_in_one_line_with_its_size(photos: Path) -> None:
+    splits = split(load_images(photos))
+    model = create_classifier(CutNet(), splits.class_names, data_spec=SPEC)
+    pixels = Pixels(splits.train, SPEC, augment=POLICIES["photo"]), Pixels(splits.val, SPEC)
+    assert (len(pixels[0]), len(pixels[1])) == (24, 6)
+    set_freeze_line(model, "block")
+    place = place_source(*pixels, model, views=2, runtime=CPU)
+    assert place.nbytes == (24 * 2 + 6) * 8 * 8 * 8 * 4
+    assert place.passes == 24 * 2 + 6
+    assert place.why == (
+        "Frozen layers up to relu run once (24 pictures x 2 views, 6 for validation), stored in 0.1 MB of memory."
+    )
+    place = place_source(*pixels, model, views=2, runtime=CPU, budget_bytes=place.nbytes - 1)
+    assert not place.views
+    assert "exceed the 0.1 MB allowed" in place.why
+    set_freeze_line(model, "all")
+    assert not place_source(*pixels, model, views=2, runtime=CPU).why
+    unrecorded = create_classifier(TinyNet(), splits.class_names, data_spec=SPEC)
+    set_freeze_line(unrecorded, "block")
+    assert "TinyNet cannot be traced" in place_source(*pixels, unrecorded, views=2, runtime=CPU).why
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LINES)
+def test_every_family_trains_from_what_is_stored(name: str, photos: Path) -> None:
+    middle, size = LINES[name][1][1], 64
+    splits = split(load_images(photos))
+    model = create_classifier(name, splits.class_names, weights="none", image_size=size)
+    set_freeze_line(model, middle)
+    frozen = tensors_digest(fixed_tensors(model))
+    small = splits.train.select(np.arange(8))
+    pixels = Pixels(small, model.spec), Pixels(splits.val, model.spec)
+    data = make_source(*pixels, model, views=1, runtime=CPU)
+    assert isinstance(data.train, ActivationSource), place_source(*pixels, model, views=1, runtime=CPU).why
+    with data.val.kernels(model, CPU):
+        logits = source_logits(model, data.val, indices=torch.arange(len(splits.val)), runtime=CPU)
+    torch.testing.assert_close(logits, predict_logits(model, pixels[1], runtime=CPU), rtol=1e-4, atol=1e-5)
+    model.train()
+    gradients = []
+    for source in (data.train, PixelSource(pixels[0])):
+        torch.manual_seed(0)  # swin drops paths behind the line
+        with source.kernels(model, CPU):
+            source.forward(model, source.batch(range(8), [0] * 8)).square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad(set_to_none=True)
+    from_store, from_pixels = gradients
+    assert from_store.keys() == from_pixels.keys()
+    for n, grad in from_pixels.items():
+        torch.testing.assert_close(from_store[n], grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()) + 1e-7, msg=n)
+    assert tensors_digest(fixed_tensors(model)) == frozen

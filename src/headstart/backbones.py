@@ -365,8 +365,10 @@ def backbone_map(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     Channels-last maps (Swin) are permuted; tokens [N, T, C] (ViT) lose their class and register tokens and are laid
     out on their grid.
     """
-    forward = getattr(net, "forward_features", net)
-    out = forward(x)
+    return _as_map(net, backbone_output(net, x, "avg"))
+
+
+def _as_map(net: nn.Module, out: Any) -> torch.Tensor:
     if not isinstance(out, torch.Tensor) or out.ndim not in (3, 4):
         got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise ModelError(
@@ -386,18 +388,29 @@ def backbone_map(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def backbone_features(net: nn.Module, x: torch.Tensor, pool: str) -> torch.Tensor:
     """Features [N, D] for normalised pictures [N, 3, S, S], pooled as asked; see `HeadSpec.pool`."""
+    return pool_output(net, backbone_output(net, x, pool), pool)
+
+
+def backbone_output(net: nn.Module, x: torch.Tensor, pool: str) -> Any:
+    """What the network itself computes, before `pool_output`: its features for `backbone`, else its feature map.
+
+    Nothing is checked here: a check of a value would keep this from being recorded as a graph.
+    """
+    if pool == "backbone" and hasattr(net, "forward_features") and hasattr(net, "forward_head"):
+        return net.forward_head(net.forward_features(x), pre_logits=True)  # type: ignore[operator]
+    return net(x) if pool == "backbone" else getattr(net, "forward_features", net)(x)
+
+
+def pool_output(net: nn.Module, out: Any, pool: str) -> torch.Tensor:
+    """Features [N, D] from a `backbone_output` for the same `pool`."""
     if pool == "backbone":
-        if hasattr(net, "forward_features") and hasattr(net, "forward_head"):
-            out = net.forward_head(net.forward_features(x), pre_logits=True)  # type: ignore[operator]
-        else:
-            out = net(x)
         if not isinstance(out, torch.Tensor) or out.ndim != 2:
             got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
             raise ModelError(
                 f"{type(net).__name__} gives {got}, not features [N, D]. Use pool='avg', 'max' or 'flatten'."
             )
         return out
-    feature_map = backbone_map(net, x)
+    feature_map = _as_map(net, out)
     if pool == "avg":
         return feature_map.mean((2, 3))
     if pool == "max":

@@ -20,7 +20,7 @@ from .classifier import Classifier
 from .dataset import ImageTable, Splits, check_images, load_images, split
 from .errors import DataError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_logits
-from .features import Advance, FeatureSource, StageData, make_source
+from .features import Advance, Placement, StageData, make_source
 from .freezing import tensors_digest
 from .pixels import Augment, Pixels, is_augmented
 from .pixelstore import PixelStore
@@ -94,18 +94,20 @@ class Bench:
         return self._stores.get(spec)
 
     def source(
-        self, train: Pixels, val: Pixels, model: Classifier, *, views: int, advance: Advance | None = None
+        self, train: Pixels, val: Pixels, model: Classifier, place: Placement, *, advance: Advance | None = None
     ) -> tuple[StageData, float]:
         """What `make_source` gives, and the seconds that an earlier run spent on it (0.0 where it is made now)."""
-        key = self._source_key(model, train, val, views)
+        key = self._source_key(model, train, val, place)
         if key in self._sources:
             source, seconds = self._sources[key] = self._sources.pop(key)  # the last used goes last
-            return source, seconds
+            return source.behind(place.cut), seconds
         started = time.perf_counter()
-        source = make_source(train, val, model, views=views, runtime=self.runtime, advance=advance)
-        if key is not None and _stored_bytes(source):
+        source = make_source(
+            train, val, model, views=place.views, runtime=self.runtime, advance=advance, placement=place
+        )
+        if key is not None and source.nbytes:
             self._sources[key] = source, time.perf_counter() - started
-            while sum(_stored_bytes(kept) for kept, _ in self._sources.values()) > KEEP_BYTES:
+            while sum(kept.nbytes for kept, _ in self._sources.values()) > KEEP_BYTES:
                 self._sources.pop(next(iter(self._sources)))
         return source, 0.0
 
@@ -129,10 +131,10 @@ class Bench:
         if key is not None:
             self._stages[key] = _KeptStage(result, snapshot(model), seconds)
 
-    def _source_key(self, model: Classifier, train: Pixels, val: Pixels, views: int) -> str | None:
-        line = model.freeze_line
+    def _source_key(self, model: Classifier, train: Pixels, val: Pixels, place: Placement) -> str | None:
+        line, at = model.freeze_line, place.cut.at if place.cut else None
         weights = tensors_digest(model.backbone.state_dict().items()) if self.share else ""
-        return self._key(model, train, [line.where, line.batchnorm, views, len(train), len(val), weights])
+        return self._key(model, train, [line.where, line.batchnorm, at, place.views, len(train), len(val), weights])
 
     def _key(self, model: Classifier, train: Pixels, parts: list[Any]) -> str | None:
         """None where something cannot be described: a module or a transform of the user's own."""
@@ -141,12 +143,6 @@ class Bench:
         parts += [model.backbone_name, model.backbone_args, model.pool, repr(train.spec), train.augment.to_dict()]
         parts += [train.seed if train.is_augmented else 0, str(self.runtime.dtype), str(self.runtime.device)]
         return json.dumps(parts, sort_keys=True, default=str)
-
-
-def _stored_bytes(data: StageData) -> int:
-    """The memory of stored features; 0 where the loop is fed with pixels."""
-    parts = [part for part in (data.train, data.val) if isinstance(part, FeatureSource)]
-    return sum(part.features.nbytes for part in parts)
 
 
 def make_bench(

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from .backbones import backbone_features, backbone_map, create_backbone, override_spec, seeded
+from .backbones import backbone_features, backbone_map, create_backbone, override_spec, pool_output, seeded
 from .errors import HeadstartError, ModelError
 from .heads import create_head
 from .recipe import HeadSpec
@@ -62,7 +62,7 @@ class Classifier(nn.Module):
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pooled features [N, D], what the head takes."""
-        x = self._enter(pixels)
+        x = self.enter(pixels)
         if x.shape[-1] == self.spec.image_size:
             return backbone_features(self.backbone, x, self.pool)
         try:
@@ -73,9 +73,13 @@ class Classifier(nn.Module):
             raise self._wrong_size(x, f"{out.shape[1]} features instead of {self.num_features}")
         return out
 
+    def finish(self, output: Any) -> torch.Tensor:
+        """Logits [N, C] from what the backbone computes of normalised pictures (`backbones.backbone_output`)."""
+        return self.head(pool_output(self.backbone, output, self.pool))  # type: ignore[no-any-return]
+
     def feature_map(self, pixels: torch.Tensor) -> torch.Tensor:
         """The backbone's feature map [N, C, H, W] before pooling, whatever layout the network itself uses."""
-        return backbone_map(self.backbone, self._enter(pixels))
+        return backbone_map(self.backbone, self.enter(pixels))
 
     def backbone_trace(self) -> Trace:
         """What one pass through the backbone to its features does; watched again only when its modules change.
@@ -107,6 +111,11 @@ class Classifier(nn.Module):
         self.train(mode)
 
     @property
+    def kept_in_eval(self) -> tuple[nn.Module, ...]:
+        """The modules that stay in evaluation mode, each without its children."""
+        return self._kept_in_eval
+
+    @property
     def backbone_is_frozen(self) -> bool:
         """Whether nothing of the backbone is trained and nothing of it is in training mode."""
         kept = {id(m) for m in self._kept_in_eval}
@@ -114,7 +123,12 @@ class Classifier(nn.Module):
             id(m) in kept for m in self.backbone.modules()
         )
 
-    def _enter(self, pixels: torch.Tensor) -> torch.Tensor:
+    def enter(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalised pictures from pixels [N, 3, S, S] on the 0-255 scale: the classifier's door.
+
+        Raises:
+            ModelError: another shape, or pixels that were normalised before.
+        """
         self.keep_frozen()
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ModelError(f"The classifier takes pixels [N, 3, S, S]; it was given {tuple(pixels.shape)}.")

@@ -90,7 +90,7 @@ STAGE_OPTIONS = (
     Option("early_stop", _whole, "N", "epochs without a better score before the stage ends, 0 is off"),
     Option("clip_norm", _number, "X", "largest gradient norm, 0 is off"),
     Option("select", _word, "SCORE", "the best epoch is chosen by validation loss or accuracy"),
-    Option("views", _whole, "N", "views of each picture stored for a frozen backbone, the plain one included"),
+    Option("views", _whole, "N", "views of each picture stored where layers are frozen, the plain one included"),
     Option("mixup", _number, "X", "blend each picture with another, share from Beta(X, X); 0.2 is usual, 0 is off"),
     Option(
         "cutmix", _number, "X", "or paste a rectangle of another in, likewise; 1 is usual; for a line in front of all"

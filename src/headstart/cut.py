@@ -16,18 +16,20 @@ from typing import Any
 import torch
 from timm.layers._fx import get_notrace_functions, get_notrace_modules
 from timm.layers.drop import DropBlock2d, DropPath
+from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, fx, nn
 
 Forward = Callable[[Any, Tensor], Any]
 
-# Modules whose behaviour hangs on their own training flag, and convolutions whose class may have been exchanged for a
-# faster one: called as they are, never looked into.
+# Modules whose behaviour hangs on their own training flag, and those whose class may be exchanged for a faster one:
+# called as they are, never looked into.
 _LEAVES: tuple[type[nn.Module], ...] = (
     nn.modules.batchnorm._NormBase,
     nn.GroupNorm,
     nn.LayerNorm,
     nn.modules.dropout._DropoutNd,
     nn.Conv2d,
+    SqueezeExcite,
     DropPath,
     DropBlock2d,
 )
@@ -80,7 +82,8 @@ class Suffix(nn.Module):
 
     Its own training flag chooses between the operations recorded in training and in evaluation mode (dropout that is
     written as a function of `self.training`); norms, dropout and drop-path modules go by their own flags. `train()`
-    reaches the frozen layers between cut and line too: put them back into eval mode afterwards, as on the backbone.
+    reaches the frozen layers between cut and line too: put them back into eval mode afterwards, as on the backbone; or
+    set `training` alone where the backbone's modules have their modes already.
     """
 
     def __init__(self, train_graph: fx.GraphModule, eval_graph: fx.GraphModule) -> None:
@@ -127,6 +130,7 @@ def cut(
     example_shape: tuple[int, ...],
     forward: Forward | str = features,
     max_bytes: int | None = None,
+    kept_in_eval: Iterable[nn.Module] = (),
 ) -> Cut | None:
     """Cut a backbone at the last single tensor computed before anything trained; None where that cannot be done.
 
@@ -139,8 +143,11 @@ def cut(
         example_shape: [C, H, W] of one picture.
         forward: function of (backbone, pictures [N, C, H, W]), or the name of a method.
         max_bytes: go further back to a tensor of at most this size per picture (in the backbone's own format).
+        kept_in_eval: modules (each without its children) that stay in evaluation mode when the suffix is trained.
     """
-    found = cut_or_reason(net, behind, example_shape=example_shape, forward=forward, max_bytes=max_bytes)
+    found = cut_or_reason(
+        net, behind, example_shape=example_shape, forward=forward, max_bytes=max_bytes, kept_in_eval=kept_in_eval
+    )
     return found if isinstance(found, Cut) else None
 
 
@@ -151,12 +158,14 @@ def cut_or_reason(
     example_shape: tuple[int, ...],
     forward: Forward | str = features,
     max_bytes: int | None = None,
+    kept_in_eval: Iterable[nn.Module] = (),
 ) -> Cut | str:
     """As `cut`, with a reason in place of None."""
     call = _method(forward) if isinstance(forward, str) else forward
     names = (behind,) if isinstance(behind, str) else tuple(behind)
     try:
-        at_eval, at_train = _record(net, call, training=False), _record(net, call, training=True)
+        at_eval = _record(net, call, training=False)
+        at_train = _record(net, call, training=True, but=kept_in_eval)
         shapes = _shapes(at_eval, net, example_shape)
         place, place_train = _choose(at_eval, at_train, names, shapes, max_bytes)
     except Uncuttable as reason:
@@ -182,11 +191,13 @@ def _method(name: str) -> Forward:
 
 
 @contextmanager
-def _mode(net: nn.Module, training: bool) -> Iterator[None]:
-    """All modules in one mode for a while; afterwards each is as it was."""
+def _mode(net: nn.Module, training: bool, but: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """All modules in one mode for a while, `but` these in evaluation mode; afterwards each is as it was."""
     before = [(module, module.training) for module in net.modules()]
     try:
         net.train(training)
+        for module in but:
+            module.training = False
         yield
     finally:
         for module, was in before:
@@ -330,9 +341,9 @@ def _plain(node: fx.Node) -> str:
     return str(node.target).removeprefix("net.")
 
 
-def _record(net: nn.Module, forward: Forward, *, training: bool) -> _Recording:
+def _record(net: nn.Module, forward: Forward, *, training: bool, but: Iterable[nn.Module] = ()) -> _Recording:
     try:
-        with _mode(net, training):
+        with _mode(net, training, but):
             return _Recording(*trace(net, forward))
     except Exception as error:  # whatever a foreign forward raises under tracing
         first = (str(error) or type(error).__name__).splitlines()[0]

@@ -260,12 +260,16 @@ def fast_depthwise(module: nn.Module) -> Undo:
 def conv_norm_pairs(module: nn.Module, forward: Forward) -> list[tuple[str, str]]:
     """Names of (convolution, BatchNorm) where the norm alone reads the convolution's output; each is called once.
 
-    Found in the graph of `forward(module, x)`; empty where that cannot be traced.
+    Found in the graph of `forward(module, x)`, or in the module's own where it is one half of a cut; empty where that
+    cannot be traced.
     """
-    try:
-        _, graph = trace(module, forward)
-    except Exception:  # whatever a foreign forward raises under tracing: then nothing is known of its order
-        return []
+    if isinstance(module, fx.GraphModule):
+        graph, own = module.graph, ""
+    else:
+        try:
+            graph, own = trace(module, forward)[1], "net."
+        except Exception:  # whatever a foreign forward raises under tracing: then nothing is known of its order
+            return []
     calls = [node for node in graph.nodes if node.op == "call_module"]
     once = {target for target, n in Counter(node.target for node in calls).items() if n == 1}
     pairs = []
@@ -277,7 +281,7 @@ def conv_norm_pairs(module: nn.Module, forward: Forward) -> list[tuple[str, str]
             and len(before.users) == 1
             and {node.target, before.target} <= once
         ):
-            conv, norm = str(before.target).removeprefix("net."), str(node.target).removeprefix("net.")
+            conv, norm = str(before.target).removeprefix(own), str(node.target).removeprefix(own)
             if _is_plain_conv(module.get_submodule(conv)) and _has_fixed_form(module.get_submodule(norm)):
                 pairs.append((conv, norm))
     return pairs

@@ -6,22 +6,29 @@ picture and view and kept; an epoch then costs only what is trained.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .backbones import backbone_features
+from .backbones import backbone_output
 from .classifier import Classifier
+from .cut import Cut, cut_or_reason
 from .fastops import fast_training
 from .pixels import Pixels
 from .recipe import AugmentSpec
-from .runtime import Runtime
+from .runtime import Runtime, free_memory_bytes
 
 Advance = Callable[[int], None]
+
+# What is stored may take this much memory, or this share of what is free if that is less.
+STORE_BYTES = 4 << 30
+STORE_SHARE = 0.4
 
 
 class Source(Protocol):
@@ -31,6 +38,8 @@ class Source(Protocol):
     """Class ids [N], int64, on the CPU."""
     num_views: int | None
     """Views per picture, the plain one (view 0) included; None: a fresh one for each epoch."""
+    nbytes: int
+    """Memory that stored inputs take."""
 
     def batch(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
         """Inputs [B, ...] of these pictures in these views."""
@@ -38,6 +47,10 @@ class Source(Protocol):
 
     def forward(self, model: Classifier, inputs: Tensor) -> Tensor:
         """Logits [B, C] from such inputs."""
+        ...
+
+    def kernels(self, model: Classifier, runtime: Runtime) -> AbstractContextManager[object]:
+        """While this is entered, what `forward` runs does the same arithmetic by faster kernels."""
         ...
 
     @property
@@ -58,12 +71,16 @@ class PixelSource:
         self.pixels = pixels
         self.labels = _labels(pixels)
         self.num_views = None if pixels.is_augmented else 1
+        self.nbytes = 0
 
     def batch(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
         return self.pixels.batch(indices, views)
 
     def forward(self, model: Classifier, inputs: Tensor) -> Tensor:
         return model(inputs)  # type: ignore[no-any-return]
+
+    def kernels(self, model: Classifier, runtime: Runtime) -> AbstractContextManager[object]:
+        return fast_kernels(model, runtime)
 
 
 def _labels(pixels: Pixels) -> Tensor:
@@ -78,6 +95,7 @@ class FeatureSource:
     def __init__(self, features: Tensor, labels: Tensor) -> None:
         self.features, self.labels = features, labels
         self.num_views: int | None = features.shape[1]
+        self.nbytes = features.nbytes
 
     def batch(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
         return self.features[torch.as_tensor(indices), torch.as_tensor(views)]
@@ -87,6 +105,52 @@ class FeatureSource:
         with torch.autocast(inputs.device.type, enabled=False):
             return model.head(inputs.float())  # type: ignore[no-any-return]
 
+    def kernels(self, model: Classifier, runtime: Runtime) -> AbstractContextManager[object]:
+        return nullcontext()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a function gave for every picture and view.
+
+    Attributes:
+        rows: [N * K, ...], the views of a picture one after the other.
+        channels_last: the rows are feature maps that lie as [H, W, C].
+        dtype: the format in which they were computed; they may be kept in a shorter one.
+    """
+
+    rows: Tensor
+    channels_last: bool
+    dtype: torch.dtype
+
+    def take(self, places: Tensor) -> Tensor:
+        """Rows in the layout and format in which they were computed."""
+        chosen = self.rows.index_select(0, places).to(self.dtype)
+        return chosen.permute(0, 3, 1, 2) if self.channels_last else chosen
+
+
+class ActivationSource:
+    """What the frozen part in front of a cut gives, computed once; what lies behind the cut runs in a step."""
+
+    in_background = True
+
+    def __init__(self, stored: Stored, labels: Tensor, cut: Cut) -> None:
+        self.stored, self.labels, self.cut = stored, labels, cut
+        self._views = len(stored.rows) // len(labels)
+        self.num_views: int | None = self._views
+        self.nbytes = stored.rows.nbytes
+
+    def batch(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
+        return self.stored.take(torch.as_tensor(indices) * self._views + torch.as_tensor(views))
+
+    def forward(self, model: Classifier, inputs: Tensor) -> Tensor:
+        model.keep_frozen()
+        self.cut.suffix.training = model.training  # its modules are the model's, which has set their modes
+        return model.finish(self.cut.suffix(inputs))
+
+    def kernels(self, model: Classifier, runtime: Runtime) -> AbstractContextManager[object]:
+        return fast_kernels(self.cut.suffix.train_graph, runtime)
+
 
 @dataclass(frozen=True)
 class StageData:
@@ -94,6 +158,98 @@ class StageData:
 
     train: Source
     val: Source
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of what is stored; 0 where the loop is fed with pixels."""
+        return self.train.nbytes + self.val.nbytes
+
+    def behind(self, cut: Cut | None) -> StageData:
+        """The same stored activations in front of the rest of an equal model, cut in the same place."""
+        return StageData(
+            *(
+                ActivationSource(part.stored, part.labels, cut) if cut and isinstance(part, ActivationSource) else part
+                for part in (self.train, self.val)
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a stage is fed from, decided before anything is computed.
+
+    Attributes:
+        views: views of each training picture that are computed and stored; 0 where pixels feed the stage.
+        cut: where the backbone is cut; None where it runs whole, or not at all in a step.
+        passes: pictures that will go through the frozen part.
+        nbytes: memory that their activations take.
+        why: one line for the user; empty where there is nothing to decide.
+    """
+
+    views: int = 0
+    cut: Cut | None = None
+    passes: int = 0
+    nbytes: int = 0
+    why: str = ""
+
+
+def place_source(
+    train: Pixels,
+    val: Pixels,
+    model: Classifier,
+    *,
+    views: int,
+    runtime: Runtime,
+    budget_bytes: int | None = None,
+) -> Placement:
+    """Decide from the model's freeze line what is computed once: pooled features, activations at a cut, or nothing.
+
+    Args:
+        views: views stored per training picture, the plain one included (one when nothing is augmented).
+        budget_bytes: memory that stored activations may take; None is 4 GB, or 40 % of what is free if that is less.
+            Where they do not fit, a smaller tensor further to the front is stored, or else pixels feed the stage.
+    """
+    views = views if train.is_augmented else 1
+    passes = len(train) * views + len(val)
+    if model.backbone_is_frozen:
+        return Placement(views, None, passes, passes * model.num_features * 4)
+    if model.freeze_line is None or not model.freeze_line.frozen:
+        return Placement()
+    budget = min(STORE_BYTES, int(STORE_SHARE * free_memory_bytes())) if budget_bytes is None else budget_bytes
+    # Validation is kept in float32: bytes per number of a picture's activation, over all pictures.
+    bytes_per_number = len(train) * views * runtime.dtype.itemsize + len(val) * 4
+    find = partial(
+        cut_or_reason,
+        model.backbone,
+        model.freeze_line.trained,
+        example_shape=(3, model.spec.image_size, model.spec.image_size),
+        forward=partial(_backbone_output, pool=model.pool),
+        kept_in_eval=model.kept_in_eval,
+    )
+    found = find()
+    if isinstance(found, Cut) and (nbytes := math.prod(found.shape) * bytes_per_number) > budget:
+        smaller = find(max_bytes=budget // bytes_per_number * found.dtype.itemsize)
+        taken = f"{_size(nbytes)} of activations ({_counts(train, val, views)}) exceed the {_size(budget)} allowed"
+        found = smaller if isinstance(smaller, Cut) else taken
+    if not isinstance(found, Cut):
+        return Placement(why=f"Frozen layers run in every step: {found}.")
+    nbytes = math.prod(found.shape) * bytes_per_number
+    why = (
+        f"Frozen layers up to {found.at} run once ({_counts(train, val, views)}), stored in {_size(nbytes)} of memory."
+    )
+    return Placement(views, found, passes, nbytes, why)
+
+
+def _backbone_output(net: nn.Module, x: Tensor, *, pool: str) -> Any:
+    return backbone_output(net, x, pool)
+
+
+def _counts(train: Pixels, val: Pixels, views: int) -> str:
+    return f"{len(train):,} pictures x {views} view{'s' * (views != 1)}, {len(val):,} for validation"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def make_source(
@@ -105,28 +261,34 @@ def make_source(
     runtime: Runtime,
     batch_size: int = 32,
     advance: Advance | None = None,
+    placement: Placement | None = None,
 ) -> StageData:
-    """Choose what the loop is fed with, from where the model's freeze line stands.
+    """Make what the loop is fed with, from where the model's freeze line stands.
 
-    With the whole backbone frozen it runs here, once: `views` times per training picture (once when nothing is
-    augmented) and once per validation picture, that one in float32 as `predict` would. Otherwise the loop gets pixels.
+    What stands in front of the line runs here, once: `views` times per training picture (once when nothing is
+    augmented) and once per validation picture, that one in float32 as `predict` would. With nothing in front of the
+    line, or where the backbone cannot be cut, the loop gets pixels.
 
     Args:
         views: views stored per training picture, the plain one included.
+        batch_size: pictures in a pass of the frozen part.
         advance: called with the number of pictures done, for a progress bar.
+        placement: what `place_source` decided; None decides here.
     """
-    if not model.backbone_is_frozen:
+    place = placement or place_source(train, val, model, views=views, runtime=runtime)
+    if not place.views:
         return StageData(PixelSource(train), PixelSource(val))
-    parts = ((train, views if train.is_augmented else 1, runtime), (val, 1, replace(runtime, dtype=torch.float32)))
-    return StageData(
-        *(
-            FeatureSource(
-                store_features(model, part, views=n, runtime=how, batch_size=batch_size, advance=advance),
-                _labels(part),
+    sources: list[Source] = []
+    for part, n, how in ((train, place.views, runtime), (val, 1, replace(runtime, dtype=torch.float32))):
+        if place.cut is None:
+            features = store_features(model, part, views=n, runtime=how, batch_size=batch_size, advance=advance)
+            sources.append(FeatureSource(features, _labels(part)))
+        else:
+            stored = store_activations(
+                model, place.cut, part, views=n, runtime=how, batch_size=batch_size, advance=advance
             )
-            for part, n, how in parts
-        )
-    )
+            sources.append(ActivationSource(stored, _labels(part), place.cut))
+    return StageData(*sources)
 
 
 def store_features(
@@ -142,25 +304,84 @@ def store_features(
 
     View 0 is the plain evaluation view. Under several processes each computes its share.
     """
-    jobs = torch.cartesian_prod(torch.arange(len(pixels)), torch.arange(views)).reshape(-1, 2)
-    mine = runtime.share(jobs)
-    rows = []
+    with fast_kernels(model, runtime):
+        stored = _run_once(
+            model, lambda x: model.features(x).float(), pixels, (model.num_features,), torch.float32,
+            views=views, runtime=runtime, batch_size=batch_size, advance=advance,
+        )  # fmt: skip
+    return stored.rows.reshape(len(pixels), views, -1)
+
+
+def store_activations(
+    model: Classifier,
+    cut: Cut,
+    pixels: Pixels,
+    *,
+    views: int = 1,
+    runtime: Runtime,
+    batch_size: int = 32,
+    advance: Advance | None = None,
+) -> Stored:
+    """Run the part in front of the cut once per picture and view; kept on the CPU, in the runtime's number format.
+
+    The memory is taken once, in its full size. Under several processes each computes its share.
+    """
+    dtype = cut.dtype if runtime.dtype == torch.float32 else runtime.dtype
+    with fast_kernels(cut.prefix, runtime):
+        return _run_once(
+            model, lambda x: cut.prefix(model.enter(x)), pixels, cut.shape, dtype,
+            views=views, runtime=runtime, batch_size=batch_size, advance=advance,
+        )  # fmt: skip
+
+
+def _run_once(
+    model: Classifier,
+    compute: Callable[[Tensor], Tensor],
+    pixels: Pixels,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    views: int,
+    runtime: Runtime,
+    batch_size: int,
+    advance: Advance | None,
+) -> Stored:
+    """Fill a store of the given row shape and format, allocated once, batch by batch in evaluation mode."""
+    places = torch.arange(len(pixels) * views)
+    # Made outside inference mode: autograd refuses to save inference tensors for a backward pass.
+    stored: Stored | None = None
+    rows = torch.empty(0)
     was_training = model.training
     model.eval()
-    with fast_kernels(model, runtime), torch.inference_mode(), runtime.autocast():
-        for part in mine.split(batch_size):
-            batch = pixels.batch(part[:, 0].tolist(), part[:, 1].tolist()).to(runtime.device)
-            rows.append(model.features(batch).float().cpu())
-            if advance:
-                advance(len(part))
+    for chunk in places.split(batch_size * runtime.world):
+        mine = runtime.share(chunk)
+        with torch.inference_mode(), runtime.autocast():
+            if len(mine):
+                out = compute(pixels.batch((mine // views).tolist(), (mine % views).tolist()).to(runtime.device))
+            else:
+                out = torch.zeros(0, *shape, device=runtime.device)
+            made = out.dtype
+            out = runtime.gather(out.to(dtype), len(chunk))
+        if stored is None:
+            mapped = out.dim() == 4 and not out.is_contiguous()
+            mapped = mapped and out.is_contiguous(memory_format=torch.channels_last)
+            rows = torch.empty(len(places), *((*shape[1:], shape[0]) if mapped else shape), dtype=dtype)
+            stored = Stored(rows, mapped, made)
+        rows[chunk[0] : chunk[-1] + 1] = out.permute(0, 2, 3, 1) if stored.channels_last else out
+        if advance:
+            advance(len(mine))
     model.train(was_training)
-    # A copy made outside inference mode: autograd refuses to save inference tensors for the head's backward pass.
-    stored = torch.cat(rows).clone()
-    return runtime.gather(stored, len(jobs)).reshape(len(pixels), views, -1)
+    assert stored is not None, "Pixels of no picture raise"
+    return stored
 
 
-def fast_kernels(model: Classifier, runtime: Runtime) -> AbstractContextManager[object]:
-    """On a CPU: the backbone's same arithmetic by faster kernels, in place; undone on leaving."""
+def fast_kernels(model: Classifier | nn.Module, runtime: Runtime) -> AbstractContextManager[object]:
+    """On a CPU: the same arithmetic of a classifier's backbone, or of a half of it, by faster kernels, in place.
+
+    Undone on leaving.
+    """
     if runtime.device.type != "cpu":
         return nullcontext()
-    return fast_training(model.backbone, lambda net, x: backbone_features(net, x, model.pool))
+    if isinstance(model, Classifier):
+        return fast_training(model.backbone, partial(_backbone_output, pool=model.pool))
+    return fast_training(model)

@@ -433,7 +433,7 @@ class Contract:
 
 def fixed_tensors(model: Classifier) -> Iterable[tuple[str, torch.Tensor]]:
     """Parameters that are not trainable, and buffers of modules that stay in evaluation mode."""
-    kept = {id(m) for m in model._kept_in_eval}
+    kept = {id(m) for m in model.kept_in_eval}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             yield name, parameter

@@ -24,7 +24,7 @@ from .classifier import Classifier, create_classifier
 from .dataset import ImageTable, Splits, load_images
 from .errors import HeadstartError, Interrupted, ModelError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_logits, source_logits
-from .features import FeatureSource, PixelSource, StageData
+from .features import PixelSource, StageData, place_source
 from .freezing import set_freeze_line
 from .metrics import softmax
 from .mixing import check_mixing
@@ -354,7 +354,7 @@ def _run_stage(
             "frozen_parameters": line.frozen_parameters,
             "trained": list(line.trained),
             "lr": result.lr,
-            "views": (stage.views if trainset.is_augmented else 1) if model.backbone_is_frozen else None,
+            "views": None if isinstance(done.source.train, PixelSource) else done.source.train.num_views,
             "events": result.events,
         }
     )
@@ -387,11 +387,12 @@ def _train(
 
     `plan` gives the seed, and what a shared stage is told apart by.
     """
-    stored = model.backbone_is_frozen
-    views = stage.views if trainset.is_augmented else 1
     key = bench.stage_key(model, stage, plan, trainset)
-    with ProgressBar(len(trainset) * views + len(valset), "  frozen backbone", enabled=show and stored) as bar:
-        source, shared = bench.source(trainset, valset, model, views=views, advance=bar.advance)
+    place = place_source(trainset, valset, model, views=stage.views, runtime=bench.runtime)
+    if place.why:
+        say(f"  {place.why}", enabled=show)
+    with ProgressBar(place.passes, "  frozen backbone", enabled=show and bool(place.passes)) as bar:
+        source, shared = bench.source(trainset, valset, model, place, advance=bar.advance)
     if stage.mixup and not isinstance(source.train, PixelSource):
         say("  mixup blends what the frozen layers made of the pictures, which is stored, not pixels", enabled=show)
     recalled = bench.recall(key, model)
@@ -443,12 +444,12 @@ def _finish(model: Classifier, bench: Bench, plan: Recipe, diary: _Diary, last: 
     splits, exact = bench.splits, replace(bench.runtime, dtype=torch.float32)
     results: dict[str, Evaluation] = {}
     with diary.phase("evaluate"), ProgressBar(len(splits.test), "  evaluating", enabled=diary.show) as bar:
-        if isinstance(last.val, FeatureSource):  # the backbone has seen these pictures in float32 already
-            everything = torch.arange(len(splits.val))
-            logits = source_logits(model, last.val, indices=everything, runtime=exact)
-            results["val"] = Evaluation.from_logits(logits, splits.val)
-        else:
+        if isinstance(last.val, PixelSource):
             results["val"] = bench.evaluate(model, "val")
+        else:  # the frozen part has seen these pictures in float32 already
+            with last.val.kernels(model, exact):
+                logits = source_logits(model, last.val, indices=torch.arange(len(splits.val)), runtime=exact)
+            results["val"] = Evaluation.from_logits(logits, splits.val)
         if len(splits.test):
             results["test"] = bench.evaluate(model, "test", advance=bar.advance)
     metrics = {name: result.metrics for name, result in results.items()} | _facts(model, diary, splits)

@@ -6,7 +6,9 @@ import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -60,6 +62,17 @@ class Runtime:
         torch.distributed.all_reduce(flat)
         for p, total in zip(held, flat.split([p.numel() for p in held]), strict=True):
             p.grad = total.view_as(p)
+
+
+def free_memory_bytes() -> int:
+    """Memory this process may still take: what the system has left, or its container where that allows less."""
+    free = psutil.virtual_memory().available
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except (OSError, ValueError):  # no such limit here, or "max"
+        pass
+    return max(0, int(free))
 
 
 def make_runtime(*, device: str = "auto", precision: str = "auto", workers: int | None = None) -> Runtime:

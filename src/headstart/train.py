@@ -20,7 +20,7 @@ from .classifier import Classifier
 from .dataset import epoch_order
 from .errors import ModelError
 from .evaluation import Score, score
-from .features import Source, StageData, fast_kernels
+from .features import Source, StageData
 from .freezing import Contract, param_groups
 from .mixing import Mix, check_mixing, draw_mix, mix_inputs
 from .recipe import Stage
@@ -329,7 +329,7 @@ def fit(
     for attempt in range(MAX_RETRIES + 1):
         run = _Stage(model, data, stage, lr=lr, seed=seed, runtime=runtime)
         try:
-            with fast_kernels(model, runtime):
+            with data.train.kernels(model, runtime):
                 best, epochs = _attempt(run, entry_state, watch=watch, write=write, report=report)
             break
         except _CollapseError as collapse:
