@@ -137,7 +137,7 @@ def test_every_stage_option_reaches_its_field() -> None:
         "optimizer": "sgd", "lr_scale": "0.5", "head_lr_multiplier": "3", "weight_decay": "0.2", "schedule": "constant",
         "warmup": "0.3", "label_smoothing": "0.15", "class_weights": "balanced", "balanced_sampling": "on",
         "early_stop": "4", "clip_norm": "1.5", "select": "accuracy", "views": "6", "on_collapse": "stop",
-        "ema": "0.99", "wise": "on", "mixup": "0.2", "cutmix": "0.5",
+        "layer_decay": "0.75", "ema": "0.99", "wise": "on", "mixup": "0.2", "cutmix": "0.5",
     }  # fmt: skip
     assert set(given) == {option.name for option in STAGE_OPTIONS}
     (stage,) = apply_overrides(RECIPES["head"], given).stages

@@ -19,10 +19,10 @@ from headstart.freezing import (
     backbone_layers,
     count_statistics,
     is_batchnorm,
-    param_groups,
     set_freeze_line,
     tensors_digest,
 )
+from headstart.rates import param_groups
 from headstart.recipe import HeadSpec, HiddenLayer
 from headstart.transforms import DataSpec
 from tiny import SPEC, TinyNet

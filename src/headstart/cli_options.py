@@ -73,7 +73,12 @@ class Option:
 
 
 STAGE_OPTIONS = (
-    Option("freeze_line", _word, "WHERE", "what is trained: head, all, last:N, or from a block on (layer4, blocks.6*)"),
+    Option(
+        "freeze_line",
+        _word,
+        "WHERE",
+        "what is trained: head, all, last:N, last:N%, or from a block on (layer4)",
+    ),
     Option("batchnorm", _word, "MODE", "the backbone's BatchNorm behind the line: fixed, frozen or train"),
     Option("epochs", _whole, "N", "passes over the training pictures"),
     Option("batch_size", _whole, "N", "pictures per batch"),
@@ -81,6 +86,9 @@ STAGE_OPTIONS = (
     Option("optimizer", _word, "NAME", "adamw (adam is the same), rmsprop or sgd (momentum 0.9); decay is decoupled"),
     Option("lr_scale", _number, "X", "the stage's learning rate as a multiple of --lr"),
     Option("head_lr_multiplier", _number, "X", "the head's rate over the backbone's"),
+    Option(
+        "layer_decay", _number, "X", "rate of each backbone block over the next deeper one's; 1 is the same for all"
+    ),
     Option("weight_decay", _number, "X", "decoupled; not on norms and biases"),
     Option("schedule", _word, "NAME", "of the learning rate: constant, cosine or one-cycle"),
     Option("warmup", _number, "X", "share of the steps in which the rate rises from 0"),

@@ -8,11 +8,11 @@ mode. Behind it everything is trainable and in training mode, except BatchNorm, 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import nn
@@ -124,19 +124,20 @@ def _line_position(model: Classifier, layers: list[Layer], where: str) -> int:
     why = "it has no parameters" if where in modules else "no layer or block of the backbone has that name"
     raise ModelError(
         f"freeze line {where!r} selects nothing: {why}.{near_matches(where.strip('*'), known)} "
-        f"Allowed: head, all, last:N (1 to {len(names)}), or a name or wildcard, for example "
+        f"Allowed: head, all, last:N (1 to {len(names)}), last:N%, or a name or wildcard, for example "
         f"{', '.join([*aliases, *dict.fromkeys(n.split('.')[0] for n in names)][-4:])}."
     )
 
 
 def _last_n(where: str, count: int) -> int:
     text = where.removeprefix("last:")
-    if not text.isdecimal() or not 1 <= int(text) <= count:
+    is_share, digits = text.endswith("%"), text.removesuffix("%")
+    if not digits.isdecimal() or not 1 <= int(digits) <= (100 if is_share else count):
         raise ModelError(
             f"freeze line {where!r}: {text or 'nothing'} is not a number from 1 to {count}, the backbone layers that "
-            "own parameters. Use head to freeze them all, all to train them all."
+            "own parameters, nor a share of them from 1% to 100%. Use head to freeze them all, all to train them all."
         )
-    return int(text)
+    return math.ceil(count * int(digits) / 100) if is_share else int(digits)
 
 
 def _with_parents(name: str) -> list[str]:
@@ -159,10 +160,10 @@ def set_freeze_line(model: Classifier, where: str, *, batchnorm: str = "fixed") 
 
     Args:
         where: `head` (the whole backbone is frozen), `all` (nothing is), `last:N` (the last N backbone layers that
-            own parameters are trained), or a block's or layer's name or wildcard (`layer4`, `blocks.6*`; VGG's
-            `block1`..`block5`): the line stands before the first match in order of execution. On VGG16 `last:3` is
-            `block5`, what Keras's `layers[:-4]` leaves trainable, since Keras counts the pooling layer too. A block
-            of the network that is itself called `head` is `head.*`.
+            own parameters are trained), `last:N%` (that share of them, rounded up), or a block's or layer's name or
+            wildcard (`layer4`, `blocks.6*`; VGG's `block1`..`block5`): the line stands before the first match in
+            order of execution. On VGG16 `last:3` is `block5`, what Keras's `layers[:-4]` leaves trainable, since
+            Keras counts the pooling layer too. A block of the network that is itself called `head` is `head.*`.
         batchnorm: of the backbone behind the line: `fixed` (statistics fixed, scale and shift trained), `frozen`
             (nothing of it trained) or `train` (statistics learned too). Other norms (LayerNorm, GroupNorm) keep no
             statistics and are trained like any layer. The head's own BatchNorm always learns.
@@ -262,62 +263,6 @@ def _describe(model: Classifier, where: str, batchnorm: str, layers: list[Layer]
 def count_statistics(module: nn.Module) -> int:
     """The numbers in running means and variances."""
     return sum(b.numel() for n, b in module.named_buffers() if n.rpartition(".")[2] in _STATISTICS)
-
-
-# ---------------------------------------------------------------- parameter groups
-
-
-def param_groups(
-    model: Classifier, *, lr: float, head_lr_multiplier: float = 1.0, weight_decay: float = 0.0
-) -> list[dict[str, Any]]:
-    """Split the trainable parameters into optimiser groups: backbone and head, each with and without weight decay.
-
-    Norms, biases, single numbers per channel and what the network itself exempts (`no_weight_decay()`, such as
-    position embeddings) are not decayed.
-
-    Args:
-        lr: learning rate of the backbone, per optimiser step; the head has `lr * head_lr_multiplier`.
-        weight_decay: of the parameters that are decayed; 0 is none.
-    Returns:
-        Groups with `params`, `lr`, `weight_decay` and `name`, input side first; empty ones are left out. Together
-        they hold every trainable parameter exactly once.
-    Raises:
-        ModelError: nothing is trainable.
-    """
-    skip = _exempt(model.backbone)
-    groups = []
-    seen: set[int] = set()
-    for part, net, rate in (("backbone", model.backbone, lr), ("head", model.head, lr * head_lr_multiplier)):
-        norms = {id(p) for m in net.modules() if _is_norm(m) for p in m.parameters(recurse=False)}
-        decayed: list[nn.Parameter] = []
-        plain: list[nn.Parameter] = []
-        for name, p in net.named_parameters():
-            if not p.requires_grad or id(p) in seen:
-                continue
-            seen.add(id(p))
-            no_decay = p.ndim <= 1 or id(p) in norms or name.endswith("bias") or (part == "backbone" and name in skip)
-            (plain if no_decay else decayed).append(p)
-        groups += [
-            {"params": decayed, "lr": rate, "weight_decay": weight_decay, "name": part},
-            {"params": plain, "lr": rate, "weight_decay": 0.0, "name": f"{part}, no decay"},
-        ]
-    groups = [g for g in groups if g["params"]]
-    if not groups:
-        raise ModelError("Nothing is trainable. Set a freeze line: set_freeze_line(model, 'head').")
-    return groups
-
-
-def _exempt(net: nn.Module) -> set[str]:
-    """Parameters that the network itself wants left alone by weight decay, by timm's two ways of saying so."""
-    names, words = (getattr(net, n, None) for n in ("no_weight_decay", "no_weight_decay_keywords"))
-    exempt = set(names()) if callable(names) else set()
-    if callable(words):
-        exempt |= {n for n, _ in net.named_parameters() if any(word in n for word in words())}
-    return exempt
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return is_batchnorm(module) or isinstance(module, (nn.LayerNorm, nn.GroupNorm)) or "Norm" in type(module).__name__
 
 
 # ---------------------------------------------------------------- the contract

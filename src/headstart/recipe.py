@@ -215,6 +215,7 @@ class Stage(_Spec):
     """One stretch of training with the freeze line in one place.
 
     lr_scale: the stage's rate is `recipe.lr * lr_scale`. head_lr_multiplier: the head's rate over the backbone's.
+    layer_decay: the rate of each backbone block over that of the next deeper one, 1 is the same for all.
     views: how many views of each picture are stored when the stage trains from stored features (1 is the plain
     picture alone). warmup: share of the steps in which the rate rises from 0. early_stop: epochs without a better
     score before the stage ends, 0 is off. clip_norm: largest gradient norm, 0 is off. accumulate: batches per
@@ -235,6 +236,7 @@ class Stage(_Spec):
     optimizer: str = "adamw"
     lr_scale: float = 1.0
     head_lr_multiplier: float = 1.0
+    layer_decay: float = 1.0
     weight_decay: float = 0.01
     schedule: str = "cosine"
     warmup: float = 0.0
@@ -258,7 +260,9 @@ class Stage(_Spec):
         if not isinstance(self.name, str) or not self.name:
             raise RecipeError(f"stage: name is {self.name!r}; it takes a word.")
         if not isinstance(self.freeze_line, str) or not self.freeze_line:
-            raise RecipeError(f"{owner}: freeze_line is {self.freeze_line!r}; it takes head, all, last:N or a block.")
+            raise RecipeError(
+                f"{owner}: freeze_line is {self.freeze_line!r}; it takes head, all, last:N, last:N% or a block."
+            )
         _choice(owner, "batchnorm", self.batchnorm, BATCHNORM_MODES)
         _number(owner, "epochs", self.epochs, 1, 100_000, whole=True)
         _number(owner, "batch_size", self.batch_size, 1, 1_000_000, whole=True)
@@ -266,6 +270,7 @@ class Stage(_Spec):
         _choice(owner, "optimizer", self.optimizer, OPTIMIZERS)
         _number(owner, "lr_scale", self.lr_scale, 0, 1e6, above=True)
         _number(owner, "head_lr_multiplier", self.head_lr_multiplier, 0, 1e6, above=True)
+        _number(owner, "layer_decay", self.layer_decay, 0, 1, above=True)
         _number(owner, "weight_decay", self.weight_decay, 0, 100)
         _choice(owner, "schedule", self.schedule, SCHEDULES)
         _number(owner, "warmup", self.warmup, 0, 0.9)
@@ -358,6 +363,16 @@ RECIPES: dict[str, Recipe] = {
     "joint": Recipe(
         name="joint",
         stages=(replace(FINE_TUNE_STAGE, name="joint", epochs=10, head_lr_multiplier=10.0),),
+    ),
+    # From the head backwards, as ULMFiT does (Howard and Ruder 2018, arXiv 1801.06146).
+    "gradual": Recipe(
+        name="gradual",
+        stages=(
+            HEAD_STAGE,
+            replace(FINE_TUNE_STAGE, name="last quarter", freeze_line="last:25%", epochs=2),
+            replace(FINE_TUNE_STAGE, name="last half", freeze_line="last:50%", epochs=2),
+            FINE_TUNE_STAGE,
+        ),
     ),
     "scratch": Recipe(
         name="scratch",

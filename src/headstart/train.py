@@ -21,8 +21,9 @@ from .dataset import epoch_order
 from .errors import ModelError
 from .evaluation import Score, score
 from .features import Source, StageData
-from .freezing import Contract, param_groups
+from .freezing import Contract
 from .mixing import Mix, check_mixing, draw_mix, mix_inputs
+from .rates import param_groups
 from .recipe import Stage
 from .runtime import Runtime
 
@@ -139,7 +140,13 @@ def make_optimizer(model: Classifier, stage: Stage, *, lr: float) -> torch.optim
 
     Each group keeps its share of the rate as `scale` and its decay as `decay`.
     """
-    groups = param_groups(model, lr=1.0, head_lr_multiplier=stage.head_lr_multiplier, weight_decay=stage.weight_decay)
+    groups = param_groups(
+        model,
+        lr=1.0,
+        head_lr_multiplier=stage.head_lr_multiplier,
+        weight_decay=stage.weight_decay,
+        layer_decay=stage.layer_decay,
+    )
     for group in groups:
         group["scale"], group["decay"], group["lr"] = group["lr"], group.pop("weight_decay"), lr * group["lr"]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
