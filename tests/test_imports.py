@@ -22,6 +22,7 @@ LAYERS = (
         *("decode", "isolate", "dataset", "transforms", "augment"),
         *("metrics", "run", "runtime", "store", "terminal"),
         *("autoaugment", "heads", "tracing", "cut", "fastops"),
+        *("findings", "inspection", "duplicates", "shortcuts", "audit_files", "audit_copies", "audit_quick"),
     ),
     (
         "weights",
@@ -36,9 +37,9 @@ LAYERS = (
         "verdicts",
     ),
     ("features", "evaluation", "averaging", "train"),
-    ("layers", "plots", "report", "report_charts", "report_page", "report_results"),
+    ("layers", "plots", "report", "report_charts", "report_page", "report_results", "audit_sheet", "auditing"),
     ("bench", "recipes", "demo"),
-    ("cli", "cli_cache", "cli_options"),
+    ("cli", "cli_audit", "cli_cache", "cli_options"),
 )
 SIDEWAYS = {
     ("recipe", "errors"),
@@ -62,6 +63,24 @@ SIDEWAYS = {
     ("augment", "autoaugment"),
     ("augment", "dataset"),
     ("augment", "transforms"),
+    ("inspection", "dataset"),
+    ("inspection", "decode"),
+    ("shortcuts", "inspection"),
+    ("shortcuts", "metrics"),
+    ("audit_files", "dataset"),
+    ("audit_files", "findings"),
+    ("audit_files", "inspection"),
+    ("audit_copies", "audit_files"),
+    ("audit_copies", "dataset"),
+    ("audit_copies", "duplicates"),
+    ("audit_copies", "findings"),
+    ("audit_copies", "inspection"),
+    ("audit_quick", "audit_copies"),
+    ("audit_quick", "audit_files"),
+    ("audit_quick", "dataset"),
+    ("audit_quick", "findings"),
+    ("audit_quick", "inspection"),
+    ("audit_quick", "shortcuts"),
     ("fastops", "cut"),
     ("runtime", "fastops"),
     ("backbones", "weights"),
@@ -85,12 +104,14 @@ SIDEWAYS = {
     ("report_results", "report_page"),
     ("recipes", "bench"),
     ("demo", "recipes"),
+    ("cli", "cli_audit"),
+    ("cli_audit", "cli_options"),
     ("cli", "cli_cache"),
     ("cli", "cli_options"),
 }
 TORCH_FREE = (
     *("errors", "recipe", "dataset", "metrics", "run", "store", "terminal", "verdicts"),
-    *("cli_cache", "cli_options", "cli"),
+    *("audit_quick", "audit_sheet", "auditing", "cli_audit", "cli_cache", "cli_options", "cli"),
 )
 
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _ROOMS = {
+    "auditing": ("audit",),
     "checkpoint": ("load", "save"),
     "classifier": ("Classifier", "create_classifier"),
     "dataset": ("ImageTable", "Splits", "load_images", "open_image", "split"),
@@ -14,6 +15,7 @@ _ROOMS = {
         "CheckpointError", "DataError", "HeadstartError", "Interrupted", "ModelError", "RecipeError", "SetupError",
     ),
     "evaluation": ("Evaluation", "evaluate", "predict_logits"),
+    "findings": ("AuditResult", "DoubtfulLabel", "Finding", "read_audit"),
     "freezing": ("FreezeLine", "set_freeze_line"),
     "plots": ("plot_confusion", "plot_history", "preview_sheet", "show_batch"),
     "recipe": ("AugmentSpec", "HeadSpec", "HiddenLayer", "Recipe", "Stage", "load_recipe"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import terminal
+from .cli_audit import AUDIT
 from .cli_cache import add_cache_options, run_cache
 from .cli_options import (
     DEFAULT_BACKBONE,
@@ -316,6 +317,7 @@ COMMANDS: dict[str, Command] = {
         _fit_options,
         _fit,
     ),
+    "audit": AUDIT,
     "evaluate": Command(
         "score a trained model on a folder of labelled pictures", "RUN PHOTOS [options]", _evaluate_options, _evaluate
     ),

@@ -1,0 +1,238 @@
+"""Which pictures are copies: equal pixels, or the same picture re-encoded, resized, mirrored, cropped or recoloured.
+
+Exact copies have equal decoded pixels. Near copies are looked for in two steps. Candidates are the nearest neighbours
+of each picture's coarse version, of its mirror image and of a few crops of both, among the coarse versions of all.
+Each candidate is then aligned: the crop of one that fits the other best is found by Gauss-Newton steps on small grey
+pictures. What decides is the correlation of their local contrast, which brightness, contrast and colour do not touch,
+and in which pictures that merely look alike do not agree. Perceptual hashes alone lose cropped copies.
+Reference for the alignment: Lucas and Kanade 1981.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+COARSE_PX = 16
+NEIGHBOURS = 3
+CANDIDATE = 0.4  # correlation of coarse pictures from which a pair is aligned
+LARGEST_CROP = 0.14  # of a side, in all
+STEPS, LARGEST_MOVE = 4, 0.03  # Gauss-Newton steps a level, and the most a side of the crop moves in one, as a share
+HOPELESS = 0.6  # correlation below which a pair is given up
+ALIGNED_AT_ONCE = 256
+SAME = 0.8  # correlation of local contrast after the alignment from which a pair counts as one picture
+MIN_SPREAD = 4.0  # grey levels: below it a picture is blank, and correlation is noise
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two pictures (positions in the table, a < b) that show the same; `score` is 1 for equal pixels."""
+
+    a: int
+    b: int
+    score: float
+    exact: bool
+    mirrored: bool = False
+
+
+def exact_pairs(digests: Sequence[bytes]) -> list[Pair]:
+    """Each later copy beside the first picture with its pixels; empty digests (unreadable files) are left out."""
+    first: dict[bytes, int] = {}
+    pairs = []
+    for i, digest in enumerate(digests):
+        if digest and (a := first.setdefault(digest, i)) != i:
+            pairs.append(Pair(a, i, 1.0, exact=True))
+    return pairs
+
+
+def near_pairs(thumbs: npt.NDArray[np.uint8], *, leave_out: Sequence[int] = ()) -> list[Pair]:
+    """Pairs of near copies among small grey pictures uint8 [N, P, P], each once.
+
+    Args:
+        leave_out: positions not to look at, such as unreadable files and the second of two exact copies.
+    """
+    pictures = thumbs.astype(np.float32)
+    keep = pictures.std(axis=(1, 2)) >= MIN_SPREAD
+    keep[list(leave_out)] = False
+    where = np.flatnonzero(keep)
+    if len(where) < 2:
+        return []
+    pictures = pictures[where]
+    half = _sample(pictures, _BOXES[0], pictures.shape[1] // 2)
+    coarse, fine = _local_contrast(half, 0.7, 2.5), _local_contrast(pictures, 0.7, 3.0)
+    a, b, view = _candidates(coarse)
+    scores = _align(coarse, fine, a, b, view)
+    pairs = []
+    for i in np.flatnonzero(scores >= SAME):
+        first, second = sorted((int(where[a[i]]), int(where[b[i]])))
+        pairs.append(Pair(first, second, float(scores[i]), exact=False, mirrored=bool(view[i] >= len(_BOXES))))
+    return sorted(pairs, key=lambda pair: (pair.a, pair.b))
+
+
+def groups_of(n: int, pairs: Sequence[Pair]) -> npt.NDArray[np.int64]:
+    """Group number per picture, int64 [n]: pictures joined by pairs, directly or in a chain, share one; -1 for none."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    ends = np.array([(pair.a, pair.b) for pair in pairs], dtype=np.int64).reshape(-1, 2)
+    graph = coo_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(n, n))
+    _, member = connected_components(graph, directed=False)
+    sizes = np.bincount(member, minlength=1)
+    names = np.full(len(sizes), -1, dtype=np.int64)
+    names[sizes > 1] = np.arange(int((sizes > 1).sum()))
+    return np.asarray(names[member])
+
+
+# ---- candidates ------------------------------------------------------------------------------------------------
+
+# The crops of a picture that are looked for: (left, top, width, height) as shares of its sides.
+_BOXES = ((0.0, 0.0, 1.0, 1.0), (0.05, 0.05, 0.9, 0.9), *((x, y, 0.9, 0.9) for x in (0.0, 0.1) for y in (0.0, 0.1)))
+
+
+def _candidates(contrast: Floats) -> tuple[Ints, Ints, Ints]:
+    """Pairs (a, b) and the view of a, each int64 [M]: that crop of picture a, or of its mirror image from view
+    `len(_BOXES)` on, looks like the whole of picture b. Each two pictures come once, in their likest view."""
+    from sklearn.neighbors import NearestNeighbors
+
+    whole = _unit(_sample(contrast, _BOXES[0], COARSE_PX))
+    index = NearestNeighbors(n_neighbors=min(NEIGHBOURS + 1, len(whole)), algorithm="brute").fit(whole)
+    rows = []
+    for view in range(2 * len(_BOXES)):
+        seen = contrast[:, :, ::-1] if view >= len(_BOXES) else contrast
+        distance, neighbour = index.kneighbors(_unit(_sample(seen, _BOXES[view % len(_BOXES)], COARSE_PX)))
+        correlation = 1 - distance**2 / 2  # of unit vectors
+        a, column = np.nonzero(correlation >= CANDIDATE)
+        rows.append(np.stack([a, neighbour[a, column], np.full(len(a), view), correlation[a, column]]))
+    a, b, views, correlation = np.concatenate(rows, axis=1)
+    a, b, views = a.astype(np.int64), b.astype(np.int64), views.astype(np.int64)
+    chosen = _likeliest(np.stack([a, b], axis=1), correlation, len(whole))
+    return a[chosen], b[chosen], views[chosen]
+
+
+def _likeliest(ends: Ints, correlation: Floats, n: int) -> list[int]:
+    """Rows of `ends` [M, 2], each two pictures once, that are among the `NEIGHBOURS` likeliest of one of the two.
+
+    Pictures of one scheme (aligned faces) all look alike from afar; the bound keeps the work in proportion to `n`.
+    """
+    taken = [0] * n
+    seen: set[tuple[int, int]] = set()
+    chosen = []
+    for i in np.argsort(-correlation, kind="stable").tolist():
+        one, other = sorted(ends[i].tolist())
+        if one != other and (one, other) not in seen and min(taken[one], taken[other]) < NEIGHBOURS:
+            seen.add((one, other))
+            taken[one] += 1
+            taken[other] += 1
+            chosen.append(i)
+    return chosen
+
+
+def _unit(pictures: Floats) -> Floats:
+    flat = pictures.reshape(len(pictures), -1)
+    flat = flat - flat.mean(axis=1, keepdims=True)
+    return np.asarray(flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6), dtype=np.float32)
+
+
+def _sample(pictures: Floats, box: tuple[float, float, float, float], px: int) -> Floats:
+    """The crop `box` of each picture, averaged down to [N, px, px]."""
+    rows = _averaging(pictures.shape[1], box[1], box[3], px)
+    columns = _averaging(pictures.shape[2], box[0], box[2], px)
+    return np.asarray(np.einsum("ij,njk,lk->nil", rows, pictures, columns, optimize=True))
+
+
+def _averaging(size: int, start: float, length: float, px: int) -> Floats:
+    """[px, size]: each row averages an equal part of the stretch, counting pixels by their share in it."""
+    edges = size * (start + length * np.arange(px + 1) / px)
+    low, high = edges[:-1, None], edges[1:, None]
+    pixels = np.arange(size)[None]
+    overlap = np.clip(np.minimum(high, pixels + 1) - np.maximum(low, pixels), 0, None)
+    return np.asarray(overlap / overlap.sum(axis=1, keepdims=True), dtype=np.float32)
+
+
+# ---- alignment -------------------------------------------------------------------------------------------------
+
+
+def _local_contrast(pictures: Floats, fine_px: float, coarse_px: float) -> Floats:
+    """Pictures [N, P, P] with their noise smoothed and without their coarse brightness, which unlike ones share."""
+    from scipy.ndimage import gaussian_filter
+
+    fine = gaussian_filter(pictures, (0, fine_px, fine_px))
+    return np.asarray(fine - gaussian_filter(fine, (0, coarse_px, coarse_px)))
+
+
+def _align(coarse: Floats, fine: Floats, a: Ints, b: Ints, view: Ints) -> Floats:
+    """Correlation [M] of picture b with the crop of picture a that fits it best, looked for from its view on."""
+    out = np.full(len(a), -1.0, dtype=np.float32)
+    for start in range(0, len(a), ALIGNED_AT_ONCE):
+        going = np.arange(start, min(start + ALIGNED_AT_ONCE, len(a)))
+        boxes = np.array(_BOXES, dtype=np.float32)[view[going] % len(_BOXES)]
+        for contrast in (coarse, fine):
+            moving, target = contrast[a[going]], _standard(contrast[b[going]])
+            mirrored = view[going] >= len(_BOXES)
+            moving[mirrored] = moving[mirrored, :, ::-1]
+            for _ in range(STEPS):
+                boxes = boxes + _newton_step(moving, target, boxes)[1]
+            score = _newton_step(moving, target, boxes)[0]
+            hopeful = (score >= HOPELESS) & _allowed(boxes)
+            going, boxes, score = going[hopeful], boxes[hopeful], score[hopeful]
+        out[going] = score
+    return out
+
+
+def _newton_step(moving: Floats, target: Floats, boxes: Floats) -> tuple[Floats, Floats]:
+    """Correlation [M] at these boxes, and the step [M, 4] that brings the crops nearer to their targets."""
+    m, px, _ = target.shape
+    grid = (np.arange(px, dtype=np.float32) + 0.5) / px
+    u, v = grid[None, None, :], grid[None, :, None]
+    left, top, width, height = (column[:, None, None] for column in boxes.T)
+    value, dx, dy = _bilinear(moving, (left + width * u) * px - 0.5, (top + height * v) * px - 0.5)
+    spread = value.std(axis=(1, 2), keepdims=True) + 1e-6
+    now = (value - value.mean(axis=(1, 2), keepdims=True)) / spread
+    score = (now * target).mean(axis=(1, 2))
+    dx, dy = dx * (px / spread), dy * (px / spread)
+    slopes = np.stack([dx, dy, dx * u, dy * v], axis=1).reshape(m, 4, px * px)
+    residual = (target * score[:, None, None] - now).reshape(m, px * px, 1)
+    normal = slopes @ slopes.transpose(0, 2, 1) + 1e-3 * px * px * np.eye(4, dtype=np.float32)
+    move = np.linalg.solve(normal, slopes @ residual)[..., 0]
+    return score, np.clip(move, -LARGEST_MOVE, LARGEST_MOVE)
+
+
+def _allowed(params: Floats) -> npt.NDArray[np.bool_]:
+    left, top, width, height = params.T
+    slack = 0.02
+    inside = (left > -slack) & (top > -slack) & (left + width < 1 + slack) & (top + height < 1 + slack)
+    large = np.minimum(width, height) > 1 - LARGEST_CROP - slack
+    return np.asarray(inside & large)
+
+
+def _standard(pictures: Floats) -> Floats:
+    centred = pictures - pictures.mean(axis=(1, 2), keepdims=True)
+    return np.asarray(centred / (centred.std(axis=(1, 2), keepdims=True) + 1e-6))
+
+
+def _bilinear(pictures: Floats, x: Floats, y: Floats) -> tuple[Floats, Floats, Floats]:
+    """Values and slopes of pictures [M, P, P] at columns x [M, 1, P] and rows y [M, P, 1], clamped to the edge."""
+    px = pictures.shape[1]
+    x = np.clip(x, 0, px - 1.001)
+    y = np.clip(y, 0, px - 1.001)
+    x0, y0 = x.astype(np.int32), y.astype(np.int32)
+    fx, fy = x - x0, y - y0
+    n = np.arange(len(pictures))[:, None, None]
+    p00, p01 = pictures[n, y0, x0], pictures[n, y0, x0 + 1]
+    p10, p11 = pictures[n, y0 + 1, x0], pictures[n, y0 + 1, x0 + 1]
+    top, bottom = p00 + fx * (p01 - p00), p10 + fx * (p11 - p10)
+    value = top + fy * (bottom - top)
+    dx = (1 - fy) * (p01 - p00) + fy * (p11 - p10)
+    return value, dx, bottom - top
+
+
+def likeness(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float:
+    """Correlation of two small grey pictures as they lie, -1 .. 1; 0 where one is blank."""
+    a, b = (picture.astype(np.float64) - picture.mean() for picture in (one, other))
+    return float((a * b).mean() / (a.std() * b.std())) if a.std() and b.std() else 0.0

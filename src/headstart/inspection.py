@@ -1,0 +1,163 @@
+"""One look at every file: what its header says, what its pixels are like, and a small grey picture to compare it by."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from .dataset import ImageTable, map_threads
+from .decode import FORMATS, bad_reason, open_image, quiet_pillow
+from .errors import DataError
+
+THUMB_PX = 48
+_ORIENTATION, _MAKE, _MODEL, _DATETIME = 0x0112, 0x010F, 0x0110, 0x0132
+_EXIF_BLOCK, _TAKEN = 0x8769, 0x9003
+_BORDER_PX = 2
+
+Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the file says of itself; read without decoding. Sizes in pixels as stored, before any turn."""
+
+    format: str = ""
+    mode: str = ""
+    width: int = 0
+    height: int = 0
+    animated: bool = False
+    orientation: int = 1
+    has_exif: bool = False
+    camera: str = ""
+    taken: float | None = None
+    """Seconds since 1970 by the camera's clock; None where the file has no time."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Look:
+    """One file as it was seen. Where `reason` says why it does not decode, the pixels' fields are at their defaults.
+
+    pixels: digest of the decoded, upright pixels. thumb: grey uint8 [THUMB_PX, THUMB_PX], the whole picture squashed.
+    mean, border: RGB in 0 .. 255, of the picture and of its outermost pixels; border_spread: their standard deviation.
+    flat: share of the small picture that has one and the same colour. chroma: mean distance in grey levels between
+    its strongest and weakest channel, 0 for a grey picture.
+    """
+
+    reason: str | None
+    file_bytes: int
+    header: Header
+    pixels: bytes = b""
+    thumb: npt.NDArray[np.uint8] = field(default_factory=lambda: np.zeros((THUMB_PX, THUMB_PX), dtype=np.uint8))
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    border: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    border_spread: float = 0.0
+    flat: float = 0.0
+    chroma: float = 0.0
+
+
+def look_at(
+    table: ImageTable, *, reasons: Sequence[str | None] = (), workers: int = 0, progress: Advance | None = None
+) -> list[Look]:
+    """Look at every picture of the table once, in its order.
+
+    Args:
+        reasons: per picture why it does not decode, None where it does (see `dataset.bad_reasons`); those that do not
+            are not opened. Without it every picture is known to decode.
+        workers: threads; 0 is one per CPU core.
+        progress: called with (pictures done, pictures in all).
+    """
+    known = tuple(reasons) or (None,) * len(table)
+    with quiet_pillow():
+        return map_threads(_look, list(zip(table.paths, known, strict=True)), workers=workers, progress=progress)
+
+
+def _look(job: tuple[Path, str | None]) -> Look:
+    path, reason = job
+    return look(path) if reason is None else Look(reason, _length(path), Header())
+
+
+def look(path: Path) -> Look:
+    """Look at one file; one that can no longer be read is part of the answer, not an error."""
+    header = _header(path)
+    try:
+        image = open_image(path)
+    except DataError as error:
+        return Look(bad_reason(path) or str(error), _length(path), header)
+    small = np.asarray(image.resize((THUMB_PX, THUMB_PX), Image.Resampling.BOX))
+    full = np.asarray(image)
+    edge = _edge(full)
+    colours = np.bincount((small >> 3).reshape(-1, 3) @ np.array([1, 32, 1024]))  # 32 levels a channel
+    return Look(
+        None,
+        _length(path),
+        header,
+        pixels=hashlib.blake2b(full.tobytes(), digest_size=16, key=f"{image.width}x{image.height}".encode()).digest(),
+        thumb=np.asarray(Image.fromarray(small).convert("L")),
+        mean=_rgb(small.reshape(-1, 3).mean(axis=0)),
+        border=_rgb(edge.mean(axis=0)),
+        border_spread=float(edge.std(axis=0).mean()),
+        flat=float(colours.max() / colours.sum()),
+        chroma=float((small.max(axis=2).astype(np.float64) - small.min(axis=2)).mean()),
+    )
+
+
+def _length(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def thumbs_of(looks: Sequence[Look]) -> npt.NDArray[np.uint8]:
+    """The small grey pictures, uint8 [N, THUMB_PX, THUMB_PX]."""
+    return np.stack([one.thumb for one in looks]) if looks else np.zeros((0, THUMB_PX, THUMB_PX), dtype=np.uint8)
+
+
+def _rgb(values: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+    return float(values[0]), float(values[1]), float(values[2])
+
+
+def _edge(full: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """The outermost pixels [M, 3]."""
+    px = _BORDER_PX
+    sides = (full[:px], full[-px:], full[:, :px], full[:, -px:])
+    return np.concatenate([side.reshape(-1, 3) for side in sides]).astype(np.float64)
+
+
+def _header(path: Path) -> Header:
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            exif = image.getexif()
+            kind = "JPEG" if image.format == "MPO" else image.format or ""  # MPO: a phone's JPEG with a second picture
+            return Header(
+                format=kind,
+                mode=image.mode,
+                width=image.width,
+                height=image.height,
+                animated=kind in ("GIF", "PNG", "WEBP") and bool(getattr(image, "is_animated", False)),
+                orientation=_orientation(exif),
+                has_exif=len(exif) > 0,
+                camera=" ".join(str(exif.get(tag, "")).strip(" \0") for tag in (_MAKE, _MODEL)).strip(),
+                taken=_seconds(exif.get_ifd(_EXIF_BLOCK).get(_TAKEN) or exif.get(_DATETIME)),
+            )
+    except Exception:  # a damaged header raises nearly anything; the decoder says why
+        return Header()
+
+
+def _orientation(exif: Image.Exif) -> int:
+    value = exif.get(_ORIENTATION, 1)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _seconds(text: object) -> float | None:
+    try:
+        return datetime.strptime(str(text).strip(" \0"), "%Y:%m:%d %H:%M:%S").timestamp()
+    except (ValueError, OverflowError):
+        return None

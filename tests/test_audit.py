@@ -1,0 +1,254 @@
+"""What the quick audit finds, on pictures with planted faults, and that it finds nothing where there is nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+
+import headstart
+from headstart.audit_copies import find_copies, leaked
+from headstart.cli import main
+from headstart.dataset import load_images
+from headstart.duplicates import Pair, exact_pairs, groups_of, near_pairs
+from headstart.errors import DataError
+from headstart.findings import AuditResult, read_audit
+from headstart.inspection import look, look_at, thumbs_of
+from headstart.shortcuts import find_shortcuts
+
+CLASSES = ("ash", "elm")
+
+
+def scene(seed: int, size: tuple[int, int] = (96, 80)) -> Image.Image:
+    """Blobs at random places: a picture with structure at several scales, unlike any other seed's."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 255, (9, 11, 3)).astype(np.uint8)
+    coarse = np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)).astype(float)
+    fine = rng.integers(0, 255, (24, 28, 3)).astype(np.uint8)
+    detail = np.asarray(Image.fromarray(fine).resize(size, Image.Resampling.BICUBIC)).astype(float)
+    return Image.fromarray((0.6 * coarse + 0.4 * detail).astype(np.uint8))
+
+
+@pytest.fixture
+def trees(tmp_path: Path) -> Path:
+    """Two classes with 24 pictures each, in train and test folders, without a fault."""
+    root = tmp_path / "trees"
+    for c, name in enumerate(CLASSES):
+        for i in range(24):
+            folder = root / ("train" if i < 16 else "test") / name
+            folder.mkdir(parents=True, exist_ok=True)
+            scene(100 * c + i).save(folder / f"{name}_{i * 7}.jpg", quality=90)
+    return root
+
+
+def kinds(result: AuditResult) -> dict[str, str]:
+    """The findings' kinds and severities, those about few pictures left out."""
+    return {one.kind: one.severity for one in result.findings if one.kind != "few-pictures"}
+
+
+def test_nothing_is_found_where_nothing_is(trees: Path) -> None:
+    result = headstart.audit(trees)
+    assert kinds(result) == {}
+    assert result.pictures == 48
+    assert result.counts == {"train": {"ash": 16, "elm": 16}, "test": {"ash": 8, "elm": 8}}
+    assert result.traits["format"]["train"]["ash"] == {"JPEG": 16}
+
+
+def test_broken_and_odd_files_are_named_with_a_reason(trees: Path) -> None:
+    ash = trees / "train" / "ash"
+    (ash / "empty.jpg").write_bytes(b"")
+    whole = (ash / "ash_0.jpg").read_bytes()
+    (ash / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (60, 60), (3, 3, 3)).save(ash / "black.png")
+    scene(900, (20, 90)).save(ash / "thin.png")
+    scene(901, (600, 90)).save(ash / "long.png")
+    scene(902).save(ash / "png_inside.jpg", "PNG")
+    scene(903).convert("L").save(ash / "grey.png")
+    frames = [scene(904 + i) for i in range(3)]
+    frames[0].save(ash / "moving.gif", save_all=True, append_images=frames[1:])
+    notice = Image.new("L", (120, 120), 250)
+    notice.paste(120, (30, 55, 90, 62))
+    notice.save(ash / "notice.png")
+    result = headstart.audit(trees)
+    found = {one.kind: dict(zip(one.files, one.details or one.files, strict=True)) for one in result.findings}
+    assert {name: why.split()[0] for name, why in found["unreadable"].items()} == {
+        "train/ash/empty.jpg": "an",
+        "train/ash/cut.jpg": "damaged",
+    }
+    assert list(found["blank"]) == ["train/ash/black.png"]
+    assert list(found["tiny"]) == ["train/ash/thin.png"]
+    assert list(found["long"]) == ["train/ash/long.png"]
+    assert found["extension"] == {"train/ash/png_inside.jpg": "is PNG"}
+    assert found["animated"] == {"train/ash/moving.gif": "GIF"}
+    assert list(found["placeholder"]) == ["train/ash/notice.png"]
+    assert set(found["modes"].values()) == {"L", "P"}
+    severities = [one.severity for one in result.findings]
+    assert severities == sorted(severities, key=("error", "warning", "note").index)
+
+
+CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "re-encoded": lambda im: im,
+    "half": lambda im: im.resize((im.width // 2, im.height // 2), Image.Resampling.BICUBIC),
+    "double": lambda im: im.resize((im.width * 2, im.height * 2), Image.Resampling.BICUBIC),
+    "mirrored": ImageOps.mirror,
+    "cropped": lambda im: im.crop((0, round(0.1 * im.height), round(0.9 * im.width), im.height)),
+    "cropped and mirrored": lambda im: ImageOps.mirror(ImageOps.crop(im, 4)),
+    "brighter": lambda im: ImageEnhance.Brightness(im).enhance(1.5),
+    "darker": lambda im: ImageEnhance.Brightness(im).enhance(0.5),
+    "grey": lambda im: im.convert("L").convert("RGB"),
+    "more contrast": lambda im: ImageEnhance.Contrast(im).enhance(1.5),
+}
+
+
+def test_near_copies_are_found_and_nothing_else(tmp_path: Path) -> None:
+    pictures = [scene(seed) for seed in range(30)]
+    pictures += [change(pictures[i]) for i, change in enumerate(CHANGES.values())]
+    looks = []
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.jpg", quality=90 if i < 30 else 40)
+        looks.append(look(tmp_path / f"{i}.jpg"))
+    pairs = {(pair.a, pair.b): pair for pair in near_pairs(thumbs_of(looks))}
+    assert list(pairs) == [(i, 30 + i) for i in range(len(CHANGES))]
+    for pair, name in zip(pairs.values(), CHANGES, strict=True):
+        assert not pair.exact
+        assert pair.mirrored == ("mirrored" in name)
+
+
+def test_equal_pixels_are_exact_copies_whatever_the_file() -> None:
+    assert exact_pairs([b"x", b"y", b"", b"x", b"", b"x"]) == [Pair(0, 3, 1.0, True), Pair(0, 5, 1.0, True)]
+    chain = [Pair(0, 3, 1.0, True), Pair(3, 4, 0.9, False), Pair(1, 2, 0.9, False)]
+    assert groups_of(6, chain).tolist() == [0, 1, 1, 0, 0, -1]
+    assert groups_of(2, []).tolist() == [-1, -1]
+
+
+def test_leaks_conflicts_and_copies_are_told_apart(trees: Path) -> None:
+    scene(3).save(trees / "train/ash/a.png")
+    Image.open(trees / "train/ash/a.png").save(trees / "test/ash/a.bmp")  # the same pixels in another format
+    scene(105).resize((140, 120)).save(trees / "train/ash/wrong.png")  # a train/elm picture
+    scene(4).save(trees / "train/ash/twice.png")
+    result = headstart.audit(trees)
+    by_kind = {one.kind: one for one in result.findings}
+    assert by_kind["exact-leaks"].groups == (("train/ash/a.png", "test/ash/a.bmp"),)
+    assert by_kind["exact-leaks"].severity == "error"
+    assert by_kind["near-leaks"].groups == (("train/ash/a.png", "train/ash/ash_21.jpg", "test/ash/a.bmp"),)
+    assert by_kind["near-conflicts"].groups == (("train/ash/wrong.png", "train/elm/elm_35.jpg"),)
+    assert by_kind["near-conflicts"].details == ("train, ash", "train, elm")
+    assert by_kind["near-duplicates"].groups == (("train/ash/ash_28.jpg", "train/ash/twice.png"),)
+    table = load_images(trees)
+    copies = find_copies(look_at(table))
+    assert [table.relative_paths[i] for i in np.flatnonzero(leaked(table, copies))] == ["test/ash/a.bmp"]
+
+
+def test_blank_pictures_are_exact_copies_but_never_near_ones(tmp_path: Path) -> None:
+    for i, grey in enumerate((10, 10, 11)):
+        Image.new("RGB", (40, 40), (grey,) * 3).save(tmp_path / f"{i}.png")
+    copies = find_copies([look(tmp_path / f"{i}.png") for i in range(3)])
+    assert copies.near.tolist() == [0, 0, -1]
+
+
+PLANTS: dict[str, tuple[Callable[[Image.Image], Image.Image], dict[str, object]]] = {
+    "size in pixels": (lambda im: im.resize((120, 100)), {"quality": 90}),
+    "border colour": (lambda im: ImageOps.expand(ImageOps.crop(im, 3), 3, (200, 40, 40)), {"quality": 90}),
+    "mean colour and contrast": (lambda im: ImageEnhance.Brightness(im).enhance(1.5), {"quality": 90}),
+    "file length": (lambda im: im, {"quality": 40}),
+    "format and mode": (lambda im: im.convert("L"), {"quality": 90}),
+}
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_planted_shortcut_is_found(name: str, tmp_path: Path) -> None:
+    change, options = PLANTS[name]
+    looks = []
+    for i in range(80):
+        picture = scene(i) if i < 40 else change(scene(i))
+        picture.save(tmp_path / f"{i}.jpg", **({"quality": 90} if i < 40 else options))
+        looks.append(look(tmp_path / f"{i}.jpg"))
+    labels = np.repeat([0, 1], 40)
+    planted = {one.name: one for one in find_shortcuts(looks, labels, CLASSES)}
+    assert planted[name].suspicious
+    assert planted[name].strength > 0.5
+    mixed = find_shortcuts(looks, np.arange(80) % 2, CLASSES)  # the same pictures, classes at random
+    assert not any(one.suspicious for one in mixed)
+
+
+def test_turned_pictures_of_one_class_are_a_warning(trees: Path) -> None:
+    for name in CLASSES:
+        for path in sorted((trees / "train" / name).iterdir())[: 12 if name == "ash" else 0]:
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            with Image.open(path) as image:
+                image.load()
+            image.save(path, exif=exif, quality=90)
+    result = headstart.audit(trees)
+    (turned,) = result.of_kind("orientation")
+    assert (turned.severity, len(turned.files)) == ("warning", 12)
+    assert result.traits["orientation"]["train"]["ash"] == {"1": 4, "6": 12}
+
+
+def test_series_go_by_time_and_else_by_likeness(trees: Path) -> None:
+    for i, second in enumerate((10, 12, 40)):
+        exif = Image.Exif()
+        exif[0x0132] = f"2024:05:01 10:00:{second}"
+        scene(700 + i).save(trees / "train/ash" / f"shot{i:02d}.jpg", exif=exif)
+    for i in range(2):
+        base = np.asarray(scene(800)).astype(int)
+        noise = np.random.default_rng(i).integers(-40, 40, base.shape)
+        Image.fromarray((base + noise).clip(0, 255).astype(np.uint8)).save(trees / "train/elm" / f"frame{i}.png")
+    (series,) = headstart.audit(trees).of_kind("series")
+    assert series.groups == (
+        ("train/ash/shot00.jpg", "train/ash/shot01.jpg"),
+        ("train/elm/frame0.png", "train/elm/frame1.png"),
+    )
+
+
+def test_few_uneven_and_absent_classes(trees: Path) -> None:
+    for path in sorted((trees / "train/elm").iterdir())[:12]:
+        path.unlink()
+    for path in (trees / "test/elm").iterdir():
+        path.unlink()
+    (trees / "test/elm").rmdir()
+    assert kinds(headstart.audit(trees)) == {"imbalance": "note", "absent-class": "warning"}
+    assert headstart.audit(trees).of_kind("few-pictures")[0].severity == "warning"
+
+
+def test_names_of_imagenet_are_a_note(trees: Path) -> None:
+    (trees / "train/ash/ash_0.jpg").rename(trees / "train/ash/n02115641_6196.JPEG")
+    assert headstart.audit(trees).of_kind("imagenet")[0].files == ("train/ash/n02115641_6196.JPEG",)
+
+
+def test_the_result_is_written_whole_and_read_back(
+    trees: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene(3).save(trees / "test/ash/again.png")
+    (trees / "train/ash/empty.jpg").write_bytes(b"")
+    before = {path: path.read_bytes() for path in trees.rglob("*") if path.is_file()}
+    out = tmp_path / "report"
+    assert main(["audit", str(trees), "--out", str(out), "--quiet"]) == 0
+    table = capsys.readouterr().out
+    assert table.index("unreadable") < table.index("near-leaks") < table.index("few-pictures")
+    assert {path.name for path in out.iterdir()} == {"audit.json", "near-leaks.jpg"}
+    with Image.open(out / "near-leaks.jpg") as sheet:
+        assert sheet.width > 200
+    result = read_audit(out / "audit.json")
+    assert result.of_kind("near-leaks")[0].groups == (("train/ash/ash_21.jpg", "test/ash/again.png"),)
+    assert main(["audit", str(trees), "--json", "--quiet"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {**printed, "seconds": 0} == {**json.loads((out / "audit.json").read_bytes()), "seconds": 0}
+    assert before == {path: path.read_bytes() for path in trees.rglob("*") if path.is_file()}
+
+
+def test_a_foreign_audit_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "audit.json").write_text('{"root": "x"}')
+    with pytest.raises(DataError, match="unknown or missing: class_names, counts"):
+        read_audit(tmp_path / "audit.json")
+    assert main(["audit", str(tmp_path / "nowhere")]) == 2
+
+
+def test_real_sets_hold_what_is_known_of_them(shared: Path) -> None:
+    result = headstart.audit(shared / "data" / "hymenoptera")
+    assert result.of_kind("placeholder")[0].files == ("train/ants/imageNotFound.gif",)
+    assert kinds(result) == {"placeholder": "warning", "modes": "note", "imagenet": "note"}
