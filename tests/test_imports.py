@@ -20,7 +20,7 @@ LAYERS = (
     (
         *("folders", "manifest", "groups", "prepared", "archives", "sources"),
         *("decode", "isolate", "dataset", "transforms", "augment"),
-        *("metrics", "run", "runtime", "store", "terminal"),
+        *("metrics", "modelfile", "run", "runtime", "store", "terminal"),
         *("autoaugment", "heads", "tracing", "cut", "fastops"),
         *("findings", "inspection", "duplicates", "shortcuts", "audit_files", "audit_copies", "audit_quick"),
     ),

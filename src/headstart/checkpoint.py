@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 
 from .classifier import Classifier, create_classifier
 from .errors import CheckpointError, HeadstartError
+from .modelfile import read_header, read_json
 from .recipe import HeadSpec
 from .run import to_json, write_atomic
 from .transforms import DataSpec
@@ -23,6 +23,11 @@ FORMAT, VERSION = "headstart-model", 1
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16",
            torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
 _KEYS = {"format", "version", "backbone", "head", "pool", "class_names", "preprocessing", "versions"}
+
+_ARGS: dict[str, tuple[type, ...]] = {
+    "pool": (str,), "features_from": (str, type(None)), "drop_rate": (int, float), "drop_path_rate": (int, float),
+    "image_size": (int,),
+}  # fmt: skip
 
 
 def save(model: Classifier, folder: str | Path) -> Path:
@@ -59,6 +64,9 @@ def load(
 ) -> Classifier:
     """Rebuild the classifier that `save` wrote; every tensor is checked for name, shape and type before it is read.
 
+    The architecture is first built on the meta device, which takes no memory, and compared with the tensor file's
+    header: a description that asks for more than the file holds allocates nothing.
+
     Args:
         folder: a run folder, or any folder `save` wrote to.
         backbone, head: the user's own modules, where the model was made with them; their weights are overwritten.
@@ -68,11 +76,19 @@ def load(
     """
     folder = Path(folder)
     card = read_card(folder)
+    tensors = folder / "model.safetensors"
     try:
+        if card["backbone"] is not None:
+            with torch.device("meta"):
+                plan = _rebuild(card, backbone=backbone, head=head)
+            _check_tensors(plan, tensors)
         model = _rebuild(card, backbone=backbone, head=head)
-    except (HeadstartError, KeyError, TypeError, AttributeError) as error:
+    except _UnfitFile:
+        raise
+    except (HeadstartError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder / 'model.json'}: this model cannot be rebuilt: {error}") from error
-    _read_tensors(model, folder / "model.safetensors")
+    _check_tensors(model, tensors)
+    _read_tensors(model, tensors)
     return model.to(device).eval()
 
 
@@ -103,22 +119,32 @@ def _own_module(part: str) -> CheckpointError:
     )
 
 
-def _read_tensors(model: Classifier, path: Path) -> None:
-    """Compare names, shapes and types in the file's header with the model, then read."""
+class _UnfitFile(CheckpointError):
+    """The tensor file is broken or another model's."""
+
+
+def _check_tensors(model: Classifier, path: Path) -> None:
+    """Compare names, shapes and types in the file's header with the model."""
+    try:
+        header = read_header(path)
+    except (OSError, CheckpointError) as error:
+        raise _UnfitFile(f"{path}: cannot be read as safetensors ({error}).") from None
     wanted = model.state_dict()
+    found = {name: (info.shape, info.dtype) for name, info in header.items()}
+    problems = [f"missing: {name}" for name in wanted if name not in found]
+    problems += [f"unexpected: {name}" for name in found if name not in wanted]
+    for name, tensor in wanted.items():
+        expected = (tuple(tensor.shape), _DTYPES[tensor.dtype])
+        if name in found and found[name] != expected:
+            problems.append(f"{name}: {found[name]} in the file, {expected} in the model")
+    if problems:
+        raise _UnfitFile(f"{path}: the tensors do not fit the model. {'; '.join(problems[:10])}.")
+
+
+def _read_tensors(model: Classifier, path: Path) -> None:
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-            problems = [f"missing: {name}" for name in wanted if name not in found]
-            problems += [f"unexpected: {name}" for name in found if name not in wanted]
-            for name, tensor in wanted.items():
-                expected = (tuple(tensor.shape), _DTYPES[tensor.dtype])
-                if name in found and found[name] != expected:
-                    problems.append(f"{name}: {found[name]} in the file, {expected} in the model")
-            if problems:
-                raise CheckpointError(f"{path}: the tensors do not fit the model. {'; '.join(problems[:10])}.")
-            model.load_state_dict({name: file.get_tensor(name) for name in wanted})
+            model.load_state_dict({name: file.get_tensor(name) for name in model.state_dict()})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error}).") from None
 
@@ -131,12 +157,30 @@ def read_card(folder: Path) -> dict[str, Any]:
             f"No model in {folder}: {path.name} is missing. Expected a run folder, as `fit` leaves it."
         )
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not a JSON file ({error}).") from None
-    if not isinstance(card, dict) or card.get("format") != FORMAT or card.get("version") != VERSION:
+        card = read_json(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: no model description: {error}.") from None
+    if card.get("format") != FORMAT or card.get("version") != VERSION:
         raise CheckpointError(f"{path}: not a model description of this program (format {FORMAT}, version {VERSION}).")
     if set(card) != _KEYS:
         odd = sorted(set(card) ^ _KEYS)
         raise CheckpointError(f"{path}: missing or unknown keys: {', '.join(odd)}.")
+    _check_backbone(card["backbone"], path)
+    names = card["class_names"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path}: class_names is {names!r:.100}; it takes a list of names.")
     return card
+
+
+def _check_backbone(part: Any, path: Path) -> None:
+    if part is None:
+        return
+    is_known = isinstance(part, dict) and set(part) == {"name", "args"} and isinstance(part["name"], str)
+    args = part["args"] if is_known else None
+    if not isinstance(args, dict) or set(args) != set(_ARGS):
+        raise CheckpointError(
+            f"{path}: backbone takes a name and args of {', '.join(_ARGS)}, and nothing else; it is {part!r:.200}."
+        )
+    wrong = [key for key, value in args.items() if isinstance(value, bool) or not isinstance(value, _ARGS[key])]
+    if wrong:
+        raise CheckpointError(f"{path}: backbone args have a wrong type: {', '.join(wrong)}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from .errors import CheckpointError, HeadstartError, near_matches
+from .modelfile import check_archive, read_header, read_json
 from .transforms import DataSpec
 
 Adapt = Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]]
@@ -67,10 +67,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
         try:
+            read_header(path)
             return _named_tensors(load_file(path), path)
-        except (SafetensorError, OSError) as error:
+        except (CheckpointError, SafetensorError, OSError) as error:
             raise CheckpointError(f"Weights {path}: not a readable safetensors file ({error}).") from error
     try:
+        check_archive(path)
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive may raise anything
         raise CheckpointError(
@@ -97,6 +99,9 @@ def _named_tensors(stored: Any, path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(
             f"Weights {path}: no named tensors in it (expected a state_dict, alone or under {', '.join(_NESTINGS)})."
         )
+    odd = [str(k) for k, v in stored.items() if not _is_whole(v)]
+    if odd:
+        raise CheckpointError(f"Weights {path}: not plain tensors with all their numbers in the file: {_listed(odd)}.")
     tensors = {str(k): v for k, v in stored.items()}
     for prefix in _WRAPPERS:
         if all(k.startswith(prefix) for k in tensors):
@@ -104,15 +109,29 @@ def _named_tensors(stored: Any, path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """A dense tensor on the CPU with a number of its own in the file for each element.
+
+    A stride of 0 or the meta device make shapes of any size out of nothing, and what copies them fills the memory.
+    """
+    return (
+        type(tensor) in (torch.Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
+
+
 def _read_run(path: Path, name: str) -> StoredWeights:
     """The backbone of an earlier run, with the preprocessing it was trained with."""
     try:
-        card = json.loads((path / "model.json").read_text(encoding="utf-8"))
+        card = read_json(path / "model.json")
         backbone, spec = card["backbone"], DataSpec.from_dict(card["preprocessing"])
         own_name = None if backbone is None else str(backbone["name"])
     except FileNotFoundError:
         raise CheckpointError(f"Weights {path}: this folder is no run of headstart (it has no model.json).") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, HeadstartError) as error:
+    except (KeyError, TypeError, HeadstartError) as error:
         raise CheckpointError(f"Weights {path}: model.json does not describe a model ({error!r}).") from error
     if own_name is None:
         raise CheckpointError(
