@@ -229,7 +229,7 @@ def test_the_decision_is_said_in_one_line_with_its_size(photos: Path) -> None:
     assert place.nbytes == (24 * 2 + 6) * 8 * 8 * 8 * 4
     assert place.passes == 24 * 2 + 6
     assert place.why == (
-        "Frozen layers up to relu run once (24 pictures x 2 views, 6 for validation), stored in 0.1 MB of memory."
+        "Frozen layers up to relu run once (24 pictures x 2 views, 6 for validation), stored in 0.1 MB."
     )
     place = place_source(*pixels, model, views=2, runtime=CPU, budget_bytes=place.nbytes - 1)
     assert not place.views

@@ -22,6 +22,7 @@ from .cut import Cut, cut_or_reason
 from .fastops import fast_training
 from .pixels import Pixels
 from .recipe import AugmentSpec
+from .rowstore import RowStore, row_store
 from .runtime import Runtime, free_memory_bytes
 
 Advance = Callable[[int], None]
@@ -206,8 +207,9 @@ def place_source(
 
     Args:
         views: views stored per training picture, the plain one included (one when nothing is augmented).
-        budget_bytes: memory that stored activations may take; None is 4 GB, or 40 % of what is free if that is less.
-            Where they do not fit, a smaller tensor further to the front is stored, or else pixels feed the stage.
+        budget_bytes: what stored activations may take; None is 4 GB of memory, or 40 % of what is free if that is
+            less, or half of the cache folder where they are kept there. Where they do not fit, a smaller tensor
+            further to the front is stored, or else pixels feed the stage.
     """
     views = views if train.is_augmented else 1
     passes = len(train) * views + len(val)
@@ -215,7 +217,7 @@ def place_source(
         return Placement(views, None, passes, passes * model.num_features * 4)
     if model.freeze_line is None or not model.freeze_line.frozen:
         return Placement()
-    budget = min(STORE_BYTES, int(STORE_SHARE * free_memory_bytes())) if budget_bytes is None else budget_bytes
+    budget = _budget(train, model, runtime) if budget_bytes is None else budget_bytes
     # Validation is kept in float32: bytes per number of a picture's activation, over all pictures.
     bytes_per_number = len(train) * views * runtime.dtype.itemsize + len(val) * 4
     find = partial(
@@ -234,10 +236,16 @@ def place_source(
     if not isinstance(found, Cut):
         return Placement(why=f"Frozen layers run in every step: {found}.")
     nbytes = math.prod(found.shape) * bytes_per_number
-    why = (
-        f"Frozen layers up to {found.at} run once ({_counts(train, val, views)}), stored in {_size(nbytes)} of memory."
-    )
+    why = f"Frozen layers up to {found.at} run once ({_counts(train, val, views)}), stored in {_size(nbytes)}."
     return Placement(views, found, passes, nbytes, why)
+
+
+def _budget(train: Pixels, model: Classifier, runtime: Runtime) -> int:
+    memory = min(STORE_BYTES, int(STORE_SHARE * free_memory_bytes()))
+    is_kept = model.backbone_name and isinstance(train.augment, AugmentSpec) and runtime.world == 1
+    if train.store is None or not is_kept:
+        return memory
+    return max(memory, min(train.store.cache.room(), train.store.cache.limit_bytes // 2))
 
 
 def _backbone_output(net: nn.Module, x: Tensor, *, pool: str) -> Any:
@@ -304,11 +312,10 @@ def store_features(
 
     View 0 is the plain evaluation view. Under several processes each computes its share.
     """
-    with fast_kernels(model, runtime):
-        stored = _run_once(
-            model, lambda x: model.features(x).float(), pixels, (model.num_features,), torch.float32,
-            views=views, runtime=runtime, batch_size=batch_size, advance=advance,
-        )  # fmt: skip
+    part = _Frozen(
+        model.backbone, "features", lambda x: model.features(x).float(), (model.num_features,), torch.float32
+    )
+    stored = _run_once(model, part, pixels, views=views, runtime=runtime, batch_size=batch_size, advance=advance)
     return stored.rows.reshape(len(pixels), views, -1)
 
 
@@ -327,52 +334,93 @@ def store_activations(
     The memory is taken once, in its full size. Under several processes each computes its share.
     """
     dtype = cut.dtype if runtime.dtype == torch.float32 else runtime.dtype
-    with fast_kernels(cut.prefix, runtime):
-        return _run_once(
-            model, lambda x: cut.prefix(model.enter(x)), pixels, cut.shape, dtype,
-            views=views, runtime=runtime, batch_size=batch_size, advance=advance,
-        )  # fmt: skip
+    part = _Frozen(cut.prefix, cut.at, lambda x: cut.prefix(model.enter(x)), cut.shape, dtype)
+    return _run_once(model, part, pixels, views=views, runtime=runtime, batch_size=batch_size, advance=advance)
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """A part that runs once: its module, where it ends, how it is called, and the shape and format of what is kept."""
+
+    net: nn.Module
+    at: str
+    compute: Callable[[Tensor], Tensor]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def _run_once(
     model: Classifier,
-    compute: Callable[[Tensor], Tensor],
+    part: _Frozen,
     pixels: Pixels,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
     *,
     views: int,
     runtime: Runtime,
     batch_size: int,
     advance: Advance | None,
 ) -> Stored:
-    """Fill a store of the given row shape and format, allocated once, batch by batch in evaluation mode."""
+    """What an earlier run has kept of this part, pictures and views, or else what the part gives now."""
+    disk = row_store(model, part.net, part.at, pixels, views=views, batch_size=batch_size, runtime=runtime)
+    kept = disk.load() if disk else None
+    if runtime.agrees(kept is not None) and kept:
+        rows, facts = kept
+        if disk:
+            shown = f"{len(pixels):,} pictures x {views} view{'s' * (views != 1)}"
+            disk.tell(f"Features stored by an earlier run are used: {shown}.")
+        if advance:
+            advance(len(runtime.share(torch.arange(len(rows)))))
+        return Stored(rows, facts["channels_last"], getattr(torch, facts["made"]))
+    was_training = model.training
+    model.eval()
+    try:
+        with fast_kernels(model if part.net is model.backbone else part.net, runtime):
+            return _compute(part, pixels, disk, views=views, runtime=runtime, batch_size=batch_size, advance=advance)
+    finally:
+        model.train(was_training)
+        if disk:
+            disk.discard()
+
+
+def _compute(
+    part: _Frozen,
+    pixels: Pixels,
+    disk: RowStore | None,
+    *,
+    views: int,
+    runtime: Runtime,
+    batch_size: int,
+    advance: Advance | None,
+) -> Stored:
+    """Fill a store of the part's row shape and format, allocated once, batch by batch."""
     places = torch.arange(len(pixels) * views)
     # Made outside inference mode: autograd refuses to save inference tensors for a backward pass.
     stored: Stored | None = None
-    rows = torch.empty(0)
-    was_training = model.training
-    model.eval()
     for chunk in places.split(batch_size * runtime.world):
         mine = runtime.share(chunk)
         with torch.inference_mode(), runtime.autocast():
             if len(mine):
-                out = compute(pixels.batch((mine // views).tolist(), (mine % views).tolist()).to(runtime.device))
+                out = part.compute(pixels.batch((mine // views).tolist(), (mine % views).tolist()).to(runtime.device))
             else:
-                out = torch.zeros(0, *shape, device=runtime.device)
+                out = torch.zeros(0, *part.shape, device=runtime.device)
             made = out.dtype
-            out = runtime.gather(out.to(dtype), len(chunk))
+            out = runtime.gather(out.to(part.dtype), len(chunk))
         if stored is None:
             mapped = out.dim() == 4 and not out.is_contiguous()
             mapped = mapped and out.is_contiguous(memory_format=torch.channels_last)
-            rows = torch.empty(len(places), *((*shape[1:], shape[0]) if mapped else shape), dtype=dtype)
+            size = (len(places), *((*part.shape[1:], part.shape[0]) if mapped else part.shape))
+            rows = disk.begin(size, part.dtype) if disk else torch.empty(size, dtype=part.dtype)
             stored = Stored(rows, mapped, made)
-        rows[chunk[0] : chunk[-1] + 1] = out.permute(0, 2, 3, 1) if stored.channels_last else out
+        now = stored.rows[chunk[0] : chunk[-1] + 1]
+        now[:] = out.permute(0, 2, 3, 1) if stored.channels_last else out
+        if disk:
+            disk.filled(now)
         if advance:
             advance(len(mine))
-    model.train(was_training)
     assert stored is not None, "Pixels of no picture raise"
-    return stored
+    if disk is None:
+        return stored
+    facts = {"channels_last": stored.channels_last, "made": str(stored.dtype).removeprefix("torch.")}
+    return replace(stored, rows=disk.finish(stored.rows, facts))
 
 
 def fast_kernels(model: Classifier | nn.Module, runtime: Runtime) -> AbstractContextManager[object]:

@@ -58,8 +58,8 @@ class PixelStore:
     """
 
     def __init__(self, cache: Cache, spec: DataSpec | None, *, say: Say = lambda text: None) -> None:
-        self._cache, self._spec, self._say = cache, spec, say
-        self._family = key_of(_determined_by(spec))
+        self.cache, self._spec, self.say = cache, spec, say
+        self.family = key_of(_determined_by(spec))
         self._records: dict[_Key, _Record] = {}
         self._reasons: dict[str, str | None] = {}
         self._digests: dict[Path, str] = {}
@@ -99,7 +99,7 @@ class PixelStore:
             if missing and self._has_room(job, missing):
                 reasons = self._decode(job)
         except OSError as error:
-            self._say(f"Pixel store: {self._cache.folder} cannot be used ({error}); the run goes on without it.")
+            self.say(f"Pixel store: {self.cache.folder} cannot be used ({error}); the run goes on without it.")
         unknown = (
             []
             if not check
@@ -114,7 +114,7 @@ class PixelStore:
         unseen = [path for path in job.paths if path not in self._digests]
         if not unseen:
             return
-        hashes = FileHashes(self._cache, root)
+        hashes = FileHashes(self.cache, root)
 
         def of(path: Path) -> str | None:
             try:
@@ -133,10 +133,10 @@ class PixelStore:
 
     def _missing(self, job: _Job) -> list[int]:
         """Which pictures are not in the store as it stands now; the shards of those that are in it are held."""
-        for name in self._cache.names("pixels", self._family):
+        for name in self.cache.names("pixels", self.family):
             if name not in self._read:
                 self._read.add(name)
-                self._index(name, self._cache.describe("pixels", name))
+                self._index(name, self.cache.describe("pixels", name))
         for digest in {self._digests[path] for path in job.paths if path in self._digests}:
             for part in job.parts:
                 record = self._records.get((digest, part))
@@ -152,7 +152,7 @@ class PixelStore:
             self._records[digest, part] = _Record(name, offset, tuple(shape), crc)
 
     def _hold(self, name: str) -> None:
-        entry = self._cache.open("pixels", name)
+        entry = self.cache.open("pixels", name)
         if entry is not None:
             self._held[name] = entry
         else:  # evicted meanwhile
@@ -163,12 +163,12 @@ class PixelStore:
             return True
         needed = len(missing) * picture_bytes(self._spec, working="working" in job.parts)
         what = f"Pixel store: {len(missing):,} pictures to decode, about {file_size(needed)}"
-        if self._cache.make_room(needed):
-            self._say(f"{what} in {self._cache.folder}.")
+        if self.cache.make_room(needed):
+            self.say(f"{what} in {self.cache.folder}.")
             return True
-        room = file_size(self._cache.room())
-        self._say(
-            f"{what}, but {self._cache.folder} has room for {room} (HEADSTART_CACHE_LIMIT, free disk): the run goes on"
+        room = file_size(self.cache.room())
+        self.say(
+            f"{what}, but {self.cache.folder} has room for {room} (HEADSTART_CACHE_LIMIT, free disk): the run goes on"
             " without it and decodes pictures whenever it needs them."
         )
         return False
@@ -177,11 +177,11 @@ class PixelStore:
         """Decode and keep what is missing; one process at a time, so that nothing is decoded twice."""
 
         def waiting() -> None:
-            self._say("Pixel store: another process is filling it; waiting for that.")
+            self.say("Pixel store: another process is filling it; waiting for that.")
 
-        with self._cache.lock(self._family, waiting=waiting):
+        with self.cache.lock(self.family, waiting=waiting):
             missing = self._missing(job)
-            shards = _Shards(self._cache, self._family, room=self._cache.room())
+            shards = _Shards(self.cache, self.family, room=self.cache.room())
             try:
                 reasons = self._check(job, missing, shards)
                 good = [i for i, reason in reasons.items() if reason is None and self._spec is not None]
@@ -198,7 +198,7 @@ class PixelStore:
             if digest:
                 self._digests[job.paths[i]] = digest
         if shards.is_full:
-            self._say("Pixel store: no more room; the other pictures are decoded whenever they are needed.")
+            self.say("Pixel store: no more room; the other pictures are decoded whenever they are needed.")
         self._missing(job)
         return reasons
 
@@ -230,6 +230,11 @@ class PixelStore:
         assert self._spec is not None
         shards.add(digest, {part: _made(part, image, self._spec) for part in parts})
         return digest, None
+
+    def contents(self, paths: Sequence[Path]) -> list[str] | None:
+        """The hashes of the files as they were when the store was filled; None where one of them is not known."""
+        found = [self._digests.get(path) for path in paths]
+        return None if None in found else [digest for digest in found if digest]
 
     # ---- reading -------------------------------------------------------------------------------------------------
 

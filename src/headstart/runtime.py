@@ -52,6 +52,14 @@ class Runtime:
         torch.distributed.all_gather(parts, padded.contiguous())
         return torch.stack(parts, dim=1).flatten(0, 1)[:n]
 
+    def agrees(self, flag: bool) -> bool:
+        """Whether `flag` is true in every process: what only some of them have found, none may rely on."""
+        if self.world == 1:
+            return flag
+        votes = torch.tensor(int(flag), device=self.device)
+        torch.distributed.all_reduce(votes)
+        return int(votes) == self.world
+
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Add the gradients of all processes; each process has divided its loss by the whole batch's weight."""
         if self.world == 1:

@@ -78,16 +78,20 @@ def cache_limit() -> int:
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
-    """A name that is the same for the same parts (plain JSON values) and for no others: 32 hexadecimal digits."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    """A name that is the same for the same parts and for no others: 32 hexadecimal digits.
+
+    Parts are plain JSON values; anything else among them counts as its text.
+    """
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def code_hash(*modules: str) -> str:
-    """Hash of the source text of these rooms: what they computed is not taken for what they compute now."""
+    """Hash of the source text of these rooms, or of all: what they computed is not taken for what they compute now."""
     digest = hashlib.blake2b(digest_size=8)
-    for name in modules:
-        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    folder = Path(__file__).parent
+    for path in [folder / f"{name}.py" for name in modules] or sorted(folder.glob("*.py")):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -102,7 +106,7 @@ class Listed:
 
 
 class Entry:
-    """A complete entry, held: it stays in its place until this object is closed or gone.
+    """A complete entry, held: it stays in its place until it is closed, or nobody has its `data` any more.
 
     meta: the description. data: the bytes, mapped into memory; writing to them changes this process's copy alone.
     """
@@ -113,7 +117,7 @@ class Entry:
         self.data: _Bytes = (
             np.memmap(path, np.uint8, mode="c", offset=len(_MAGIC), shape=(size,)) if size else np.zeros(0, np.uint8)
         )
-        self.close = weakref.finalize(self, os.close, fd)
+        self.close = weakref.finalize(self.data, os.close, fd)
         with suppress(OSError):
             os.utime(path)  # its last use
 
@@ -138,9 +142,17 @@ class EntryWriter:
         return offset
 
     def reserve(self, nbytes: int) -> _Bytes:
-        """Room for this many bytes, mapped for writing."""
-        self._file.truncate(len(_MAGIC) + nbytes)
+        """Room for this many bytes, mapped for writing.
+
+        Raises:
+            OSError: the disk is full. It is told here, since writing to a map without blocks behind it would end the
+                process.
+        """
         self._file.flush()
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self._file.fileno(), 0, len(_MAGIC) + nbytes)
+        else:
+            self._file.truncate(len(_MAGIC) + nbytes)
         self.nbytes = nbytes
         return np.memmap(self._part, np.uint8, mode="r+", offset=len(_MAGIC), shape=(nbytes,))
 

@@ -1,0 +1,137 @@
+"""What a frozen part gave for every picture and view, on disk: found by everything that determines it, or made anew."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import zlib
+from collections.abc import Mapping
+from importlib import metadata
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .classifier import Classifier
+from .freezing import tensors_digest
+from .pixels import Pixels
+from .pixelstore import Say
+from .recipe import AugmentSpec
+from .runtime import Runtime
+from .store import Cache, EntryWriter, code_hash, key_of
+
+_LIBRARIES = ("headstart", "torch", "torchvision", "timm", "numpy", "pillow")
+
+
+class RowStore:
+    """The rows of one frozen pass in the cache folder, memory-mapped: loaded, or written as they are made.
+
+    Rows are given back to the bit as they were made. A file whose length, description or bytes are not what was
+    written is removed, and the rows are made again.
+
+    Args:
+        key: what determines the rows; see `row_key`.
+        writes: whether this process keeps what it makes.
+        say: is told when rows of an earlier run are used.
+    """
+
+    def __init__(self, cache: Cache, key: str, *, writes: bool, say: Say) -> None:
+        self._cache, self._key, self._writes, self.tell = cache, key, writes, say
+        self._writer: EntryWriter | None = None
+        self._crc = 0
+
+    def load(self) -> tuple[Tensor, dict[str, Any]] | None:
+        """Rows [N, ...] and what `finish` was told about them; None where they have to be made."""
+        entry = self._cache.open("features", self._key)
+        if entry is None:
+            return None
+        if zlib.crc32(entry.data.data) != entry.meta["crc"]:
+            entry.path.unlink(missing_ok=True)
+            return None
+        dtype = getattr(torch, entry.meta["dtype"])
+        return torch.from_numpy(entry.data).view(dtype).reshape(entry.meta["shape"]), entry.meta
+
+    def begin(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Room for all rows, to be filled in order: on disk, or in memory where the cache has no room."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        try:
+            if self._writes and self._cache.make_room(nbytes):
+                self._writer = self._cache.write("features", self._key)
+                return torch.from_numpy(self._writer.reserve(nbytes)).view(dtype).reshape(shape)
+        except OSError as error:
+            self.tell(f"Stored features are not kept: {self._cache.folder} cannot be used ({error}).")
+            self.discard()
+        return torch.empty(shape, dtype=dtype)
+
+    def filled(self, rows: Tensor) -> None:
+        """These rows, the next ones in order, are in their place."""
+        if self._writer is not None:
+            self._crc = zlib.crc32(rows.reshape(-1).view(torch.uint8).numpy().data, self._crc)
+
+    def finish(self, rows: Tensor, facts: Mapping[str, Any]) -> Tensor:
+        """All rows are in their place; returns them, from where they are kept."""
+        if self._writer is None:
+            return rows
+        dtype = str(rows.dtype).removeprefix("torch.")
+        try:
+            self._writer.publish({**facts, "crc": self._crc, "shape": list(rows.shape), "dtype": dtype})
+        except OSError as error:
+            self.tell(f"Stored features are not kept: {self._cache.folder} cannot be used ({error}).")
+            return rows
+        finally:
+            self.discard()
+        entry = self._cache.open("features", self._key)  # held from here on, as a later run would hold it
+        return rows if entry is None else torch.from_numpy(entry.data).view(rows.dtype).reshape(rows.shape)
+
+    def discard(self) -> None:
+        """Leave nothing half done behind."""
+        if self._writer is not None:
+            self._writer.discard()
+            self._writer = None
+
+
+def row_store(
+    model: Classifier, net: nn.Module, at: str, pixels: Pixels, *, views: int, batch_size: int, runtime: Runtime
+) -> RowStore | None:
+    """Where the output of `net`, the part of the model up to `at`, is kept; None where nothing names it."""
+    if pixels.store is None:
+        return None
+    key = row_key(model, net, at, pixels, views=views, batch_size=batch_size, runtime=runtime)
+    if key is None:
+        return None
+    return RowStore(pixels.store.cache, key, writes=runtime.is_main, say=pixels.store.say)
+
+
+def row_key(
+    model: Classifier, net: nn.Module, at: str, pixels: Pixels, *, views: int, batch_size: int, runtime: Runtime
+) -> str | None:
+    """A name for everything that decides the rows; None with a module or a transform of the user's own.
+
+    Weights and buffers of `net`, where it ends, preparation, contents of the files in order, views with their policy
+    and seed, number format, batch shape, processes, threads, machine, libraries, and our own source text.
+    """
+    assert pixels.store is not None
+    contents = pixels.store.contents(pixels.table.paths)
+    drawn = views > 1 and pixels.is_augmented
+    if model.backbone_name is None or contents is None or (drawn and not isinstance(pixels.augment, AugmentSpec)):
+        return None
+    return key_of(
+        {
+            "weights": tensors_digest(chain(net.named_parameters(), net.named_buffers())),
+            "net": [model.backbone_name, model.backbone_args, model.pool, at],
+            "pixels": [pixels.spec.to_dict(), pixels.store.family],
+            "contents": hashlib.sha256("".join(contents).encode()).hexdigest(),
+            "views": [views, pixels.augment.to_dict(), pixels.seed] if drawn else views,  # type: ignore[union-attr]
+            "computed": [runtime.dtype, batch_size, runtime.world, *_machine(runtime.device)],
+            "libraries": {name: metadata.version(name) for name in _LIBRARIES},
+            "code": code_hash(),
+        }
+    )
+
+
+def _machine(device: torch.device) -> list[Any]:
+    """What decides the order of additions, and with it the last bits."""
+    if device.type == "cuda":
+        return [device.type, torch.cuda.get_device_name(device)]
+    return [device.type, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]

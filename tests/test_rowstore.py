@@ -1,0 +1,191 @@
+"""Stored features: the frozen part runs once, in this run and in all later ones that are the same up to the line."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from conftest import make_picture
+from headstart import Recipe, Stage, create_classifier, fine_tune, load_images, make_runtime, set_freeze_line, split
+from headstart.classifier import Classifier
+from headstart.features import ActivationSource, FeatureSource, make_source
+from headstart.pixels import Pixels
+from headstart.pixelstore import PixelStore
+from headstart.recipe import POLICIES
+from headstart.rowstore import row_key
+from headstart.store import Cache
+from tiny import SPEC, TinyNet
+
+NET: dict[str, Any] = {
+    "backbone": "test_resnet.r160_in1k", "weights": "none", "spec_overrides": {"image_size": 32}, "precision": "fp32"
+}  # fmt: skip
+CPU = make_runtime(device="cpu", precision="fp32", workers=1)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+    return Cache()
+
+
+@contextmanager
+def computed() -> Iterator[list[int]]:
+    """Batch sizes that convolutions on three channels (the stem of a network) see meanwhile."""
+    seen: list[int] = []
+    conv2d = nn.functional.conv2d
+
+    def counted(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if x.shape[1] == 3 and type(x) is torch.Tensor and x.device.type != "meta":
+            seen.append(len(x))
+        return conv2d(x, *args, **kwargs)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(nn.functional, "conv2d", counted)
+    patch.setattr(torch, "conv2d", counted)
+    try:
+        yield seen
+    finally:
+        patch.undo()
+
+
+def weights(model: Classifier) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def run(photos: Path, *, line: str = "head", seed: int = 0, **how: Any) -> tuple[Classifier, int]:
+    """A fit with one stage at the line; the model, and how many pictures went through the network's first layer."""
+    recipe = Recipe(stages=(Stage(freeze_line=line, epochs=2, views=2),), seed=seed)
+    with computed() as seen:
+        result = fine_tune(photos, recipe=recipe, **NET | how)
+    return result.model, sum(seen)
+
+
+@pytest.mark.parametrize("line", ["head", "layer4"])
+def test_a_second_fit_runs_nothing_frozen(cache: Cache, photos: Path, line: str) -> None:
+    first, count = run(photos, line=line)
+    others = count - 24 * 2 - 6 - 6  # a cut is tried on made pictures
+    assert others <= 2
+    again, count = run(photos, line=line)
+    assert count == 6 + others  # the test pictures alone
+    assert torch.equal(weights(first), weights(again))
+    without, count = run(photos, line=line, cache=False)
+    assert count > 48
+    assert torch.equal(weights(first), weights(without))
+
+
+def test_whatever_changes_the_features_changes_the_key(cache: Cache, photos: Path) -> None:
+    run(photos)
+    for how in ({"seed": 1}, {"augment": POLICIES["light"]}, {"spec_overrides": {"image_size": 64}}):
+        assert run(photos, **how)[1] >= 48, how
+    changed = a_training_picture(photos)
+    make_picture(np.random.default_rng(9), 0).save(changed, quality=95)
+    assert run(photos)[1] >= 48
+
+
+def a_training_picture(photos: Path) -> Path:
+    """A training picture of `run`."""
+    return split(load_images(photos)).train.paths[0]
+
+
+def test_the_key_names_weights_buffers_place_policy_and_machine(cache: Cache, photos: Path) -> None:
+    table = load_images(photos)
+    model = create_classifier("test_resnet.r160_in1k", table.class_names, weights="none", image_size=32)
+    store = PixelStore(cache, model.spec)
+    store.fill(table.paths, root=photos)
+
+    def key(pixels: Pixels | None = None, at: str = "features", views: int = 2, batch_size: int = 32) -> str | None:
+        pixels = pixels or Pixels(table, model.spec, augment=POLICIES["photo"], store=store)
+        return row_key(model, model.backbone, at, pixels, views=views, batch_size=batch_size, runtime=CPU)
+
+    keys = [key()]
+    assert keys[0] == key()
+    keys += [key(at="layer1"), key(views=3), key(batch_size=16)]
+    keys.append(key(Pixels(table, model.spec, augment=POLICIES["photo"], seed=1, store=store)))
+    keys.append(key(Pixels(table, model.spec, augment=POLICIES["light"], store=store)))
+    keys.append(key(Pixels(table.select(list(range(35, -1, -1))), model.spec, augment=POLICIES["photo"], store=store)))
+    torch.set_num_threads(2)
+    keys.append(key())
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        next(b for n, b in model.backbone.named_buffers() if n.endswith("running_mean")).add_(1e-3)
+    keys.append(key())
+    with torch.no_grad():
+        next(iter(model.backbone.parameters()))[0, 0, 0, 0] += 1e-3
+    keys.append(key())
+    assert None not in keys
+    assert len(set(keys)) == len(keys)
+    one_view = [key(Pixels(table, model.spec, augment=POLICIES["photo"], seed=s, store=store), views=1) for s in (0, 1)]
+    assert one_view[0] == one_view[1]  # the plain view knows no seed
+    assert key(Pixels(table, model.spec, augment=lambda x: x.flip(-1), store=store)) is None
+
+
+def test_modules_of_the_users_own_are_not_kept(cache: Cache, photos: Path) -> None:
+    for _ in range(2):
+        net = TinyNet()
+        fine_tune(photos, backbone=net, data_spec=SPEC, recipe=Recipe(stages=(Stage(epochs=1),)), precision="fp32")
+        assert net.pictures == 24 * 2 + 6 + 6
+    assert cache.names("features") == []
+
+
+def test_harmed_rows_are_made_again(cache: Cache, photos: Path) -> None:
+    first, _ = run(photos)
+    for name in cache.names("features"):
+        with cache.path("features", name).open("r+b") as file:
+            file.seek(100)
+            file.write(b"\xff" * 8)
+    again, count = run(photos)
+    assert count == 24 * 2 + 6 + 6
+    assert torch.equal(weights(first), weights(again))
+    assert run(photos)[1] == 6
+
+
+@pytest.mark.parametrize("where", ["head", "layer4"])
+def test_loaded_rows_are_the_made_ones_to_the_bit(cache: Cache, photos: Path, where: str) -> None:
+    splits = split(load_images(photos))
+    model = create_classifier("test_resnet.r160_in1k", splits.class_names, weights="none", image_size=32)
+    set_freeze_line(model, where)
+    store = PixelStore(cache, model.spec)
+    parts = [Pixels(splits.train, model.spec, augment=POLICIES["photo"], store=store)]
+    parts.append(Pixels(splits.val, model.spec, store=store))
+    for part in parts:
+        store.fill(part.table.paths, root=photos)
+    plain = [replace_store(part) for part in parts]
+    runtime = replace(CPU, dtype=torch.bfloat16)
+    made, loaded = (make_source(parts[0], parts[1], model, views=2, runtime=runtime) for _ in range(2))
+    fresh = make_source(plain[0], plain[1], model, views=2, runtime=runtime)
+    assert len(cache.names("features")) == 2
+    kind = FeatureSource if where == "head" else ActivationSource
+    for one, two, three in zip(sides(made), sides(loaded), sides(fresh), strict=True):
+        assert isinstance(one, kind)
+        rows = [source.batch(list(range(6)), [0] * 6) for source in (one, two, three)]
+        assert torch.equal(rows[0], rows[1])
+        assert torch.equal(rows[0], rows[2])
+        assert rows[0].stride() == rows[1].stride()
+        assert rows[0].dtype == rows[2].dtype
+    shutil.rmtree(cache.folder)  # what is mapped stays readable where the system allows it
+    assert torch.equal(loaded.train.batch([3], [1]), made.train.batch([3], [1]))
+
+
+def sides(data: Any) -> tuple[Any, Any]:
+    return data.train, data.val
+
+
+def replace_store(pixels: Pixels) -> Pixels:
+    """The same pictures without anything kept."""
+    return Pixels(pixels.table, pixels.spec, augment=pixels.augment, seed=pixels.seed)
+
+
+def test_without_room_rows_stay_in_memory(cache: Cache, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADSTART_CACHE_LIMIT", "1KB")
+    run(photos)
+    assert cache.entries() == [] or all(entry.kind == "files" for entry in cache.entries())
+    assert run(photos)[1] == 24 * 2 + 6 + 6
