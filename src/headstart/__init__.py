@@ -8,6 +8,7 @@ from typing import Any
 
 _ROOMS = {
     "auditing": ("audit",),
+    "arrays": ("images_from_arrays",),
     "checkpoint": ("load", "save"),
     "classifier": ("Classifier", "create_classifier"),
     "dataset": ("ImageTable", "Splits", "load_images", "open_image", "split"),

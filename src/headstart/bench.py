@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arrays import Labels, Pictures, images_from_arrays
 from .averaging import restore, snapshot
 from .classifier import Classifier
 from .dataset import ImageTable, Splits, check_images, load_images, split
@@ -30,6 +31,8 @@ from .store import Cache
 from .terminal import ProgressBar, say
 from .train import StageResult
 from .transforms import DataSpec
+
+Data = str | Path | ImageTable | Splits | tuple[Pictures, Labels]
 
 KEEP_BYTES = 2 << 30  # stored features kept for later runs; the oldest go first
 
@@ -146,7 +149,7 @@ class Bench:
 
 
 def make_bench(
-    data: str | Path | ImageTable | Splits,
+    data: Data,
     *,
     runtime: Runtime,
     seed: int = 0,
@@ -166,7 +169,8 @@ def make_bench(
     """Read, check and split the pictures, once for all runs on this bench.
 
     Args:
-        data: pictures as `load_images` takes them, an `ImageTable`, or `Splits` made beforehand.
+        data: pictures as `load_images` takes them, an `ImageTable`, `Splits` made beforehand, or a pair of pictures
+            and labels in memory as `images_from_arrays` takes them.
         seed: of the split.
         val, test, val_folder, test_folder, root, bad_files, limit: as in `fine_tune`.
         check: decode every picture, to see whether it does; None is for folders alone.
@@ -191,7 +195,7 @@ def make_bench(
 
 
 def find_data(
-    data: str | Path | ImageTable | Splits,
+    data: Data,
     *,
     seed: int,
     val_folder: str | None,
@@ -206,7 +210,7 @@ def find_data(
     """
     idle: dict[str, Any] = (
         {"val_folder": val_folder, "test_folder": test_folder, "root": root}
-        if isinstance(data, (ImageTable, Splits))
+        if isinstance(data, (ImageTable, Splits, tuple))
         else {}
     )
     idle |= {"limit": limit} if isinstance(data, Splits) else {}
@@ -215,6 +219,8 @@ def find_data(
         raise RecipeError(f"{', '.join(given)}: without effect on a {type(data).__name__}; leave it out.")
     if isinstance(data, Splits):
         return data
+    if isinstance(data, tuple):
+        data = images_from_arrays(*data)
     if not isinstance(data, ImageTable):
         data = load_images(data, val_folder=val_folder, test_folder=test_folder, root=root, check=False)
     return data if limit is None else data.limit(limit, seed=seed)

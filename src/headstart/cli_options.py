@@ -18,7 +18,8 @@ from .recipe import POLICIES, RECIPES, AugmentSpec, HeadSpec, HiddenLayer, Recip
 DEFAULT_BACKBONE = "mobilenetv2_100"
 DEFAULT_RECIPE = "fine-tune"
 PHOTOS_HELP = (
-    "folder of class folders (or of train/val/test), .zip or .tar.gz of one, manifest (.csv, .parquet), URL#sha256=HEX"
+    "folder of class folders (or of train/val/test), .zip or .tar.gz of one, URL#sha256=HEX, manifest (.csv, "
+    ".parquet), hf:NAME, torchvision:NAME"
 )
 
 

@@ -173,7 +173,7 @@ def load_images(
     check: bool = True,
     workers: int = 0,
 ) -> ImageTable:
-    """Read labelled pictures: a folder of class folders, an archive of it, or a manifest (see `read_manifest`).
+    """Read labelled pictures: a folder, an archive of one, a manifest (see `read_manifest`), or a data set's name.
 
     PHOTOS/cat/1.jpg, or PHOTOS/train/cat/1.jpg beside `val` (`valid`, `validation`) and `test` in any letter case.
     The class map is that of the training pictures, naturally sorted (2 before 10). Hidden folders and files are
@@ -189,7 +189,9 @@ def load_images(
         workers: processes for the check; 0 is one per CPU core.
     Raises:
         DataError: no such folder or file, another layout (multi-label, nested, flat), an empty class, fewer than two
-            classes, a class that training does not have, pictures that do not decode; what `read_manifest` refuses.
+            classes, a class that training does not have, pictures that do not decode; what `read_manifest`,
+            `unpack_archive` and `export_named` refuse.
+        SetupError: no network, or a package that is not installed.
     """
     layout = read_source(folder, val_folder=val_folder, test_folder=test_folder, root=root)
     names = _class_map(layout.splits, class_names, shown=str(folder))

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import secrets
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .manifest import ManifestRow, write_manifest
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _STALE_SECONDS = 24 * 3600.0
 
@@ -51,3 +59,58 @@ def _sweep(folder: Path) -> None:
         with suppress(OSError):
             if time.time() - part.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink()
+
+
+class PictureWriter:
+    """Writes pictures and their manifest into a folder: any source of pictures becomes files that all else works on.
+
+    Encoded pictures are written byte for byte, decoded ones losslessly as PNG.
+    """
+
+    MANIFEST = "photos.csv"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._rows: list[ManifestRow] = []
+
+    def add(self, picture: bytes | Image.Image, label: str, *, split: str = "", group: str = "") -> None:
+        """Write one picture to SPLIT/LABEL/NUMBER, with the extension of what it is."""
+        data, suffix = (picture, _suffix(picture)) if isinstance(picture, bytes) else (_png(picture), ".png")
+        word = re.sub(r"[^\w-]+", "_", label)[:60] + "_"  # `con` and `nul` are no names for folders
+        path = self._folder / split / word / f"{len(self._rows):06d}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        self._rows.append(ManifestRow(path, label, split, group))
+
+    def finish(self) -> None:
+        """Write the manifest.
+
+        Raises:
+            DataError: no picture was added.
+        """
+        write_manifest(self._rows, self._folder / self.MANIFEST)
+
+
+_BEGINNINGS = {
+    b"\xff\xd8": ".jpg",
+    b"\x89PNG": ".png",
+    b"GIF8": ".gif",
+    b"RIFF": ".webp",
+    b"BM": ".bmp",
+    b"II": ".tif",
+    b"MM": ".tif",
+}
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+
+
+def _suffix(data: bytes) -> str:
+    return next((suffix for begin, suffix in _BEGINNINGS.items() if data.startswith(begin)), ".img")
+
+
+def _png(image: Image.Image) -> bytes:
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(image)  # PNG files keep no orientation
+    buffer = io.BytesIO()
+    (upright if upright.mode in _PNG_MODES else upright.convert("RGB")).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from . import train as training
-from .bench import Bench, find_data, make_bench, require_validation
+from .bench import Bench, Data, find_data, make_bench, require_validation
 from .checkpoint import load, save
 from .classifier import Classifier, create_classifier
 from .dataset import ImageTable, Splits, load_images
@@ -32,6 +32,7 @@ from .pixels import Augment, Pixels
 from .recipe import FINE_TUNE_STAGE, POLICIES, RECIPES, HeadSpec, Recipe, Stage, load_recipe
 from .run import Run, check_run_path, environment, open_run, read_csv
 from .runtime import Runtime, make_runtime
+from .sizes import input_sizes
 from .terminal import ProgressBar, duration, say
 from .train import Progress, StageResult
 from .transforms import DataSpec
@@ -78,7 +79,7 @@ class _Diary:
 
 
 def fine_tune(
-    data: str | Path | ImageTable | Splits | Bench,
+    data: Data | Bench,
     *,
     backbone: str | nn.Module = "mobilenetv2_100",
     weights: str | Path | None = None,
@@ -109,8 +110,9 @@ def fine_tune(
     validation score and scores the test split once, at the end.
 
     Args:
-        data: pictures as `load_images` takes them, an `ImageTable`, `Splits` made beforehand, or a `Bench`, which
-            brings its own machine (device, precision, workers) and shares work between runs.
+        data: pictures as `load_images` takes them, an `ImageTable`, `Splits` made beforehand, a pair of pictures
+            and labels in memory (see `images_from_arrays`), or a `Bench`, which brings its own machine (device,
+            precision, workers) and shares work between runs.
         backbone: a timm name, or any module together with `data_spec`.
         weights: `hub`, `none`, a weights file, or a run folder of this program; None is `hub`, or `none` where the
             recipe trains from scratch.
@@ -480,6 +482,7 @@ def _facts(model: Classifier, diary: _Diary, splits: Splits, *, interrupted: boo
             },
             "bad_files": [[str(path), reason] for path, reason in splits.train.bad_files],
             "dropped": [[str(path), reason] for path, reason in splits.train.dropped],
+            "sizes": input_sizes(splits.train.paths, model.spec.image_size),
             "shared_groups": {group: list(names) for group, names in splits.shared_groups().items()},
         },
         "backbone": model.backbone_name or type(model.backbone).__name__,

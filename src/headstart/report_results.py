@@ -15,6 +15,7 @@ from .errors import CheckpointError, DataError
 from .report_charts import confusion_map, interval_bar, shade_legend
 from .report_page import NONE, details, esc, percent, section, span, table, wide
 from .run import RunRecord
+from .sizes import small_pictures_sentence
 
 MISTAKES = 24
 THUMBNAIL_PX = 180
@@ -172,11 +173,13 @@ def data_section(run: RunRecord) -> str:
         data.get("dropped") or [], "picture that the manifest drops", "pictures that the manifest drops"
     )
     shared = data.get("shared_groups") or {}
+    small = small_pictures_sentence(data.get("sizes") or {})
     leak = f"<p>{len(shared):,} groups of pictures stand in several splits: the scores are too good.</p>"
     return section(
         "Data",
         "<p>The training split is learned from, the validation split chooses the state that is kept, the test split is "
         f'scored once, at the end.</p><p class="note">Read from <code>{esc(data.get("root", ""))}</code>.</p>',
+        f"<p>{esc(small)}</p>" if small else "",
         body,
         skipped or '<p class="note">No file was left out as unreadable.</p>',
         dropped,

@@ -1,7 +1,8 @@
-"""What PHOTOS may be: a folder of class folders, a manifest, an archive here or on the web; each becomes a `Layout`."""
+"""What PHOTOS may be: a folder, a manifest, an archive here or on the web, a data set's name; each is a `Layout`."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -9,6 +10,7 @@ from .archives import ARCHIVE_SUFFIXES, fetch_archive, is_archive, is_url, unpac
 from .errors import DataError
 from .folders import Layout, read_layout, require_file
 from .manifest import MANIFEST_SUFFIXES, is_manifest, manifest_layout, read_manifest
+from .named_sets import export_named, is_named
 
 __all__ = ["read_source", "source_name"]
 
@@ -30,28 +32,37 @@ def read_source(
         DataError: what the reader of that kind refuses; an option that this kind of source does not have.
         SetupError: no network, or a package that is not installed.
     """
-    path = _on_disk(photos)
-    if is_manifest(path) and not path.is_dir():
+    given = _absolute(photos)
+    if is_manifest(given) and not given.is_dir():
         _refuse_idle(photos, "a manifest", val_folder=val_folder, test_folder=test_folder)
-        base = path.parent if root is None else Path(root).expanduser().absolute()
-        return manifest_layout(read_manifest(photos, root=root), root=base)
+        return manifest_layout(read_manifest(photos, root=root), root=given.parent if root is None else _absolute(root))
     _refuse_idle(photos, "not a manifest", root=root)
-    return read_layout(path, shown=str(photos), val_folder=val_folder, test_folder=test_folder)
+    if is_named(photos):
+        _refuse_idle(photos, "a data set with splits of its own", val_folder=val_folder, test_folder=test_folder)
+        manifest = export_named(str(photos))
+        return manifest_layout(read_manifest(manifest), root=manifest.parent)
+    return read_layout(_folder(photos), shown=str(photos), val_folder=val_folder, test_folder=test_folder)
 
 
-def _on_disk(photos: str | Path) -> Path:
-    """The folder or manifest that holds the pictures, unpacked into the cache folder where it has to be."""
+def _folder(photos: str | Path) -> Path:
+    """The folder that holds the pictures; an archive's is in the cache folder, unpacked where it has to be."""
     if is_url(photos):
         return fetch_archive(str(photos))
-    path = Path(photos).expanduser().absolute()
+    path = _absolute(photos)
     if is_archive(path) and not path.is_dir():
         require_file(path, str(photos))
         return unpack_archive(photos)
     return path
 
 
+def _absolute(path: str | Path) -> Path:
+    return Path(path).expanduser().absolute()
+
+
 def source_name(photos: str | Path) -> str:
-    """A short name for folders of results: that of the folder, or of the file without its extension."""
+    """A short name for folders of results: that of the folder or data set, or of the file without its extension."""
+    if is_named(photos):
+        return re.sub(r"[^\w.-]+", "-", str(photos))
     path = Path(urlsplit(str(photos)).path) if is_url(photos) else Path(photos).resolve()
     name = path.name
     for suffix in () if path.is_dir() else (*ARCHIVE_SUFFIXES, *MANIFEST_SUFFIXES):

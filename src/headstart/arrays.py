@@ -1,0 +1,99 @@
+"""Pictures that are in memory, NumPy arrays or PIL pictures, made into files that all else works on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from .dataset import ImageTable, load_images
+from .errors import DataError
+from .prepared import PictureWriter, prepared_folder
+
+Pictures = npt.NDArray[np.uint8] | Sequence[npt.NDArray[np.uint8] | Image.Image]
+Labels = Sequence[int | str] | npt.NDArray[Any]
+
+
+def images_from_arrays(
+    images: Pictures,
+    labels: Labels,
+    *,
+    class_names: Sequence[str] | None = None,
+    groups: Sequence[str] | None = None,
+) -> ImageTable:
+    """A table of pictures that are in memory; they are written losslessly as PNG into the cache folder, once.
+
+    So the one function that prepares pictures from bytes serves here, too, and a run names its pictures.
+
+    Args:
+        images: uint8 [N, H, W, 3], [N, H, W] or [N, H, W, 1], values 0 .. 255; or one such array, or PIL picture, per
+            picture, of any sizes.
+        labels: one per picture: class names or numbers. With `class_names`, numbers are positions in it.
+        class_names: the class map; None makes one of the labels, naturally sorted.
+        groups: per picture the group that stays on one side of every split, '' for a picture by itself.
+    Raises:
+        DataError: other numbers than uint8, another shape, not one label per picture, a label without a name.
+    """
+    words = _words(labels, class_names)
+    belong = [str(group) for group in groups] if groups is not None else [""] * len(words)
+    if not len(images) == len(words) == len(belong):
+        raise DataError(
+            f"{len(images):,} pictures, {len(words):,} labels and {len(belong):,} groups; it takes one per picture."
+        )
+    digest = hashlib.sha256()
+    for picture, word, group in zip(_pictures(images), words, belong, strict=True):
+        digest.update(repr((picture.mode, picture.size, word, group)).encode())
+        digest.update(picture.tobytes())
+
+    def fill(folder: Path) -> None:
+        writer = PictureWriter(folder)
+        for picture, word, group in zip(_pictures(images), words, belong, strict=True):
+            writer.add(picture, word, group=group)
+        writer.finish()
+
+    folder = prepared_folder(f"arrays-{digest.hexdigest()[:32]}", fill)
+    return load_images(folder / PictureWriter.MANIFEST, class_names=class_names, check=False)
+
+
+def _words(labels: Labels, class_names: Sequence[str] | None) -> list[str]:
+    shape = np.shape(labels)
+    if len(shape) != 1:
+        raise DataError(
+            f"labels have shape {shape}; it takes one per picture, [N]. Of one-hot labels take labels.argmax(axis=1); "
+            "several labels per picture (multi-label) are not supported."
+        )
+    words = []
+    for label in labels:
+        if isinstance(label, str) or class_names is None:
+            words.append(str(label))
+        elif 0 <= int(label) < len(class_names):
+            words.append(str(class_names[int(label)]))
+        else:
+            raise DataError(f"label {label} has no name: class_names has {len(class_names)}, from 0.")
+    return words
+
+
+def _pictures(images: Pictures) -> Iterator[Image.Image]:
+    """Each as a PIL picture whose bytes are its pixels: upright, without a palette."""
+    for number, item in enumerate(images):
+        if isinstance(item, Image.Image):
+            picture = ImageOps.exif_transpose(item)
+            yield (
+                picture.convert("RGBA" if picture.has_transparency_data else "RGB") if picture.mode == "P" else picture
+            )
+            continue
+        array = np.asarray(item)
+        if array.ndim == 3 and array.shape[2] == 1:
+            array = array[..., 0]
+        if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+            raise DataError(
+                f"picture {number} is {array.dtype} {list(array.shape)}; it takes uint8 [H, W, 3] or [H, W], values "
+                "0 .. 255. Of floats from 0 to 1 take (images * 255).round().astype('uint8'); of [3, H, W] take "
+                "images.transpose(0, 2, 3, 1)."
+            )
+        yield Image.fromarray(array)
