@@ -31,6 +31,7 @@ from .cli_options import (
     add_recipe_options,
     add_root_option,
     add_stage_options,
+    add_tta_option,
     apply_overrides,
     override_head,
     picture_overrides,
@@ -166,6 +167,7 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="PHOTOS", help="folder or manifest, classes named as in training")
     parser.add_argument("--json", action="store_true", help="print every figure as JSON instead of tables")
     add_root_option(parser)
+    add_tta_option(parser)
     add_bad_files_option(parser)
     add_machine_options(parser)
 
@@ -174,7 +176,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     from . import recipes
 
     metrics = recipes.evaluate_run(
-        args.model, args.folder, progress=True, **_given(args, "device", "precision", "workers", "bad_files", "root")
+        args.model,
+        args.folder,
+        progress=True,
+        **_given(args, "device", "precision", "workers", "bad_files", "root", "tta"),
     )
     if args.json:
         print(json.dumps(metrics, indent=1))
@@ -193,6 +198,7 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--csv", metavar="OUT", help="write a CSV file instead of printing")
     form.add_argument("--json", action="store_true", help="print JSON: a list with an object per picture")
+    add_tta_option(parser)
     add_bad_files_option(parser)
     add_machine_options(parser)
 
@@ -210,7 +216,7 @@ def _predict(args: argparse.Namespace) -> int:
     files = list_image_files(args.paths)
     reasons = bad_reasons(files, workers=args.workers or 0)
     good = [path for path, reason in zip(files, reasons, strict=True) if reason is None]
-    machine = _given(args, "device", "precision", "workers")
+    machine = _given(args, "device", "precision", "workers", "tta")
     rows = recipes.predict_files(args.model, good, progress=True, **machine) if good else []
     for path, reason in zip(files, reasons, strict=True):
         if reason is not None:

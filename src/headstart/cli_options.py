@@ -267,6 +267,15 @@ def add_root_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_tta_option(parser: argparse.ArgumentParser) -> None:
+    """`--tta`: the same words in every command that predicts."""
+    parser.add_argument(
+        "--tta",
+        metavar="flip|N",
+        help="average over the picture and its mirror image, or over N views of it (default: one plain view)",
+    )
+
+
 def _default(text: str) -> str:
     return f"(default: {text})".replace("%", "%%")
 

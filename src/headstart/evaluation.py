@@ -1,4 +1,4 @@
-"""Predict and score: every picture once, in evaluation mode, from its plain view."""
+"""Predict and score: every picture in evaluation mode, from its plain view, or from several where that is asked for."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from torch import Tensor
 
 from .classifier import Classifier
 from .dataset import ImageTable
-from .errors import DataError
+from .errors import DataError, RecipeError
 from .features import Advance, Source, fast_kernels
 from .metrics import evaluate_probs, softmax
 from .pixels import Pixels
+from .recipe import POLICIES
 from .runtime import Runtime, make_runtime
 
 BATCH_SIZE = 32  # one batch shape everywhere: the same picture in the same batch then gives the same bits
+MOST_VIEWS = 100
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,11 @@ class Evaluation:
     @classmethod
     def from_logits(cls, logits: Tensor, table: ImageTable) -> Self:
         """Score logits [N, C], in the order of the table."""
-        probs = softmax(logits.numpy())
+        return cls.from_probs(softmax(logits.numpy()), table)
+
+    @classmethod
+    def from_probs(cls, probs: np.ndarray, table: ImageTable) -> Self:
+        """Score probabilities [N, C], in the order of the table."""
         return cls(table, probs, evaluate_probs(probs, table.labels, table.class_names))
 
     @property
@@ -41,9 +47,20 @@ class Evaluation:
 
 
 def predict_logits(
-    model: Classifier, pixels: Pixels, *, runtime: Runtime | None = None, advance: Advance | None = None
+    model: Classifier,
+    pixels: Pixels,
+    *,
+    runtime: Runtime | None = None,
+    advance: Advance | None = None,
+    view: int = 0,
+    mirrored: bool = False,
 ) -> Tensor:
-    """Logits [N, C] in float32, in the order of the table; the last short batch is included."""
+    """Logits [N, C] in float32, in the order of the table; the last short batch is included.
+
+    Args:
+        view: which view of each picture is looked at; 0 is the plain one.
+        mirrored: left and right are swapped.
+    """
     runtime = runtime or make_runtime(precision="fp32")
     mine = runtime.share(torch.arange(len(pixels)))
     rows = []
@@ -52,7 +69,8 @@ def predict_logits(
     model.eval()
     with fast_kernels(model, runtime), torch.inference_mode(), runtime.autocast():
         for part in mine.split(BATCH_SIZE):
-            rows.append(model(pixels.batch(part.tolist(), [0] * len(part)).to(runtime.device)).float())
+            batch = pixels.batch(part.tolist(), [view] * len(part)).to(runtime.device)
+            rows.append(model(batch.flip(-1) if mirrored else batch).float())
             if advance:
                 advance(len(part))
     model.train(was_training)
@@ -60,13 +78,62 @@ def predict_logits(
     return runtime.gather(logits, len(pixels)).cpu()
 
 
+def tta_views(tta: str | int) -> list[tuple[int, bool]]:
+    """The (view, mirrored) that are averaged: `none` is the plain view, `flip` also mirrors it, N is N views.
+
+    Raises:
+        RecipeError: anything else.
+    """
+    if tta == "none":
+        return [(0, False)]
+    if tta == "flip":
+        return [(0, False), (0, True)]
+    text = str(tta)
+    if not text.isdecimal() or not 2 <= int(text) <= MOST_VIEWS:
+        raise RecipeError(
+            f"tta is {tta!r}; it takes none, flip (the picture and its mirror image) or a number of views from 2 to"
+            f" {MOST_VIEWS}, the plain one included."
+        )
+    return [(view, False) for view in range(int(text))]
+
+
+def predict_probs(
+    model: Classifier,
+    pixels: Pixels,
+    *,
+    tta: str | int = "none",
+    runtime: Runtime | None = None,
+    advance: Advance | None = None,
+) -> np.ndarray:
+    """Probabilities [N, C]; with `tta` the mean over several views of each picture (test-time augmentation).
+
+    Args:
+        tta: see `tta_views`; the views of a number are the plain one and crops and flips of policy `light`, the same
+            ones for every picture, so that a prediction does not depend on what stands beside it.
+        advance: called with the number of pictures done, for each view.
+    """
+    views = tta_views(tta)
+    pixels = pixels.with_views(POLICIES["light"], alike=True) if len(views) > 1 else pixels
+    sums = sum(
+        softmax(predict_logits(model, pixels, runtime=runtime, advance=advance, view=v, mirrored=m).numpy())
+        for v, m in views
+    )
+    return np.asarray(sums / len(views))
+
+
 def evaluate(
-    model: Classifier, table: ImageTable, *, runtime: Runtime | None = None, advance: Advance | None = None
+    model: Classifier,
+    table: ImageTable,
+    *,
+    tta: str | int = "none",
+    runtime: Runtime | None = None,
+    advance: Advance | None = None,
 ) -> Evaluation:
-    """Score the model on labelled pictures.
+    """Score the model on labelled pictures, each from its plain view, or averaged over the views that `tta` says.
 
     Raises:
         DataError: the table's classes are not the model's; a file cannot be read.
+        RecipeError: `tta` is not what `tta_views` takes.
     """
     if table.class_names != model.class_names:
         raise DataError(
@@ -76,7 +143,7 @@ def evaluate(
         )
     runtime = runtime or make_runtime(precision="fp32")
     pixels = Pixels(table, model.spec, workers=runtime.workers, cache_bytes=0)
-    return Evaluation.from_logits(predict_logits(model, pixels, runtime=runtime, advance=advance), table)
+    return Evaluation.from_probs(predict_probs(model, pixels, tta=tta, runtime=runtime, advance=advance), table)
 
 
 @dataclass(frozen=True)

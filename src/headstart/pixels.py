@@ -72,15 +72,20 @@ class Pixels:
     ) -> None:
         self.table, self.spec, self.seed, self.store = table, spec, seed, store
         self.augment = AugmentSpec() if augment is None else augment
+        self._alike = False
         self._kept = _Kept(cache_bytes)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="headstart-decode")
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def with_views(self, augment: Augment | None, *, seed: int = 0) -> Self:
-        """The same pictures with other augmented views; what is decoded is shared, and so is the memory for it."""
+    def with_views(self, augment: Augment | None, *, seed: int = 0, alike: bool = False) -> Self:
+        """The same pictures with other augmented views; what is decoded is shared, and so is the memory for it.
+
+        With `alike` view v is drawn alike for every picture, whatever its place in the table.
+        """
         other = copy(self)
+        other._alike = alike
         other.augment, other.seed = AugmentSpec() if augment is None else augment, seed
         return other
 
@@ -109,7 +114,7 @@ class Pixels:
                 self.spec,
                 self.augment,
                 seed=self.seed,
-                indices=[int(indices[p]) for p in mixed],
+                indices=[0 if self._alike else int(indices[p]) for p in mixed],
                 views=[int(views[p]) for p in mixed],
             )
             for p, picture in zip(mixed, drawn, strict=True):

@@ -23,10 +23,9 @@ from .checkpoint import load, save
 from .classifier import Classifier, create_classifier
 from .dataset import ImageTable, Splits, load_images
 from .errors import HeadstartError, Interrupted, ModelError, RecipeError
-from .evaluation import Evaluation, evaluate, predict_logits, source_logits
+from .evaluation import Evaluation, evaluate, predict_probs, source_logits, tta_views
 from .features import PixelSource, StageData, place_source
 from .freezing import set_freeze_line
-from .metrics import softmax
 from .mixing import check_mixing
 from .pixels import Augment, Pixels
 from .recipe import FINE_TUNE_STAGE, POLICIES, RECIPES, HeadSpec, Recipe, Stage, load_recipe
@@ -240,6 +239,7 @@ def evaluate_run(
     run: str | Path,
     folder: str | Path,
     *,
+    tta: str | int = "none",
     root: str | Path | None = None,
     device: str = "auto",
     precision: str = "fp32",
@@ -247,7 +247,11 @@ def evaluate_run(
     bad_files: str = "error",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Score a saved model on a folder or manifest of labelled pictures: the figures of `metrics.json`, per split."""
+    """Score a saved model on a folder or manifest of labelled pictures: the figures of `metrics.json`, per split.
+
+    With `tta` (see `tta_views`) the probabilities are means over several views of each picture.
+    """
+    views = len(tta_views(tta))
     runtime = make_runtime(device=device, precision=precision, workers=workers)
     model = load(run, device=runtime.device)
     table = load_images(folder, root=root, bad_files=bad_files, class_names=model.class_names, workers=runtime.workers)
@@ -257,14 +261,15 @@ def evaluate_run(
             f"{seen:,} of these {len(table):,} pictures were trained on or chose the model: the figure is too good.",
             enabled=True,
         )
-    with ProgressBar(len(table), "Evaluating", enabled=progress) as bar:
-        return evaluate(model, table, runtime=runtime, advance=bar.advance).metrics
+    with ProgressBar(len(table) * views, "Evaluating", enabled=progress) as bar:
+        return evaluate(model, table, tta=tta, runtime=runtime, advance=bar.advance).metrics
 
 
 def predict_files(
     run: str | Path | Classifier,
     paths: Sequence[str | Path],
     *,
+    tta: str | int = "none",
     device: str = "auto",
     precision: str = "fp32",
     workers: int | None = None,
@@ -272,11 +277,15 @@ def predict_files(
 ) -> list[dict[str, Any]]:
     """Predict pictures with a saved model.
 
+    Args:
+        tta: average over several views of each picture; see `tta_views`.
+
     Returns:
         One dict per picture in the order given: `path`, `pred`, `prob`, and `probs` {class name: probability}.
     Raises:
         DataError: a file cannot be read.
     """
+    views = len(tta_views(tta))
     runtime = make_runtime(device=device, precision=precision, workers=workers)
     model = run.to(runtime.device) if isinstance(run, Classifier) else load(run, device=runtime.device)
     files = tuple(Path(path) for path in paths)
@@ -288,8 +297,8 @@ def predict_files(
         split_names=("",) * len(files),
     )
     pixels = Pixels(table, model.spec, workers=runtime.workers, cache_bytes=0)
-    with ProgressBar(len(files), "Predicting", enabled=progress) as bar:
-        probs = softmax(predict_logits(model, pixels, runtime=runtime, advance=bar.advance).numpy())
+    with ProgressBar(len(files) * views, "Predicting", enabled=progress) as bar:
+        probs = predict_probs(model, pixels, tta=tta, runtime=runtime, advance=bar.advance)
     return [
         {
             "path": str(path),
