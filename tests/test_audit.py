@@ -230,7 +230,7 @@ def test_the_result_is_written_whole_and_read_back(
     assert main(["audit", str(trees), "--out", str(out), "--quiet"]) == 0
     table = capsys.readouterr().out
     assert table.index("unreadable") < table.index("near-leaks") < table.index("few-pictures")
-    assert {path.name for path in out.iterdir()} == {"audit.json", "near-leaks.jpg"}
+    assert {path.name for path in out.iterdir()} == {"audit.json", "audit.html", "near-leaks.jpg"}
     with Image.open(out / "near-leaks.jpg") as sheet:
         assert sheet.width > 200
     result = read_audit(out / "audit.json")

@@ -29,7 +29,18 @@ LAYERS = (
         *("pixels", "pixelstore", "rowstore"),
     ),
     ("features", "evaluation", "averaging", "train"),
-    ("layers", "plots", "report", "report_charts", "report_page", "report_results", "audit_sheet", "auditing"),
+    (
+        "layers",
+        "plots",
+        "report",
+        "report_charts",
+        "report_page",
+        "report_results",
+        "audit_sheet",
+        "auditing",
+        "audit_page",
+        "review_script",
+    ),
     ("bench", "recipes", "demo"),
     ("cli", "cli_audit", "cli_cache", "cli_options"),
 )
@@ -101,6 +112,9 @@ SIDEWAYS = {
     ("train", "averaging"),
     ("train", "evaluation"),
     ("train", "features"),
+    ("audit_page", "report_page"),
+    ("audit_page", "report_results"),
+    ("audit_page", "review_script"),
     ("report", "report_charts"),
     ("report", "report_page"),
     ("report", "report_results"),
@@ -115,7 +129,17 @@ SIDEWAYS = {
 }
 TORCH_FREE = (
     *("errors", "recipe", "dataset", "metrics", "run", "store", "terminal", "verdicts"),
-    *("audit_quick", "audit_sheet", "auditing", "cli_audit", "cli_cache", "cli_options", "cli"),
+    *(
+        "audit_quick",
+        "audit_sheet",
+        "auditing",
+        "audit_page",
+        "review_script",
+        "cli_audit",
+        "cli_cache",
+        "cli_options",
+        "cli",
+    ),
 )
 
 

@@ -47,6 +47,8 @@ def write_audit(result: AuditResult, folder: str | Path) -> Path:
 
 def draw_sheet(finding: Finding, root: Path) -> Image.Image | None:
     """A sheet of the finding's first pictures, the groups of one row after another; None where none can be shown."""
+    if finding.kind == "unreadable":  # what crashed or hung a checking process is not opened in this one
+        return None
     cells = _cells(finding)
     shown = [(name, detail, _thumbnail(root / name)) for name, detail in cells]
     if not any(picture is not None for _, _, picture in shown):

@@ -13,7 +13,11 @@ from .errors import DataError
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photos", metavar="PHOTOS", help=PHOTOS_HELP)
-    parser.add_argument("--out", metavar="DIR", help="write audit.json and a sheet of thumbnails per finding there")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="write a page to look through and review, audit.json and sheets of thumbnails there",
+    )
     parser.add_argument("--json", action="store_true", help="print what audit.json holds instead of the table")
     parser.add_argument("--workers", type=int, metavar="N", help="threads that decode (default: one per CPU core)")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -24,20 +28,21 @@ def _run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else None
     if out is not None and out.exists() and not out.is_dir():
         raise DataError(f"--out is {args.out}, which is a file. Name a folder.")
+    from .audit_page import write_page
     from .audit_sheet import findings_table, write_audit
     from .auditing import audit
+    from .dataset import load_images
 
-    options: dict[str, Any] = {
-        name: getattr(args, name) for name in ("workers", "root") if getattr(args, name) is not None
-    }
-    result = audit(args.photos, progress=not args.quiet, **options)
-    written = write_audit(result, out) if out is not None else None
+    options: dict[str, Any] = {"workers": args.workers} if args.workers is not None else {}
+    table = load_images(args.photos, root=args.root, check=False)
+    result = audit(table, progress=not args.quiet, **options)
+    written = (write_audit(result, out), write_page(result, table.rows(), out)) if out is not None else None
     if args.json:
         print(json.dumps(result.to_dict(), indent=1, ensure_ascii=False))
         return 0
     print(findings_table(result))
     if written is not None:
-        print(f"\naudit   {written}")
+        print(f"\naudit   {written[0]}\npage    {written[1]}")
     return 0
 
 

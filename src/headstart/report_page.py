@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from html import escape as _escape
 
@@ -187,13 +189,22 @@ def section(title: str, *content: str) -> str:
     return f"<section><h2>{title}</h2>{body}</section>" if body else ""
 
 
-def page(title: str, content: str) -> str:
-    """The whole document. Its policy forbids scripts and every load from outside."""
+def page(title: str, content: str, *, style: str = "", script: str = "") -> str:
+    """The whole document. Its policy forbids every load from outside, and every script but the one given here.
+
+    Args:
+        style: rules after those of every page.
+        script: JavaScript that runs at the end of the page; the policy knows it by its hash.
+    """
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{digest}'"
+    tail = f"\n<script>{script}</script>" if script else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{esc(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n<main>\n{content}\n</main>\n</body>\n</html>\n"
+        f"<title>{esc(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n"
+        f"<body>\n<main>\n{content}\n</main>{tail}\n</body>\n</html>\n"
     )

@@ -120,7 +120,7 @@ def mistakes_section(run: RunRecord, split: str) -> str:
 
 
 def _mistake(row: Mapping[str, str], true_prob: float, root: Path | None) -> str:
-    data = _thumbnail(root, row["path"]) if root else None
+    data = picture_address(root, row["path"], 2 * THUMBNAIL_PX) if root else None
     image = '<div class="gone">picture not found</div>'
     if data:
         words = esc(f"{row['label']}, taken for {row['pred']}")
@@ -132,8 +132,8 @@ def _mistake(row: Mapping[str, str], true_prob: float, root: Path | None) -> str
     )
 
 
-def _thumbnail(root: Path, relative: str) -> str | None:
-    """A small JPEG of one picture as a data address; None where it is gone, unreadable or outside the data folder."""
+def picture_address(root: Path, relative: str, px: int) -> str | None:
+    """A JPEG of at most px x px as a data address; None where the picture is gone, unreadable or outside the root."""
     from .dataset import open_image
 
     path = Path(os.path.normpath(root / relative))
@@ -143,7 +143,7 @@ def _thumbnail(root: Path, relative: str) -> str | None:
         image = open_image(path)
     except (DataError, OSError):
         return None
-    image.thumbnail((2 * THUMBNAIL_PX, 2 * THUMBNAIL_PX))
+    image.thumbnail((px, px))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
