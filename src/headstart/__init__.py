@@ -11,6 +11,7 @@ _ROOMS = {
     "arrays": ("images_from_arrays",),
     "checkpoint": ("load", "save"),
     "classifier": ("Classifier", "create_classifier"),
+    "comparison": ("Budget", "Comparison", "compare"),
     "dataset": ("ImageTable", "Splits", "load_images", "open_image", "split"),
     "errors": (
         "CheckpointError", "DataError", "HeadstartError", "Interrupted", "ModelError", "RecipeError", "SetupError",

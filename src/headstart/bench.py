@@ -6,7 +6,9 @@ bit: the head stage of `head`, `fine-tune` and any later line is computed once p
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,13 +21,14 @@ from .arrays import Labels, Pictures, images_from_arrays
 from .averaging import restore, snapshot
 from .classifier import Classifier
 from .dataset import ImageTable, Splits, check_images, load_images, split
-from .errors import DataError, RecipeError
+from .errors import CheckpointError, DataError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_logits
 from .features import Advance, Placement, StageData, make_source
 from .freezing import tensors_digest
 from .pixels import Augment, Pixels, is_augmented
 from .pixelstore import PixelStore
 from .recipe import AugmentSpec, Recipe, Stage
+from .run import check_run_path, is_run, to_json, write_atomic
 from .runtime import Runtime
 from .store import Cache
 from .terminal import ProgressBar, say
@@ -271,3 +274,46 @@ def _say_data(splits: Splits, show: bool) -> None:
             f" {' and '.join(names)}): the scores are too good. Leave the split to headstart to keep them together.",
             enabled=True,
         )
+
+
+# ---- folders of several runs -----------------------------------------------------------------------------------
+
+
+def data_digest(splits: Splits) -> str:
+    """Twelve letters that tell which pictures are in which split under which label."""
+    digest = hashlib.sha256()
+    for name in ("train", "val", "test"):
+        table: ImageTable = getattr(splits, name)
+        for path, label in zip(table.relative_paths, table.labels, strict=True):
+            digest.update(f"{name}\0{path}\0{splits.class_names[label]}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:12]
+
+
+def settle(out: str | Path, file: str, settings: dict[str, Any], *, overwrite: bool = False) -> Path:
+    """The folder of several runs: made anew with `settings` in its `file`, or found with the same ones to go on in.
+
+    Raises:
+        CheckpointError: the folder was made with other settings (and `overwrite` is not set), or is something else.
+    """
+    folder = Path(out).expanduser().absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        try:
+            earlier = json.loads((folder / file).read_bytes())["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise CheckpointError(
+                f"{folder} is there and holds no {file} of an earlier call. Choose another folder with --out."
+            ) from None
+        other = [name for name in {**earlier, **settings} if earlier.get(name) != settings.get(name)]
+        if other and not overwrite:
+            raise CheckpointError(
+                f"{folder}: {file} was made with another {', '.join(other)} ({earlier.get(other[0])!r}, now"
+                f" {settings.get(other[0])!r}). Choose another folder with --out, or pass --overwrite."
+            )
+        if not other:
+            return folder
+        for run in [entry for entry in folder.iterdir() if is_run(entry)]:
+            check_run_path(run, overwrite=True)  # nothing but runs of ours is ever removed
+            shutil.rmtree(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / file, to_json({"settings": settings}, indent=1) + b"\n")
+    return folder

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import terminal
+from . import cli_compare, terminal
 from .cli_audit import AUDIT
 from .cli_cache import add_cache_options, run_cache
 from .cli_options import (
@@ -25,6 +25,7 @@ from .cli_options import (
     add_augment_option,
     add_bad_files_option,
     add_cache_option,
+    add_data_options,
     add_head_options,
     add_machine_options,
     add_picture_options,
@@ -33,8 +34,11 @@ from .cli_options import (
     add_stage_options,
     add_tta_option,
     apply_overrides,
+    default_run_path,
+    given,
     override_head,
     picture_overrides,
+    short_path,
 )
 from .errors import HeadstartError, Interrupted, RecipeError, near_matches
 from .recipe import HeadSpec, load_recipe
@@ -85,7 +89,7 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--limit", type=int, metavar="N", help="dry run on N pictures")
     add_cache_option(group)
     group.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    _fit_data_options(parser)
+    add_data_options(parser)
     group = parser.add_argument_group("backbone")
     group.add_argument("--backbone", metavar="NAME", help=f"any timm model (default: {DEFAULT_BACKBONE})")
     group.add_argument(
@@ -99,18 +103,6 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     add_recipe_options(parser)
     add_stage_options(parser)
     add_machine_options(parser)
-
-
-def _fit_data_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--val", type=float, metavar="X", help="share held out for validation where PHOTOS has no such folder"
-    )
-    group.add_argument("--test", type=float, metavar="X", help="share held out for the test, likewise")
-    group.add_argument("--val-folder", metavar="NAME", help="split folder of PHOTOS to use for validation")
-    group.add_argument("--test-folder", metavar="NAME", help="split folder of PHOTOS to use as the test split")
-    add_root_option(group)
-    add_bad_files_option(group)
 
 
 def _fit(args: argparse.Namespace) -> int:
@@ -129,34 +121,12 @@ def _fit(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         spec_overrides=spec_overrides,
         progress=not args.quiet,
-        **_given(args, "bad_files", "val", "test", "val_folder", "test_folder", "root", "limit"),
-        **_given(args, "device", "precision", "workers", "cache"),
+        **given(args, "bad_files", "val", "test", "val_folder", "test_folder", "root", "limit"),
+        **given(args, "device", "precision", "workers", "cache"),
     )
     print(terminal.closing_table(result.metrics))
-    print(f"\nrun     {_short(result.run_path)}\nreport  {_short(result.report_path)}")
+    print(f"\nrun     {short_path(result.run_path)}\nreport  {short_path(result.report_path)}")
     return 0
-
-
-def default_run_path(photos: str, backbone: str, *, overwrite: bool = False) -> Path:
-    """`runs/<photos>-<backbone>`; with `-2`, `-3`, ... behind it when that is taken and not to be overwritten."""
-    backbone = backbone.replace("/", "-").replace(":", "-")
-    base = Path("runs") / f"{source_name(photos)}-{backbone}"
-    path, number = base, 1
-    while path.exists() and not overwrite:
-        number += 1
-        path = base.with_name(f"{base.name}-{number}")
-    return path
-
-
-def _short(path: Path | None) -> str:
-    """A path below the working folder relative to it, any other as it is."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path and path.is_relative_to(here) else path)
-
-
-def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The options that were given; the library's own defaults serve for the others."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 # ---- evaluate --------------------------------------------------------------------------------------------------
@@ -179,7 +149,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         args.model,
         args.folder,
         progress=True,
-        **_given(args, "device", "precision", "workers", "bad_files", "root", "tta"),
+        **given(args, "device", "precision", "workers", "bad_files", "root", "tta"),
     )
     if args.json:
         print(json.dumps(metrics, indent=1))
@@ -216,7 +186,7 @@ def _predict(args: argparse.Namespace) -> int:
     files = list_image_files(args.paths)
     reasons = bad_reasons(files, workers=args.workers or 0)
     good = [path for path, reason in zip(files, reasons, strict=True) if reason is None]
-    machine = _given(args, "device", "precision", "workers", "tta")
+    machine = given(args, "device", "precision", "workers", "tta")
     rows = recipes.predict_files(args.model, good, progress=True, **machine) if good else []
     for path, reason in zip(files, reasons, strict=True):
         if reason is not None:
@@ -253,8 +223,8 @@ def _summary(args: argparse.Namespace) -> int:
     head = override_head(HeadSpec(), vars(args))
     from .layers import summary
 
-    given = _given(args, "freeze_line", "batchnorm", "image_size")
-    print(summary(args.model, head=head, num_classes=args.classes, **given).text())
+    placed = given(args, "freeze_line", "batchnorm", "image_size")
+    print(summary(args.model, head=head, num_classes=args.classes, **placed).text())
     return 0
 
 
@@ -262,9 +232,9 @@ def _refuse_idle_options(args: argparse.Namespace) -> None:
     """An option that would change nothing is an error, not a silent no."""
     is_folder = Path(args.model).is_dir()
     of_head = ("hidden", "head_batchnorm", "head_dropout", "output")
-    idle = _given(args, *of_head) if args.classes is None or is_folder else {}
+    idle = given(args, *of_head) if args.classes is None or is_folder else {}
     if is_folder:
-        idle |= _given(args, "classes", "image_size", "pool", "features_from")
+        idle |= given(args, "classes", "image_size", "pool", "features_from")
     if idle:
         flags = ", ".join("--" + name.replace("_", "-") for name in idle)
         why = "a run folder has its own head and image size" if is_folder else "without --classes there is no head"
@@ -295,7 +265,7 @@ def _preview(args: argparse.Namespace) -> int:
     _, spec = create_backbone(args.backbone or DEFAULT_BACKBONE, weights="none", image_size=overrides.get("image_size"))
     table = load_images(args.photos, root=args.root, check=False)
     spec = override_spec(spec, **overrides)
-    print(preview_sheet(table, spec, recipe.augment, out, **_given(args, "seed")))
+    print(preview_sheet(table, spec, recipe.augment, out, **given(args, "seed")))
     return 0
 
 
@@ -308,9 +278,9 @@ def _demo_options(parser: argparse.ArgumentParser) -> None:
 def _demo(args: argparse.Namespace) -> int:
     from . import demo
 
-    result = demo.run_demo(progress=not args.quiet, **_given(args, "out", "seed"))
+    result = demo.run_demo(progress=not args.quiet, **given(args, "out", "seed"))
     print(terminal.scores_table(result.scores))
-    print(f"\nreport  {_short(result.report_path)}")
+    print(f"\nreport  {short_path(result.report_path)}")
     return 0
 
 
@@ -324,6 +294,7 @@ COMMANDS: dict[str, Command] = {
         _fit,
     ),
     "audit": AUDIT,
+    "compare": cli_compare.COMMAND,
     "evaluate": Command(
         "score a trained model on a folder of labelled pictures", "RUN PHOTOS [options]", _evaluate_options, _evaluate
     ),

@@ -14,6 +14,7 @@ from typing import Any
 
 from .errors import RecipeError, near_matches
 from .recipe import POLICIES, RECIPES, AugmentSpec, HeadSpec, HiddenLayer, Recipe, Stage
+from .sources import source_name
 
 DEFAULT_BACKBONE = "mobilenetv2_100"
 DEFAULT_RECIPE = "fine-tune"
@@ -274,6 +275,41 @@ def add_tta_option(parser: argparse.ArgumentParser) -> None:
         metavar="flip|N",
         help="average over the picture and its mirror image, or over N views of it (default: one plain view)",
     )
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Where the splits come from, and what to do about files that cannot be read."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--val", type=float, metavar="X", help="share held out for validation where PHOTOS has no such folder"
+    )
+    group.add_argument("--test", type=float, metavar="X", help="share held out for the test, likewise")
+    group.add_argument("--val-folder", metavar="NAME", help="split folder of PHOTOS to use for validation")
+    group.add_argument("--test-folder", metavar="NAME", help="split folder of PHOTOS to use as the test split")
+    add_root_option(group)
+    add_bad_files_option(group)
+
+
+def default_run_path(photos: str, backbone: str, *, overwrite: bool = False) -> Path:
+    """`runs/<photos>-<backbone>`; with `-2`, `-3`, ... behind it when that is taken and not to be overwritten."""
+    backbone = backbone.replace("/", "-").replace(":", "-")
+    base = Path("runs") / f"{source_name(photos)}-{backbone}"
+    path, number = base, 1
+    while path.exists() and not overwrite:
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path
+
+
+def short_path(path: Path | None) -> str:
+    """A path below the working folder relative to it, any other as it is."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path and path.is_relative_to(here) else path)
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that were given; the library's own defaults serve for the others."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _default(text: str) -> str:

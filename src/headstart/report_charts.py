@@ -6,39 +6,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .svg import nice_ticks
+from .svg import svg as _svg
+from .svg import tag as _tag
+from .svg import text as _text
 from .verdicts import Record, axis_range, figure, kept_record, stage_attempts
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 44.0, 42.0
 _WIDTH, _HEIGHT = 520.0, 316.0
 _GAP = 34.0  # between two stages: room for the line that marks the freeze line's move
-
-
-def nice_ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> list[float]:
-    """About `count` round numbers (steps of 1, 2, 2.5 or 5 times a power of ten) inside [low, high]."""
-    span = max(high - low, 1e-12)
-    power = 10 ** math.floor(math.log10(span / count))
-    steps = [s * power for s in (1, 2, 2.5, 5, 10, 20) if not whole or ((s * power) % 1 == 0 and s * power >= 1)]
-    step = next((s for s in steps if span / s <= count + 0.5), steps[-1] if steps else 1.0)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _tag(name: str, content: str = "", **attributes: Any) -> str:
-    """One SVG element; `class_` and `text_anchor` stand for `class` and `text-anchor`, numbers get two decimals."""
-    parts = []
-    for key, value in attributes.items():
-        text = f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else escape(str(value))
-        parts.append(f' {key.rstrip("_").replace("_", "-")}="{text}"')
-    return f"<{name}{''.join(parts)}>{content}</{name}>" if content else f"<{name}{''.join(parts)}/>"
-
-
-def _text(x: float, y: float, words: str, **attributes: Any) -> str:
-    return _tag("text", escape(words), x=x, y=y, **attributes)
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------
@@ -213,14 +193,6 @@ def _kept_mark(
                     "circle", words, cx=frame.x(stage, kept.get("epoch", 0)), cy=frame.y(value), r=7.0, class_="kept"
                 )
     return ""
-
-
-def _svg(width: float, height: float, content: str, title: str, *, class_: str = "chart") -> str:
-    """The outer element: scales with the page, and says in words what it shows."""
-    return (
-        f'<svg class="{class_}" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}" '
-        f'style="max-width:{width * 1.25:.0f}px">{content}</svg>'
-    )
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------

@@ -209,3 +209,33 @@ def predictions_csv(rows: Sequence[Mapping[str, Any]], *, top: int | None = None
     return header, [
         [row["path"], *(cell for name, prob in ranking(row, top) for cell in (name, repr(prob)))] for row in rows
     ]
+
+
+def comparison_tables(results: Mapping[str, Any]) -> str:
+    """What each recipe of a comparison cost, what it scored, and which differences the test pictures show.
+
+    Args:
+        results: the content of compare.json.
+    """
+    entries = results["recipes"]
+    cost = [
+        [
+            e["name"],
+            f"{' + '.join(map(str, e['budget']['epochs']))} epochs at {e['budget']['image_size']} px",
+            figure(e["trained_parameters"]),
+            duration(sum(e["seconds"]) / len(e["seconds"])),
+            *(v["answer"] for v in e["verdicts"]),
+        ]
+        for e in entries
+    ]
+    cost_header = ["recipe", "budget", "trained", "time alone", "still learning", "generalises", "overfits"]
+    top5 = any(e["test"]["top5"] is not None for e in entries)
+    score_header = ["recipe", "val loss", "val acc.", "test loss", "test acc.", "95 % interval", *["top-5"] * top5]
+    scores = []
+    for e in entries:
+        low, high = e["test"]["accuracy_ci95"]
+        row = [e["name"], *(figure(e[split][key]) for split in ("val", "test") for key in ("log_loss", "accuracy"))]
+        row += [f"{low:.3f} - {high:.3f}", *[figure(e["test"]["top5"])] * top5]
+        scores.append([*row, figure(e["test"]["weighted_precision"]), figure(e["test"]["weighted_recall"])])
+    parts = [format_table(cost_header, cost, left=2), format_table([*score_header, "w. prec.", "w. recall"], scores)]
+    return "\n\n".join([*parts, "\n".join(pair["sentence"] for pair in results["pairs"])]).rstrip()

@@ -1,0 +1,227 @@
+"""Recipes side by side: shared splits and head stages, figures that agree with the runs, differences told with care."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from conftest import make_picture
+from headstart import Budget, CheckpointError, ModelError, RecipeError, compare, read_run
+from headstart.cli import main
+from headstart.comparison import named_recipe, run_name
+from headstart.metrics import holm, paired_difference
+from headstart.recipe import RECIPES
+
+MACHINE: dict[str, Any] = {
+    "backbone": "test_resnet", "weights": "none", "device": "cpu", "precision": "fp32", "workers": 1,
+    "spec_overrides": {"image_size": 32},
+}  # fmt: skip
+BUDGETS = {"scratch": Budget((1,), 24), "head": Budget((2,)), "last:3": Budget((2, 1))}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "photos"
+    rng = np.random.default_rng(0)
+    for hue, name in enumerate(("blue", "green", "red")):
+        (root / name).mkdir(parents=True)
+        for i in range(10):
+            make_picture(rng, hue).save(root / name / f"{name}{i}.jpg", quality=95)
+    return root
+
+
+@pytest.fixture(scope="module")
+def compared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("out") / "compare"
+    return compare(folder, recipes=("scratch", "head", "last:3"), budgets=BUDGETS, seeds=(0, 1), out=out, **MACHINE)
+
+
+def test_every_recipe_and_seed_has_its_run_on_the_same_splits(compared: Any) -> None:
+    results = json.loads((compared.path / "compare.json").read_text())
+    assert results == json.loads(json.dumps(compared.results))
+    assert [e["name"] for e in results["recipes"]] == ["scratch", "head", "last:3"]
+    runs = {run: read_run(compared.path / run) for e in results["recipes"] for run in e["runs"]}
+    assert set(runs) == {f"{name}-seed{seed}" for name in ("scratch", "head", "last-3") for seed in (0, 1)}
+    splits = [run.splits for run in runs.values()]
+    assert all(one == splits[0] for one in splits)
+    assert {run.recipe["seed"] for run in runs.values()} == {0, 1}
+    assert [runs[n].model["preprocessing"]["image_size"] for n in ("scratch-seed0", "head-seed0")] == [24, 32]
+    assert runs["last-3-seed0"].recipe["stages"][-1]["freeze_line"] == "last:3"
+    assert [len(runs["last-3-seed1"].recipe["stages"]), runs["last-3-seed1"].recipe["stages"][1]["epochs"]] == [2, 1]
+
+
+def test_figures_are_the_runs_own(compared: Any) -> None:
+    for entry in compared.results["recipes"]:
+        runs = [read_run(compared.path / run) for run in entry["runs"]]
+        for split in ("val", "test"):
+            for key in ("accuracy", "log_loss", "weighted_precision", "weighted_recall"):
+                assert entry[split][key] == pytest.approx(np.mean([r.metrics[split][key] for r in runs]))
+        low, high = entry["test"]["accuracy_ci95"]
+        assert low <= entry["test"]["accuracy"] <= high
+        assert [v["question"] for v in entry["verdicts"]][2] == "Does it overfit?"
+        assert all(seconds > 0 for seconds in entry["seconds"])
+
+
+def test_the_head_stage_is_trained_once_per_seed(compared: Any) -> None:
+    for seed in (0, 1):
+        head, tuned = (read_run(compared.path / f"{name}-seed{seed}") for name in ("head", "last-3"))
+        assert head.metrics["stages"][0]["shared_seconds"] == 0
+        assert tuned.metrics["stages"][0]["shared_seconds"] > 0
+        ours = [r["val"] for r in tuned.history if r["stage"] == "head"]
+        assert ours == [r["val"] for r in head.history]
+    entry = compared.results["recipes"][2]
+    own = read_run(compared.path / entry["runs"][0]).metrics["stages"]
+    assert entry["seconds"][0] == pytest.approx(sum(s["seconds"] + s["shared_seconds"] for s in own))
+
+
+def test_pairs_count_the_pictures_that_one_alone_gets_right(compared: Any) -> None:
+    assert len(compared.results["pairs"]) == 3
+    for pair in compared.results["pairs"]:
+        hits = {}
+        for name in (pair["a"], pair["b"]):
+            rows = [read_run(compared.path / run_name(name, seed)).predictions for seed in (0, 1)]
+            hits[name] = [[r["pred"] == r["label"] for r in of if r["split"] == "test"] for of in rows]
+        difference = np.mean(hits[pair["a"]]) - np.mean(hits[pair["b"]])
+        assert pair["difference"] == pytest.approx(difference)
+        assert ("No difference" in pair["sentence"]) == (not pair["shown"])
+
+
+class Parser(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "br", "img"):
+            self.open.append(tag)
+        values = dict(attrs)
+        self.loads += [str(v) for k, v in attrs if k == "src"]
+        self.links += [str(values["href"])] if tag == "a" else []
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_loads_nothing(compared: Any) -> None:
+    text = compared.page_path.read_text(encoding="utf-8")
+    parser = Parser()
+    parser.feed(text)
+    assert parser.open == []
+    assert parser.loads == []
+    assert all((compared.path / link).is_file() for link in parser.links)
+    assert len(parser.links) == 3
+    for entry in compared.results["recipes"]:
+        assert all(verdict["sentence"].split("&")[0][:20] in text for verdict in entry["verdicts"])
+    assert all(pair["sentence"] in text for pair in compared.results["pairs"])
+
+
+def test_the_same_call_goes_on_and_other_settings_are_refused(compared: Any, folder: Path) -> None:
+    before = (compared.path / "head-seed0" / "model.safetensors").stat().st_mtime_ns
+    call = {"recipes": ("scratch", "head"), "budgets": {k: BUDGETS[k] for k in ("scratch", "head")}, "seeds": (0, 1)}
+    again = compare(folder, out=compared.path, **call, **MACHINE)
+    assert (compared.path / "head-seed0" / "model.safetensors").stat().st_mtime_ns == before
+    assert [e["test"] for e in again.results["recipes"]] == [e["test"] for e in compared.results["recipes"][:2]]
+    with pytest.raises(CheckpointError, match="another data"):
+        compare(folder, out=compared.path, **call, test=0.3, **MACHINE)
+    elsewhere = compared.path.parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine.txt").write_text("keep")
+    with pytest.raises(CheckpointError, match=r"holds no compare\.json"):
+        compare(folder, out=elsewhere, overwrite=True, **call, **MACHINE)
+    assert (elsewhere / "mine.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        ({"recipes": ("head", "head")}, RecipeError, "a name of its own"),
+        ({"recipes": ("head", "last:900")}, ModelError, "900"),
+        ({"recipes": ("head",), "budgets": {"scratch": Budget((1,))}}, RecipeError, "not compared"),
+        ({"recipes": ("head",), "budgets": {"head": Budget((1, 2))}}, RecipeError, "2 numbers of epochs for 1"),
+        ({"recipes": ("head",), "seeds": (1, 1)}, RecipeError, "different"),
+        ({"recipes": ("head",), "test": 0.0}, RecipeError, "--test"),
+    ],
+)
+def test_what_cannot_be_compared_is_told_before_training(
+    call: dict[str, Any], error: type[Exception], words: str, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=words):
+        compare(folder, out=tmp_path / "out", **call, **MACHINE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_word_that_is_no_recipe_is_a_freeze_line() -> None:
+    assert named_recipe("joint") == RECIPES["joint"]
+    line = named_recipe("layer4")
+    assert (line.name, [s.freeze_line for s in line.stages]) == ("layer4", ["head", "layer4"])
+    assert line.stages[0] == RECIPES["fine-tune"].stages[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "epochs", "size"), [("10", (10,), None), ("30,8", (30, 8), None), ("10@96", (10,), 96), ("@96", (), 96)]
+)
+def test_budgets_are_read(text: str, epochs: tuple[int, ...], size: int | None) -> None:
+    assert Budget.parse(text) == Budget(epochs, size)
+    with pytest.raises(RecipeError, match="takes epochs"):
+        Budget.parse(text + "x")
+
+
+def test_the_command_prints_the_tables(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--recipes", "head", "--budget", "head=1@32", "--backbone", "test_resnet", "--weights", "none"]
+    machine = ["--device", "cpu", "--precision", "fp32", "--workers", "1", "--quiet"]
+    assert main(["compare", str(folder), "--out", str(tmp_path / "out"), *arguments, *machine]) == 0
+    out = capsys.readouterr().out
+    assert "1 epochs at 32 px" in out
+    assert (tmp_path / "out" / "compare.html").is_file()
+
+
+# ---- paired figures --------------------------------------------------------------------------------------------
+
+
+def test_one_training_each_is_mcnemars_exact_test() -> None:
+    rng = np.random.default_rng(0)
+    for n, p, q in ((40, 0.5, 0.9), (40, 0.9, 0.9), (300, 0.8, 0.85)):
+        a, b = rng.random(n) < p, rng.random(n) < q
+        found = paired_difference(a, b)
+        only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+        assert found["p"] == pytest.approx(binomtest(only_a, only_a + only_b).pvalue)
+        assert found["difference"] == pytest.approx(a.mean() - b.mean())
+        assert found["low"] < found["difference"] < found["high"]
+
+
+def test_nothing_different_still_has_an_interval() -> None:
+    right = np.ones(20)
+    found = paired_difference(right, right)
+    assert found["p"] == 1
+    assert found["low"] < 0 < found["high"]
+
+
+def test_paired_intervals_cover_and_false_alarms_are_rare() -> None:
+    rng = np.random.default_rng(1)
+    covered, alarms, draws = 0, 0, 400
+    for _ in range(draws):
+        hard = rng.random(120)  # pictures that are hard for one are hard for the other
+        chance = 0.95 - 0.5 * hard
+        a, b = (rng.random((2, 120)) < chance for _ in range(2))
+        found = paired_difference(a, b)
+        covered += found["low"] <= 0 <= found["high"]
+        alarms += found["p"] < 0.05
+    assert covered / draws > 0.92
+    assert alarms / draws < 0.08
+
+
+def test_holm_is_as_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
