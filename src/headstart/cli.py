@@ -124,6 +124,8 @@ def _fit(args: argparse.Namespace) -> int:
         **given(args, "bad_files", "val", "test", "val_folder", "test_folder", "root", "limit"),
         **given(args, "device", "precision", "workers", "cache"),
     )
+    if result.run_path is None:  # one of several processes: another one writes and prints
+        return 0
     print(terminal.closing_table(result.metrics))
     print(f"\nrun     {short_path(result.run_path)}\nreport  {short_path(result.report_path)}")
     return 0

@@ -138,7 +138,7 @@ def fine_tune(
     if isinstance(head, HeadSpec):
         plan = replace(plan, head=head)
     weights = weights_of(plan, weights)
-    if out is not None:
+    if out is not None and runtime.is_main:
         check_run_path(out, overwrite=overwrite)
     diary = _Diary(None, progress and runtime.is_main)
     try:

@@ -15,6 +15,9 @@ from torch import Tensor
 from .errors import RecipeError, SetupError
 from .fastops import bf16_works, keep_freed_memory
 
+# How launchers say how many processes they start: torchrun and accelerate, then the MPIs that accelerate knows.
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -69,7 +72,8 @@ class Runtime:
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in held])
         torch.distributed.all_reduce(flat)
         for p, total in zip(held, flat.split([p.numel() for p in held]), strict=True):
-            p.grad = total.view_as(p)
+            # In the parameter's own memory layout (channels-last, say): fused optimisers pair the two by their places.
+            p.grad = torch.empty_like(p).copy_(total.view(p.shape))
 
 
 def free_memory_bytes() -> int:
@@ -98,7 +102,7 @@ def make_runtime(*, device: str = "auto", precision: str = "auto", workers: int 
         raise RecipeError(f"precision is {precision!r}; allowed: auto, fp32, bf16.")
     if workers is not None and workers < 1:
         raise RecipeError(f"workers is {workers}; it takes a whole number from 1.")
-    rank, world = 0, int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = 0, max(int(os.environ.get(name) or 1) for name in _WORLD_SIZES)
     chosen = _device(device)
     if world > 1:
         from accelerate import PartialState
