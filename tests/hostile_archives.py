@@ -85,8 +85,8 @@ def zip_info(name: str, mode: int = 0) -> zipfile.ZipInfo:
     return info
 
 
-def zip_link(target: str) -> bytes:
-    return zip_of((zip_info("cat/link", stat.S_IFLNK | 0o777), target.encode()), ("cat/link/evil.png", PICTURE))
+def zip_link(target: str, *through: Member) -> bytes:
+    return zip_of((zip_info("cat/link.png", stat.S_IFLNK | 0o777), target.encode()), *through)
 
 
 def central(data: bytes, at: int, form: str, *values: int) -> bytes:
@@ -117,8 +117,27 @@ def zip_overlapping() -> bytes:
 
 
 def zip_quoted() -> bytes:
-    """A member that contains the next one's local header, as in the bomb with quoted headers."""
-    return central(central(zip_of(("cat/a.png", PICTURE), ("cat/b.png", PICTURE)), 20, "<L", 4096), 24, "<L", 4096)
+    """A sound archive, but for its first member, whose data hold the second one, header and all: Fifield's way.
+
+    A stored block of deflate quotes the second header; behind it both members share one stream of compressed bytes.
+    """
+    shrink = zlib.compressobj(9, zlib.DEFLATED, -15)
+    stream = shrink.compress(PICTURE) + shrink.flush()
+    second = local_header(b"dog/b.png", PICTURE, len(stream))
+    quote = struct.pack("<BHH", 0, len(second), len(second) ^ 0xFFFF) + second
+    first = local_header(b"cat/a.png", second + PICTURE, len(quote) + len(stream))
+    body = first + quote + stream
+    entries = b"".join(
+        b"PK\1\2" + struct.pack("<H", 20) + header[4:30] + bytes(10) + struct.pack("<L", offset) + header[30:]
+        for header, offset in ((first, 0), (second, len(first) + 5))
+    )
+    end = b"PK\5\6" + struct.pack("<HHHHLLH", 0, 0, 2, 2, len(entries), len(body), 0)
+    return body + entries + end
+
+
+def local_header(name: bytes, content: bytes, packed: int) -> bytes:
+    fields = (20, 0, zipfile.ZIP_DEFLATED, 0, 0x21, zlib.crc32(content), packed, len(content), len(name), 0)
+    return b"PK\3\4" + struct.pack("<HHHHHLLLHH", *fields) + name
 
 
 def zip64_lie(size: int) -> bytes:
@@ -212,7 +231,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     **{f"zip pair: {key}": (lambda p=pair: zip_of(*((n, PICTURE) for n in p))) for key, pair in PAIRS.items()},
     **{f"tar pair: {key}": (lambda p=pair: tar_of(*((n, PICTURE) for n in p))) for key, pair in PAIRS.items()},
     "zip nul in a name": zip_with_nul,
-    "zip link up": lambda: zip_link("../.."),
+    "zip link up": lambda: zip_link("../..", ("cat/link.png/evil.png", PICTURE)),
     "zip link to a file": lambda: zip_link("/etc/passwd"),
     "zip link inside": lambda: zip_link("0.png"),
     "zip device": lambda: zip_of((zip_info("cat/dev", stat.S_IFBLK | 0o666), b"")),

@@ -9,6 +9,7 @@ import random
 import shutil
 import tarfile
 import threading
+import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -130,6 +131,19 @@ def test_a_hostile_archive_is_refused_and_nothing_is_written(name: str, tmp_path
         load_images(file)
     assert files(tmp_path) == before, "nothing in the cache folder, nothing outside it"
     assert not Path("/tmp/evil.png").exists()
+
+
+@pytest.mark.parametrize("name", ["tar.gz long name bomb", "tar.gz bomb outside the pictures", "zip bomb"])
+def test_a_bomb_does_not_fill_the_memory(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.tar"
+    file.write_bytes(HOSTILE[name]())
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError):
+            load_images(file)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20  # they unpack to 64 MB and more
+    finally:
+        tracemalloc.stop()
 
 
 def test_more_entries_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
