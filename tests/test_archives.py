@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from headstart import archives
+from headstart.cli import main
 from headstart.dataset import load_images
 from headstart.errors import DataError, HeadstartError, SetupError
 from headstart.prepared import prepared_folder, prepared_path
@@ -60,7 +61,7 @@ def test_an_archive_is_read_like_its_folder(name: str, tmp_path: Path, cache: Pa
     assert all(path.read_bytes() in (PICTURE, *(data for _, data in GOOD)) for path in table.paths)
     assert table.root.is_relative_to(cache)
     assert not list(cache.rglob("*.exe")), "pictures and tables alone are written"
-    assert not list(cache.rglob("*.part"))
+    assert not list(cache.rglob("*.filling"))
 
 
 def wrapped() -> bytes:
@@ -93,7 +94,7 @@ def test_what_was_left_half_done_is_never_seen(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         prepared_folder("x", stops)
     assert list(prepared_path("x").parent.iterdir()) == []
-    old = prepared_path("x").with_name(".x.1-2.part")
+    old = prepared_path("x").with_name(".x.1-2.filling")
     old.mkdir()
     os.utime(old, (0, 0))
     made = prepared_folder("x", lambda folder: (folder / "whole.png").write_bytes(PICTURE) and None)
@@ -107,6 +108,18 @@ def test_two_processes_at_once_end_with_one_folder() -> None:
         (folder / "mine.png").write_bytes(PICTURE)
 
     assert files(prepared_folder("x", meets_another)) == {"theirs.png"}
+
+
+def test_the_cache_command_lists_and_clears_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.zip").write_bytes(zip_of())
+    table = load_images(tmp_path / "x.zip", check=False)
+    assert main(["cache", "list"]) == 0
+    assert "sets of pictures        1" in capsys.readouterr().out
+    assert main(["cache", "clear"]) == 0
+    assert table.paths[0].exists(), "runs name these files: they go when they are meant"
+    assert main(["cache", "clear", "--kind", "sets"]) == 0
+    assert not table.root.exists()
+    assert len(load_images(tmp_path / "x.zip")) == len(table)
 
 
 def test_names_of_results() -> None:
@@ -176,7 +189,7 @@ def test_mutated_archives_are_read_or_refused(kind: str, tmp_path: Path, cache: 
         with suppress(HeadstartError):
             load_images(file, check=False)
     assert all(path.startswith(("x/", "a/b/cache/sets/archive-")) for path in files(tmp_path))
-    assert not list(cache.rglob("*.part"))
+    assert not list(cache.rglob("*.filling"))
 
 
 # --------------------------------------------------------------------------------------------------- over the network
@@ -220,7 +233,7 @@ def test_an_address_with_its_checksum(site: tuple[str, Path], cache: Path) -> No
     assert first.class_names == ("cat", "dog")
     (folder / "photos").unlink()
     assert load_images(url).paths == first.paths  # nothing is asked of the network again
-    assert not list(cache.rglob("*.part"))
+    assert not list(cache.rglob("*.filling"))
 
 
 def test_another_checksum_is_refused(site: tuple[str, Path], cache: Path) -> None:

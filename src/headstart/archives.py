@@ -361,7 +361,7 @@ def _downloaded(address: str, digest: str) -> Iterator[Path]:
     """The checked file behind the address, in the cache while the block runs."""
     folder = prepared_path(digest).parent
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{digest[:32]}.{os.getpid()}-{secrets.token_hex(4)}.part"
+    part = folder / f".{digest[:32]}.{os.getpid()}-{secrets.token_hex(4)}.filling"
     try:
         _download(address, part)
         found = _digest(part, address)

@@ -3,38 +3,54 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from datetime import datetime
 
 from . import terminal
 
 KINDS = {"pixels": "decoded pictures", "features": "stored features", "files": "hashes of files"}
+SETS = "sets"  # folders of files that runs name: the size limit does not touch them, and they are cleared by name only
+SETS_TITLE = "sets of pictures"
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
     """What to do, and with which part."""
     parser.add_argument("action", metavar="list|clear", choices=("list", "clear"), help="show it, or empty it")
-    parser.add_argument("--kind", choices=tuple(KINDS), help="clear this part alone")
+    parser.add_argument(
+        "--kind", choices=(*KINDS, SETS), help="this part alone; `clear` without it leaves the sets of pictures"
+    )
 
 
 def run_cache(args: argparse.Namespace) -> int:
     """Print what is there, or what was removed; returns the exit code."""
+    from .prepared import folder_bytes, prepared_folders
     from .store import KINDS as ALL
     from .store import Cache
 
     cache = Cache()
+    kinds = tuple(kind for kind in ALL if args.kind in (None, kind))
+    sets = prepared_folders() if args.kind in (None, SETS) else []
+    in_sets = sum(map(folder_bytes, sets))
     if args.action == "clear":
-        removed, kept = cache.clear((args.kind,) if args.kind else ALL)
+        removed, kept = cache.clear(kinds)
+        if args.kind == SETS:
+            for folder in sets:
+                shutil.rmtree(folder)
+            removed = in_sets
         in_use = f"; {kept:,} entries are in use and stay" if kept else ""
         print(f"{terminal.file_size(removed)} removed from {cache.folder}{in_use}.")
         return 0
     entries = cache.entries()
     rows = []
-    for kind in (args.kind,) if args.kind else ALL:
+    for kind in kinds:
         part = [entry for entry in entries if entry.kind == kind]
         last = datetime.fromtimestamp(part[-1].used).isoformat(" ", "minutes") if part else "-"
         size = terminal.file_size(sum(entry.nbytes for entry in part))
         rows.append([KINDS[kind], f"{len(part):,}", size, last])
+    if args.kind in (None, SETS):
+        last = datetime.fromtimestamp(sets[-1].stat().st_mtime).isoformat(" ", "minutes") if sets else "-"
+        rows.append([SETS_TITLE, f"{len(sets):,}", terminal.file_size(in_sets), last])
     print(terminal.format_table(("kept", "entries", "size", "last used"), rows))
     total = terminal.file_size(sum(entry.nbytes for entry in entries))
-    print(f"\n{total} of {terminal.file_size(cache.limit_bytes)} in {cache.folder}")
+    print(f"\n{total} of {terminal.file_size(cache.limit_bytes)} in {cache.folder}, sets of pictures not counted")
     return 0

@@ -32,7 +32,7 @@ def prepared_folder(name: str, fill: Callable[[Path], None]) -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target.parent)
-    part = target.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    part = target.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.filling")
     part.mkdir()
     try:
         fill(part)
@@ -53,9 +53,24 @@ def prepared_path(name: str) -> Path:
     return cache_folder() / "sets" / name
 
 
+def prepared_folders() -> list[Path]:
+    """All that are kept, the least recently made first."""
+    folder = prepared_path("-").parent
+    found = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."] if folder.is_dir() else []
+    return sorted(found, key=lambda path: path.stat().st_mtime)
+
+
+def folder_bytes(folder: Path) -> int:
+    """What the files below a folder take up."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def _sweep(folder: Path) -> None:
-    """Remove what processes that were killed left behind a day or more ago."""
-    for part in folder.glob(".*.part"):
+    """Remove what processes that were killed left behind a day or more ago.
+
+    `store` sweeps `.part` files much sooner; these have another ending, so that it leaves them alone.
+    """
+    for part in folder.glob(".*.filling"):
         with suppress(OSError):
             if time.time() - part.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink()
