@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help install test quick check format docs demo clean
+.PHONY: help install test quick check format docs demo soak clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -44,6 +44,10 @@ docs: $(INSTALLED) ## write the generated pages
 
 demo: $(INSTALLED) ## transfer between scanned digits in two minutes, without network
 	$(BIN)/headstart demo
+
+soak: $(INSTALLED) ## read ten thousand mutated pictures and twenty thousand mutated model files
+	$(BIN)/python tools/soak.py pictures --n 10000
+	$(BIN)/python tools/soak.py models --n 20000
 
 clean: ## remove the virtual environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info

@@ -73,7 +73,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             raise CheckpointError(f"Weights {path}: not a readable safetensors file ({error}).") from error
     try:
         check_archive(path)
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickle protocols, which are not the user's to choose
+            stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged archive may raise anything
         raise CheckpointError(
             f"Weights {path}: refused by PyTorch's weights-only reader ({_reason(error)}). The file is damaged, or "
