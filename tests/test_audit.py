@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,12 @@ from headstart.dataset import load_images
 from headstart.duplicates import Pair, exact_pairs, groups_of, near_pairs
 from headstart.errors import DataError
 from headstart.findings import AuditResult, read_audit
+from headstart.groups import join_groups
 from headstart.inspection import look, look_at, thumbs_of
+from headstart.run import read_csv
 from headstart.shortcuts import find_shortcuts
+from headstart.terminal import closing_table
+from tiny import SPEC, TinyNet
 
 CLASSES = ("ash", "elm")
 
@@ -252,3 +258,79 @@ def test_real_sets_hold_what_is_known_of_them(shared: Path) -> None:
     result = headstart.audit(shared / "data" / "hymenoptera")
     assert result.of_kind("placeholder")[0].files == ("train/ants/imageNotFound.gif",)
     assert kinds(result) == {"placeholder": "warning", "modes": "note", "imagenet": "note"}
+
+
+# ------------------------------------------------------------------------------------------------------------- in fit
+
+
+def fit_tiny(data: object, tmp_path: Path, **options: object) -> headstart.FitResult:
+    recipe = headstart.Recipe(stages=(headstart.Stage(epochs=2, views=1),), augment="none")
+    return headstart.fine_tune(
+        data, backbone=TinyNet(), data_spec=SPEC, recipe=recipe, device="cpu", out=tmp_path / "run", **options
+    )
+
+
+def test_fit_keeps_copies_on_one_side(photos: Path, tmp_path: Path) -> None:
+    for name in ("red", "green", "blue"):
+        for i in range(4):
+            with Image.open(photos / name / f"{name}{i}.jpg") as image:
+                image.save(photos / name / f"copy{i}.png")
+    result = fit_tiny(photos, tmp_path, test=0.25, val=0.25)
+    by_path = {path: part for part, table in result.splits.named().items() for path in table.paths}
+    for name in ("red", "green", "blue"):
+        for i in range(4):
+            assert by_path[photos / name / f"copy{i}.png"] == by_path[photos / name / f"{name}{i}.jpg"]
+    assert result.metrics["data"]["leaked"] == []
+    assert read_audit(tmp_path / "run" / "audit.json").of_kind("exact-duplicates")[0].files[0] == "blue/blue0.jpg"
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "What was found in the data" in page
+    assert "blue/copy3.png" in page
+
+
+def test_fit_scores_with_and_without_leaks(photos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "own"
+    for name in ("red", "green", "blue"):
+        for i in range(12):
+            target = root / ("test" if i < 4 else "train") / name
+            target.mkdir(parents=True, exist_ok=True)
+            (photos / name / f"{name}{i}.jpg").rename(target / f"{name}{i}.jpg")
+    shutil.copy(root / "train/red/red7.jpg", root / "test/red/again.jpg")
+    result = fit_tiny(root, tmp_path)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_bytes())
+    assert metrics["data"]["leaked"] == ["test/red/again.jpg"]
+    assert (metrics["test"]["n"], metrics["test_without_leaks"]["n"]) == (13, 12)
+    rows = read_csv(tmp_path / "run" / "predictions.csv")
+    clean = [row["label"] == row["pred"] for row in rows if row["split"] == "test" and "again" not in row["path"]]
+    assert metrics["test_without_leaks"]["accuracy"] == pytest.approx(np.mean(clean))
+    assert "With and without leaks" in (tmp_path / "run" / "report.html").read_text()
+    assert "test without leaked pictures" in closing_table(result.metrics)
+    assert "test_without_leaks" not in fit_tiny(root, tmp_path, audit=False, overwrite=True).metrics
+
+
+def test_splits_made_beforehand_are_looked_at_too(photos: Path, tmp_path: Path) -> None:
+    shutil.copy(photos / "red/red0.jpg", photos / "red/red00.jpg")
+    table = load_images(photos)
+    names = ["train"] * len(table)
+    for i, path in enumerate(table.relative_paths):
+        if path in ("red/red00.jpg", "blue/blue1.jpg", "green/green1.jpg"):
+            names[i] = "test"
+    splits = headstart.split(replace(table, split_names=tuple(names)), val=0.2)
+    result = fit_tiny(splits, tmp_path)
+    assert result.metrics["data"]["leaked"] == ["red/red00.jpg"]
+    assert result.metrics["test_without_leaks"]["n"] == 2
+
+
+def test_a_class_made_of_copies_can_still_be_split(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(1, 12):
+        shutil.copy(photos / "red/red0.jpg", photos / f"red/red{i}.jpg")
+    result = fit_tiny(photos, tmp_path, progress=True)
+    assert "too few pictures that are no copies" in capsys.readouterr().err
+    assert len(result.metrics["data"]["leaked"]) == result.splits.test.class_counts()[2]
+
+
+def test_groups_of_both_kinds_are_joined() -> None:
+    assert join_groups(("a", "a", "", "b", ""), ("", "x", "x", "", "")) == ("a", "a", "a", "b", "")
+    assert join_groups(("a", "b", "", ""), ("y", "y", "z", "z")) == ("a", "a", "z", "z")
+    assert join_groups(("x",), ("",)) == ("x",)

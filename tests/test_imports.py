@@ -30,7 +30,7 @@ LAYERS = (
     ),
     ("features", "evaluation", "averaging", "train"),
     (
-        *("layers", "plots", "svg", "report", "report_charts", "report_page", "report_results"),
+        *("layers", "plots", "svg", "report", "report_charts", "report_page", "report_results", "report_audit"),
         *("comparison_page", "audit_sheet", "auditing", "audit_page", "review_script"),
     ),
     (
@@ -113,6 +113,9 @@ SIDEWAYS = {
     ("audit_page", "report_page"),
     ("audit_page", "report_results"),
     ("audit_page", "review_script"),
+    ("report", "report_audit"),
+    ("report_audit", "report_page"),
+    ("report_audit", "report_results"),
     ("report", "report_charts"),
     ("report", "report_page"),
     ("report", "report_results"),

@@ -67,7 +67,7 @@ def test_a_run_folder_holds_what_it_should_and_agrees_with_scikit_learn(
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names == {
         "model.safetensors", "model.json", "recipe.json", "environment.json", "splits.csv", "history.jsonl",
-        "metrics.json", "predictions.csv", "report.html",
+        "metrics.json", "predictions.csv", "report.html", "audit.json",
     }  # fmt: skip
     assert Recipe.from_dict(json.loads((tmp_path / "run/recipe.json").read_text())) == SHORT
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())

@@ -22,6 +22,14 @@ SERIES_SECONDS = 5.0  # between two shots of one series
 SERIES_LIKENESS = 0.9  # correlation of small grey pictures, where the files have no times
 
 
+_COPIES = "copies-"
+
+
+def is_copies(group: str) -> bool:
+    """Whether a group's name is one that `Copies.names` gives."""
+    return group.startswith(_COPIES)
+
+
 @dataclass(frozen=True, eq=False)
 class Copies:
     """exact, near: group number per picture, int64 [N], -1 for none; near groups hold the exact copies, too."""
@@ -33,7 +41,7 @@ class Copies:
     @property
     def names(self) -> tuple[str, ...]:
         """The near groups as `ImageTable.groups` takes them."""
-        return tuple(f"copies-{number + 1}" if number >= 0 else "" for number in self.near)
+        return tuple(f"{_COPIES}{number + 1}" if number >= 0 else "" for number in self.near)
 
 
 def find_copies(looks: Sequence[Look]) -> Copies:

@@ -74,6 +74,21 @@ def file_findings(table: ImageTable, looks: Sequence[Look]) -> list[Finding]:
     return [*found, *_extensions(table, looks), *_modes(table, looks), *_orientations(table, looks)]
 
 
+def left_out_findings(table: ImageTable) -> list[Finding]:
+    """The unreadable files that the table was loaded without."""
+    if not table.bad_files:
+        return []
+    n = len(table.bad_files)
+    title = f"{_files(n)} could not be read and {'was' if n == 1 else 'were'} left out."
+    inside = [path.relative_to(table.root) if path.is_relative_to(table.root) else path for path, _ in table.bad_files]
+    return [
+        Finding(
+            "left-out", "warning", title, "Repair them, or remove them for good.",
+            tuple(path.as_posix() for path in inside), tuple(reason for _, reason in table.bad_files),
+        )
+    ]  # fmt: skip
+
+
 def class_findings(table: ImageTable) -> list[Finding]:
     """Classes with few pictures, of very different sizes, or absent from a split."""
     counts = count_pictures(table)

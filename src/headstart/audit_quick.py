@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from .audit_copies import Copies, copy_findings, find_copies, series_findings
-from .audit_files import class_findings, count_pictures, count_traits, file_findings, imagenet_findings
+from .audit_files import (
+    class_findings,
+    count_pictures,
+    count_traits,
+    file_findings,
+    imagenet_findings,
+    left_out_findings,
+)
 from .dataset import ImageTable
 from .findings import AuditResult, Finding, by_severity
 from .inspection import Look, look_at
@@ -48,6 +55,7 @@ def quick_audit(
     with _timed(seconds, "shortcuts"):
         shortcuts = find_shortcuts(looks, table.labels, table.class_names)
     findings = [
+        *left_out_findings(table),
         *file_findings(table, looks),
         *copy_findings(table, copies),
         *shortcut_findings(shortcuts),

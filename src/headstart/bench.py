@@ -18,13 +18,17 @@ import torch
 from torch import Tensor
 
 from .arrays import Labels, Pictures, images_from_arrays
+from .audit_copies import is_copies
+from .audit_quick import quick_audit
 from .averaging import restore, snapshot
 from .classifier import Classifier
 from .dataset import ImageTable, Splits, check_images, load_images, split
 from .errors import CheckpointError, DataError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_logits
 from .features import Advance, Placement, StageData, make_source
+from .findings import AuditResult
 from .freezing import tensors_digest
+from .groups import join_groups
 from .pixels import Augment, Pixels, is_augmented
 from .pixelstore import PixelStore
 from .recipe import AugmentSpec, Recipe, Stage
@@ -62,6 +66,7 @@ class Bench:
     share: bool = False
     cache: bool = True
     progress: bool = False
+    audit: AuditResult | None = None
     _stores: dict[DataSpec | None, PixelStore] = field(default_factory=dict)
     _pixels: dict[str, Pixels] = field(default_factory=dict)
     _sources: dict[str, tuple[StageData, float]] = field(default_factory=dict)
@@ -167,9 +172,10 @@ def make_bench(
     spec: DataSpec | None = None,
     share: bool = True,
     cache: bool = True,
+    audit: bool = True,
     progress: bool = False,
 ) -> Bench:
-    """Read, check and split the pictures, once for all runs on this bench.
+    """Read, check, look at and split the pictures, once for all runs on this bench.
 
     Args:
         data: pictures as `load_images` takes them, an `ImageTable`, `Splits` made beforehand, or a pair of pictures
@@ -180,6 +186,7 @@ def make_bench(
         spec: the preprocessing, where it is known already: the check then decodes what the runs need.
         share: keep what one run makes for the next.
         cache: keep decoded pictures in the cache folder and use those kept before.
+        audit: look at the pictures (see `audit_quick`), and keep copies of one picture on one side of the split.
         progress: a bar and a line on standard error.
     Raises:
         DataError: pictures that cannot be used. RecipeError: options without effect on what was given.
@@ -188,13 +195,14 @@ def make_bench(
     found = find_data(data, seed=seed, val_folder=val_folder, test_folder=test_folder, root=root, limit=limit)
     stores = {spec: _open_store(spec, show=show)} if cache else {}
     is_new = not isinstance(data, (ImageTable, Splits))  # else whoever made the table has checked it
-    if isinstance(found, ImageTable):
-        if is_new if check is None else check:
-            found = _checked(found, stores.get(spec), bad_files=bad_files, workers=runtime.workers, show=show)
-        found = split(found, val=val, test=test, seed=seed)
-    require_validation(found)
-    _say_data(found, show)
-    return Bench(found, runtime, share, cache, show, stores)
+    if isinstance(found, ImageTable) and (is_new if check is None else check):
+        found = _checked(found, stores.get(spec), bad_files=bad_files, workers=runtime.workers, show=show)
+    result, found = _looked_at(found, workers=runtime.workers, show=show) if audit else (None, found)
+    splits = found if isinstance(found, Splits) else _split(found, val=val, test=test, seed=seed, show=show)
+    require_validation(splits)
+    _say_data(splits, show)
+    _say_findings(result, show)
+    return Bench(splits, runtime, share, cache, show, result, stores)
 
 
 def find_data(
@@ -253,9 +261,39 @@ def _checked(table: ImageTable, store: PixelStore | None, *, bad_files: str, wor
         return check_images(table, bad_files=bad_files, workers=workers, progress=lambda done, _: bar.move_to(done))
 
 
+def _looked_at(
+    found: ImageTable | Splits, *, workers: int, show: bool
+) -> tuple[AuditResult | None, ImageTable | Splits]:
+    """What the quick audit says, and the same pictures with the groups of their copies."""
+    table = found.joined() if isinstance(found, Splits) else found
+    if table is None or not len(table):
+        return None, found
+    with ProgressBar(len(table), "Looking at pictures", enabled=show) as bar:
+        quick = quick_audit(table, workers=workers, progress=lambda done, _: bar.move_to(done))
+    groups = join_groups(table.groups, quick.copies.names)
+    return quick.result, found.with_groups(dict(zip(table.paths, groups, strict=True)))
+
+
+def _split(table: ImageTable, *, val: float, test: float, seed: int, show: bool) -> Splits:
+    """Split with copies on one side; where a class is too full of them for that, without, and say so."""
+    try:
+        return split(table, val=val, test=test, seed=seed)
+    except DataError:
+        own = replace(table, groups=tuple("" if is_copies(name) else name for name in table.groups))
+        splits = split(own, val=val, test=test, seed=seed)  # raises again where copies are not the reason
+    say("A class has too few pictures that are no copies of each other: copies stand in several splits.", enabled=show)
+    return splits.with_groups(dict(zip(table.paths, table.groups, strict=True)))
+
+
 def require_validation(splits: Splits) -> None:
     if not len(splits.val):
         raise DataError("The validation split is empty, but it chooses the best state. Hold some out: --val 0.15.")
+
+
+def _say_findings(result: AuditResult | None, show: bool) -> None:
+    for one in result.findings if result else ():
+        if one.severity != "note":
+            say(f"{one.severity.capitalize()}: {one.title} {one.advice}", enabled=show)
 
 
 def _say_data(splits: Splits, show: bool) -> None:

@@ -22,6 +22,7 @@ from .cli_options import (
     DEFAULT_RECIPE,
     PHOTOS_HELP,
     Command,
+    add_audit_option,
     add_augment_option,
     add_bad_files_option,
     add_cache_option,
@@ -88,6 +89,7 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--overwrite", action="store_true", help="replace an existing run folder")
     group.add_argument("--limit", type=int, metavar="N", help="dry run on N pictures")
     add_cache_option(group)
+    add_audit_option(group)
     group.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add_data_options(parser)
     group = parser.add_argument_group("backbone")
@@ -122,7 +124,7 @@ def _fit(args: argparse.Namespace) -> int:
         spec_overrides=spec_overrides,
         progress=not args.quiet,
         **given(args, "bad_files", "val", "test", "val_folder", "test_folder", "root", "limit"),
-        **given(args, "device", "precision", "workers", "cache"),
+        **given(args, "device", "precision", "workers", "cache", "audit"),
     )
     if result.run_path is None:  # one of several processes: another one writes and prints
         return 0

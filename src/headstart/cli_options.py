@@ -252,6 +252,17 @@ def add_cache_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_audit_option(parser: argparse._ActionsContainer) -> None:
+    """`--no-audit`: the same words in every command that trains."""
+    parser.add_argument(
+        "--no-audit",
+        dest="audit",
+        action="store_const",
+        const=False,
+        help="do not look at the pictures first (see `headstart audit`); copies may then stand in several splits",
+    )
+
+
 def add_bad_files_option(parser: argparse._ActionsContainer) -> None:
     """`--bad-files`: the same words in every command."""
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -105,6 +105,10 @@ class ImageTable:
             groups=tuple(self.groups[i] for i in chosen),
         )
 
+    def with_groups(self, groups: Mapping[Path, str]) -> ImageTable:
+        """The same pictures in these groups, by path; '' stands alone."""
+        return replace(self, groups=tuple(groups[path] for path in self.paths))
+
     def rows(self, split: str = "") -> list[ManifestRow]:
         """The pictures as rows for `write_manifest`; `split` in place of the split names they came with."""
         labels = (self.class_names[label] for label in self.labels)
@@ -156,6 +160,28 @@ class Splits:
     def named(self) -> dict[str, ImageTable]:
         """The three tables by name, in the order train, val, test."""
         return {"train": self.train, "val": self.val, "test": self.test}
+
+    def with_groups(self, groups: Mapping[Path, str]) -> Splits:
+        """The same splits with their pictures in these groups."""
+        return replace(self, **{name: table.with_groups(groups) for name, table in self.named().items()})
+
+    def joined(self) -> ImageTable | None:
+        """All pictures in one table, each with the name of its split; None where they lie under several roots."""
+        tables = [table for table in self.named().values() if len(table)]
+        if len({table.root for table in tables}) != 1:
+            return None
+        return replace(
+            tables[0],
+            paths=tuple(path for table in tables for path in table.paths),
+            labels=np.concatenate([table.labels for table in tables]),
+            split_names=tuple(name for name, table in self.named().items() for _ in range(len(table))),
+            groups=tuple(group for table in tables for group in table.groups),
+        )
+
+    def leaked(self, name: str = "test") -> npt.NDArray[np.bool_]:
+        """Mask of the pictures of split `name` whose group stands in another split, too."""
+        shared = self.shared_groups()
+        return np.array([group in shared for group in self.named()[name].groups], dtype=bool)
 
     def shared_groups(self) -> dict[str, tuple[str, ...]]:
         """Groups that stand in several splits, which splits the data bring themselves can do; empty after `split`."""

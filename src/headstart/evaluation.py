@@ -40,6 +40,12 @@ class Evaluation:
         """Score probabilities [N, C], in the order of the table."""
         return cls(table, probs, evaluate_probs(probs, table.labels, table.class_names))
 
+    def only(self, mask: np.ndarray) -> dict[str, Any] | None:
+        """The metrics on the pictures of a mask [N]; None where it takes none."""
+        if not mask.any():
+            return None
+        return evaluate_probs(self.probs[mask], self.table.labels[mask], self.table.class_names)
+
     @property
     def preds(self) -> np.ndarray:
         """The most probable class id of each picture, [N]."""

@@ -47,6 +47,28 @@ def take_units(units: list[Unit], pictures: int, *, leave: int) -> list[Unit]:
     return taken
 
 
+def join_groups(groups: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
+    """Per picture one group: pictures that share a group of either kind, directly or in a chain, share one.
+
+    It is called as in `groups` where one of its pictures has a name there, else as in `others`; '' stands alone.
+    """
+    parent: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def root(name: tuple[str, str]) -> tuple[str, str]:
+        while parent.setdefault(name, name) != name:
+            name = parent[name]
+        return name
+
+    # Names of `groups` sort before those of `others`, and the smaller name becomes the root.
+    keys = [[(kind, name) for kind, name in (("a", own), ("b", other)) if name] for own, other in
+            zip(groups, others, strict=True)]  # fmt: skip
+    for names in keys:
+        for name in names:
+            one, other = sorted((root(names[0]), root(name)))
+            parent[other] = one
+    return tuple(root(names[0])[1] if names else "" for names in keys)
+
+
 def shared_groups(sides: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
     """The groups that stand in more than one split, with those splits, in the order of `sides`.
 

@@ -100,6 +100,7 @@ def fine_tune(
     workers: int | None = None,
     limit: int | None = None,
     cache: bool = True,
+    audit: bool = True,
     progress: bool = False,
 ) -> FitResult:
     """Pictures in, a fine-tuned classifier out.
@@ -126,6 +127,8 @@ def fine_tune(
         device, precision, workers: see `make_runtime`.
         limit: use this many pictures only, class by class: a dry run.
         cache: keep decoded pictures in the cache folder (see `headstart cache`), and use those kept before.
+        audit: look at the pictures first: what is found is in the report, and copies of one picture stay on one side of
+            the split.
         progress: bars and a line for each step on standard error.
     Raises:
         HeadstartError: one of its leaves, with what to do; nothing is left behind unless training had begun.
@@ -157,7 +160,8 @@ def fine_tune(
         with diary.phase("read pictures"):  # the check decodes them to what this backbone needs
             bench = data if isinstance(data, Bench) else make_bench(
                 found, runtime=runtime, seed=plan.seed, val=val, test=test, bad_files=bad_files, spec=model.spec,
-                check=not isinstance(data, (ImageTable, Splits)), share=False, cache=cache, progress=progress,
+                check=not isinstance(data, (ImageTable, Splits)), share=False, cache=cache, audit=audit,
+                progress=progress,
             )  # fmt: skip
         splits = bench.splits
     except KeyboardInterrupt:
@@ -165,6 +169,8 @@ def fine_tune(
     if out is not None and runtime.is_main:
         diary.run = open_run(out, overwrite=overwrite)
         _write_plan(diary.run, plan, splits)
+        if bench.audit is not None:
+            diary.run.write_json("audit.json", bench.audit.to_dict())
     try:
         trainset = bench.pixels("train", model.spec, augment=augment or plan.augment_spec, seed=plan.seed)
         valset = bench.pixels("val", model.spec)
@@ -463,7 +469,10 @@ def _finish(model: Classifier, bench: Bench, plan: Recipe, diary: _Diary, last: 
             results["val"] = Evaluation.from_logits(logits, splits.val)
         if len(splits.test):
             results["test"] = bench.evaluate(model, "test", advance=bar.advance)
-    metrics = {name: result.metrics for name, result in results.items()} | _facts(model, diary, splits)
+    scores: dict[str, dict[str, Any] | None] = {name: result.metrics for name, result in results.items()}
+    if len(splits.test) and splits.leaked().any():
+        scores["test_without_leaks"] = results["test"].only(~splits.leaked())
+    metrics = scores | _facts(model, diary, splits)
     run = diary.run
     report_path = None
     if run:
@@ -492,6 +501,7 @@ def _facts(model: Classifier, diary: _Diary, splits: Splits, *, interrupted: boo
             "bad_files": [[str(path), reason] for path, reason in splits.train.bad_files],
             "dropped": [[str(path), reason] for path, reason in splits.train.dropped],
             "sizes": input_sizes(splits.train.paths, model.spec.image_size),
+            "leaked": [splits.test.relative_paths[i] for i in np.flatnonzero(splits.leaked())],
             "shared_groups": {group: list(names) for group, names in splits.shared_groups().items()},
         },
         "backbone": model.backbone_name or type(model.backbone).__name__,

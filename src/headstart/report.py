@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .report_audit import audit_section
 from .report_charts import curves, freeze_strip, interval_scale
 from .report_page import NONE, details, duration, esc, facts, number, page, percent, section, span, table
 from .report_results import SPLITS, confusion_section, data_section, mistakes_section, per_class_section
@@ -43,6 +44,7 @@ def render_report(run: RunRecord) -> str:
         confusion_section(scored, split),
         per_class_section(scored, split),
         mistakes_section(run, split),
+        audit_section(run),
         data_section(run),
         _time(run),
         _recipe(run),

@@ -31,6 +31,7 @@ RUN_FILES = (
     "recipe.json",
     "environment.json",
     "splits.csv",
+    "audit.json",
     "history.jsonl",
     "metrics.json",
     "predictions.csv",
@@ -332,6 +333,11 @@ class RunRecord:
     def predictions(self) -> list[dict[str, str]]:
         """Rows of predictions.csv, read on first use; all values are text."""
         return read_csv(self.path / "predictions.csv")
+
+    @cached_property
+    def audit(self) -> dict[str, Any]:
+        """What audit.json holds, read on first use; empty where the pictures were not looked at."""
+        return _read_object(self.path / "audit.json")
 
     @cached_property
     def splits(self) -> list[dict[str, str]]:

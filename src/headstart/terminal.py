@@ -158,7 +158,8 @@ def stages_table(stages: Sequence[Mapping[str, Any]]) -> str:
 def closing_table(metrics: Mapping[str, Any]) -> str:
     """What a run ends with, from the content of its `metrics.json`: the stages, then what each split scored."""
     parts = [stages_table(metrics["stages"])] if metrics.get("stages") else []
-    scores = {name: metrics[name] for name in ("val", "test") if metrics.get(name)}
+    rows = {"val": "val", "test": "test", "test_without_leaks": "test without leaked pictures"}
+    scores = {title: metrics[name] for name, title in rows.items() if metrics.get(name)}
     if scores:
         parts.append(scores_table(scores))
     return "\n\n".join(parts)
