@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,6 +117,29 @@ def test_the_backbone_of_a_classifier_runs_by_the_fast_kernels(photos: Path) -> 
             fused = [type(m).__name__ == "_FusedNormAct" for m in half.modules() if isinstance(m, nn.BatchNorm2d)]
             assert fused
             assert all(fused)
+
+
+def test_pictures_are_made_ready_in_other_threads_while_the_backbone_computes(photos: Path) -> None:
+    model = create_classifier(TinyNet(), ["red", "green", "blue"], data_spec=SPEC)
+    set_freeze_line(model, "head")
+    threads: list[str] = []
+
+    class Watched(Pixels):
+        def batch(self, *jobs: Any) -> Tensor:
+            threads.append(threading.current_thread().name)
+            return super().batch(*jobs)
+
+    def own(picture: Tensor) -> Tensor:
+        return picture
+
+    table = load_images(photos)
+    for augment, in_background in ((POLICIES["photo"], True), (own, False)):
+        threads.clear()
+        pixels = Watched(table, SPEC, augment=augment)
+        advanced: list[int] = []
+        store_features(model, pixels, views=2, runtime=CPU, batch_size=16, advance=advanced.append)
+        assert [name.startswith("headstart-batch") for name in threads] == [in_background] * 5
+        assert advanced == [16, 16, 16, 16, 8]
 
 
 # ---------------------------------------------------------------- a line in the middle

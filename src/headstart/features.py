@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +24,7 @@ from .fastops import fast_training
 from .pixels import Pixels
 from .recipe import AugmentSpec
 from .rowstore import RowStore, row_store
-from .runtime import Runtime, free_memory_bytes
+from .runtime import Runtime, free_memory_bytes, prefetch
 
 Advance = Callable[[int], None]
 
@@ -395,27 +396,36 @@ def _compute(
     places = torch.arange(len(pixels) * views)
     # Made outside inference mode: autograd refuses to save inference tensors for a backward pass.
     stored: Stored | None = None
-    for chunk in places.split(batch_size * runtime.world):
-        mine = runtime.share(chunk)
-        with torch.inference_mode(), runtime.autocast():
-            if len(mine):
-                out = part.compute(pixels.batch((mine // views).tolist(), (mine % views).tolist()).to(runtime.device))
-            else:
-                out = torch.zeros(0, *part.shape, device=runtime.device)
-            made = out.dtype
-            out = runtime.gather(out.to(part.dtype), len(chunk))
-        if stored is None:
-            mapped = out.dim() == 4 and not out.is_contiguous()
-            mapped = mapped and out.is_contiguous(memory_format=torch.channels_last)
-            size = (len(places), *((*part.shape[1:], part.shape[0]) if mapped else part.shape))
-            rows = disk.begin(size, part.dtype) if disk else torch.empty(size, dtype=part.dtype)
-            stored = Stored(rows, mapped, made)
-        now = stored.rows[chunk[0] : chunk[-1] + 1]
-        now[:] = out.permute(0, 2, 3, 1) if stored.channels_last else out
-        if disk:
-            disk.filled(now)
-        if advance:
-            advance(len(mine))
+    chunks = places.split(batch_size * runtime.world)
+    shares = [runtime.share(chunk) for chunk in chunks]
+
+    def prepare(mine: Tensor) -> Tensor | None:
+        return pixels.batch((mine // views).tolist(), (mine % views).tolist()) if len(mine) else None
+
+    with ThreadPoolExecutor(runtime.workers, thread_name_prefix="headstart-batch") as pool:
+        # Decoding and augmenting go on while the network computes.
+        threads = pool if PixelSource(pixels).in_background else None
+        inputs = prefetch(prepare, shares, pool=threads, ahead=runtime.workers + 1)
+        for chunk, mine, batch in zip(chunks, shares, inputs, strict=True):
+            with torch.inference_mode(), runtime.autocast():
+                if batch is None:
+                    out = torch.zeros(0, *part.shape, device=runtime.device)
+                else:
+                    out = part.compute(batch.to(runtime.device, non_blocking=True))
+                made = out.dtype
+                out = runtime.gather(out.to(part.dtype), len(chunk))
+            if stored is None:
+                mapped = out.dim() == 4 and not out.is_contiguous()
+                mapped = mapped and out.is_contiguous(memory_format=torch.channels_last)
+                size = (len(places), *((*part.shape[1:], part.shape[0]) if mapped else part.shape))
+                rows = disk.begin(size, part.dtype) if disk else torch.empty(size, dtype=part.dtype)
+                stored = Stored(rows, mapped, made)
+            now = stored.rows[chunk[0] : chunk[-1] + 1]
+            now[:] = out.permute(0, 2, 3, 1) if stored.channels_last else out
+            if disk:
+                disk.filled(now)
+            if advance:
+                advance(len(mine))
     assert stored is not None, "Pixels of no picture raise"
     if disk is None:
         return stored

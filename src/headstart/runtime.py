@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
@@ -17,6 +20,9 @@ from .fastops import bf16_works, keep_freed_memory
 
 # How launchers say how many processes they start: torchrun and accelerate, then the MPIs that accelerate knows.
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,22 @@ class Runtime:
         for p, total in zip(held, flat.split([p.numel() for p in held]), strict=True):
             # In the parameter's own memory layout (channels-last, say): fused optimisers pair the two by their places.
             p.grad = torch.empty_like(p).copy_(total.view(p.shape))
+
+
+def prefetch(
+    prepare: Callable[[Job], Result], jobs: Iterable[Job], *, pool: ThreadPoolExecutor | None, ahead: int
+) -> Iterator[Result]:
+    """`prepare` of each job, in order, done `ahead` of its use by a pool's threads; without a pool, when asked for."""
+    if pool is None:
+        yield from map(prepare, jobs)
+        return
+    waiting: deque[Future[Result]] = deque()
+    for job in jobs:
+        waiting.append(pool.submit(prepare, job))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def free_memory_bytes() -> int:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,12 +19,12 @@ from .classifier import Classifier
 from .dataset import epoch_order
 from .errors import ModelError
 from .evaluation import Score, score
-from .features import Source, StageData
+from .features import StageData
 from .freezing import Contract
 from .mixing import Mix, check_mixing, draw_mix, mix_inputs
 from .rates import param_groups
 from .recipe import Stage
-from .runtime import Runtime
+from .runtime import Runtime, prefetch
 
 Record = dict[str, Any]
 Log = Callable[[Record], None]
@@ -200,7 +199,11 @@ class _Stage:
         torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, runtime.rank]).generate_state(1)[0]))
         total, count = torch.zeros((), device=runtime.device), 0.0
         shares = [runtime.share(batch) for batch in batches]
-        inputs = _prefetch(train, shares, epoch=epoch, pool=pool, ahead=runtime.workers + 1)
+
+        def prepare(indices: Tensor) -> Tensor:
+            return train.batch(indices.tolist(), views_of_epoch(indices, train.num_views, epoch=epoch).tolist())
+
+        inputs = prefetch(prepare, shares, pool=pool if train.in_background else None, ahead=runtime.workers + 1)
         for first in range(0, len(batches), stage.accumulate):
             group = range(first, min(first + stage.accumulate, len(batches)))
             # One divisor for the whole step, however it is cut into batches and processes.
@@ -494,24 +497,3 @@ def _record(
 def _event_record(run: _Stage, event: Record) -> Record:
     """What stands in the history where a stage was rolled back: the restored state's scores and what happened."""
     return _record(run, epoch=0, train_loss=None, val=run.score_val(), best=False, seconds=0.0, event=event)
-
-
-def _prefetch(
-    source: Source, shares: Sequence[Tensor], *, epoch: int, pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[Tensor]:
-    """The batches' inputs in order, prepared `ahead` of their use by the pool's threads."""
-    waiting: deque[Future[Tensor]] = deque()
-
-    def prepare(indices: Tensor) -> Tensor:
-        views = views_of_epoch(indices, source.num_views, epoch=epoch)
-        return source.batch(indices.tolist(), views.tolist())
-
-    if not source.in_background:
-        yield from map(prepare, shares)
-        return
-    for share in shares:
-        waiting.append(pool.submit(prepare, share))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
