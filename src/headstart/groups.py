@@ -37,13 +37,16 @@ def take_units(units: list[Unit], pictures: int, *, leave: int) -> list[Unit]:
         leave: this many units stay, whatever was asked for.
     """
     taken: list[Unit] = []
-    for unit in list(units):
-        if len(unit) <= pictures and len(units) > leave:
-            units.remove(unit)
+    kept: list[Unit] = []
+    for unit in units:
+        if len(unit) <= pictures and len(units) - len(taken) > leave:
             taken.append(unit)
             pictures -= len(unit)
-    if not taken and pictures > 0 and len(units) > leave:
-        taken.append(units.pop(units.index(min(units, key=len))))
+        else:
+            kept.append(unit)
+    if not taken and pictures > 0 and len(kept) > leave:
+        taken.append(kept.pop(kept.index(min(kept, key=len))))
+    units[:] = kept
     return taken
 
 
