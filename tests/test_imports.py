@@ -25,7 +25,7 @@ LAYERS = (
         *("findings", "inspection", "duplicates", "shortcuts", "audit_files", "audit_copies", "audit_quick"),
     ),
     (
-        *("weights", "backbones", "classifier", "freezing", "rates", "mixing", "checkpoint", "verdicts"),
+        *("weights", "backbones", "classifier", "freezing", "rates", "mixing", "handover", "checkpoint", "verdicts"),
         *("pixels", "pixelstore", "rowstore"),
     ),
     ("features", "evaluation", "averaging", "train"),
@@ -96,6 +96,7 @@ SIDEWAYS = {
     ("classifier", "backbones"),
     ("freezing", "backbones"),
     ("freezing", "classifier"),
+    ("handover", "classifier"),
     ("rates", "classifier"),
     ("rates", "freezing"),
     ("mixing", "freezing"),

@@ -19,6 +19,7 @@ _ROOMS = {
     "evaluation": ("Evaluation", "evaluate", "predict_logits"),
     "findings": ("AuditResult", "DoubtfulLabel", "Finding", "read_audit"),
     "freezing": ("FreezeLine", "set_freeze_line"),
+    "handover": ("Handover", "change_classes", "new_head"),
     "plots": ("plot_confusion", "plot_history", "preview_sheet", "show_batch"),
     "recipe": ("AugmentSpec", "HeadSpec", "HiddenLayer", "Recipe", "Stage", "load_recipe"),
     "recipes": ("FitResult", "evaluate_run", "fine_tune", "fit", "predict_files"),

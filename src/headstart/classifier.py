@@ -179,6 +179,11 @@ def create_classifier(
     Raises:
         ModelError: parts that do not fit together; also whatever `create_backbone` raises.
     """
+    if isinstance(backbone, Classifier):
+        raise ModelError(
+            "The backbone is a whole classifier already, which normalises and has a head. For a fresh head on it use"
+            " new_head(model, class_names), to add or drop classes change_classes(model, class_names)."
+        )
     names = _checked_names(class_names)
     head = HeadSpec() if head is None else head
     if isinstance(head, HeadSpec):
