@@ -258,19 +258,22 @@ you close it.</p>
 <h3 id="name"></h3><p class="path" id="path"></p>
 <p class="says">Labelled <strong id="has"></strong> (<span id="has-prob"></span> likely); more like
 <strong id="likely"></strong> (<span id="likely-prob"></span>).</p>
-<div class="buttons"><button type="button" id="keep">Keep <span id="keep-label"></span><kbd>K</kbd></button></div>
-<div class="buttons"><button type="button" class="main" id="relabel">Relabel as<kbd>R</kbd></button>
+<div class="buttons">
+<button type="button" id="keep" aria-keyshortcuts="K">Keep <span id="keep-label"></span><kbd>K</kbd></button></div>
+<div class="buttons">
+<button type="button" class="main" id="relabel" aria-keyshortcuts="R">Relabel as<kbd>R</kbd></button>
 <select id="label" aria-label="New class"></select></div>
-<div class="buttons"><button type="button" id="drop">Drop the picture<kbd>D</kbd></button>
-<button type="button" id="skip">Skip<kbd>S</kbd></button></div>
+<div class="buttons"><button type="button" id="drop" aria-keyshortcuts="D">Drop the picture<kbd>D</kbd></button>
+<button type="button" id="skip" aria-keyshortcuts="S Space">Skip<kbd>S</kbd></button></div>
 <p class="digits" id="digits"></p>
 <p class="state" id="state"></p>
 </div>
 </div>
 <div id="end" hidden><p id="end-words"></p>
 <div class="buttons"><button type="button" class="main" id="open-ones">Go to the first open one</button></div></div>
-<div class="buttons"><button type="button" id="back">Back<kbd>&larr;</kbd></button>
-<button type="button" id="undo">Undo the last<kbd>U</kbd></button></div>
+<div class="buttons">
+<button type="button" id="back" aria-keyshortcuts="ArrowLeft Backspace">Back<kbd>&larr;</kbd></button>
+<button type="button" id="undo" aria-keyshortcuts="U">Undo the last<kbd>U</kbd></button></div>
 <p class="note">The keys act while this box has the focus: click into it, or press Tab until you are in it. Space skips,
 too. Each decision is kept in this browser at once; you may close the page and go on later.</p>
 <div id="spoken" class="unseen" role="status" aria-live="polite"></div>
