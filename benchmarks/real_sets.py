@@ -66,7 +66,7 @@ def run_one(name: str, seed: int) -> dict:
         headstart.set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
         result = headstart.fit(
             model, splits, stage, lr=recipe.lr * stage.lr_scale, augment=recipe.augment, seed=seed,
-            starts_trained=bool(stages), progress=True,
+            starts_trained=bool(stages), cache=False, progress=True,
         )  # fmt: skip
         trained += time.perf_counter() - started
         test = headstart.evaluate(model, splits.test).metrics

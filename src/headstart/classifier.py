@@ -16,6 +16,8 @@ from .recipe import HeadSpec
 from .tracing import Trace, trace
 from .transforms import DataSpec, normalise
 
+_traces: dict[str, Trace] = {}  # names and shapes alone, some kilobytes for each backbone that was built by name
+
 
 class Classifier(nn.Module):
     """Backbone, pooling and head, with the preprocessing and the class names that belong to them.
@@ -52,7 +54,13 @@ class Classifier(nn.Module):
         self.freeze_line: Any = None
         self._kept_in_eval: tuple[nn.Module, ...] = ()
         self._traced: tuple[Any, Trace] | None = None
+        # The same name and arguments make the same network, as when a saved one is built twice to be checked.
+        same = backbone_name and repr((backbone_name, self.backbone_args, spec.image_size, pool))
+        if same in _traces:
+            self._traced = (self._trace_key(), _traces[same])
         shape = self.backbone_trace().output_shape
+        if same and self._traced:
+            _traces[same] = self._traced[1]
         assert shape is not None
         self.num_features = shape[1]
 
@@ -87,10 +95,13 @@ class Classifier(nn.Module):
         Raises:
             ModelError: the backbone does not run on pictures of the spec's size, or gives no features.
         """
-        key = (self.spec.image_size, self.pool, tuple((n, id(m)) for n, m in self.backbone.named_modules()))
+        key = self._trace_key()
         if self._traced is None or self._traced[0] != key:
             self._traced = (key, _trace_features(self.backbone, self.spec.image_size, self.pool))
         return self._traced[1]
+
+    def _trace_key(self) -> tuple[Any, ...]:
+        return self.spec.image_size, self.pool, tuple((n, id(m)) for n, m in self.backbone.named_modules())
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for everything behind the freeze line; what stands in front stays in evaluation mode."""
