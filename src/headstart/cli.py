@@ -39,6 +39,7 @@ from .cli_options import (
     given,
     override_head,
     picture_overrides,
+    refuse_beside_from_run,
     short_path,
 )
 from .errors import HeadstartError, Interrupted, RecipeError, near_matches
@@ -100,6 +101,11 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
         help="hub, none, a .safetensors or .pth file, or an earlier run folder (default: hub, or none where the recipe "
         "trains from scratch)",
     )
+    group.add_argument(
+        "--from-run",
+        metavar="RUN",
+        help="go on from this run's whole model; its head keeps what it knows by class name, new classes get new rows",
+    )
     add_picture_options(parser)
     add_head_options(parser)
     add_recipe_options(parser)
@@ -109,22 +115,24 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
 
 def _fit(args: argparse.Namespace) -> int:
     options = vars(args)
+    refuse_beside_from_run(options)
     recipe = apply_overrides(load_recipe(args.recipe or DEFAULT_RECIPE), options)
     spec_overrides = picture_overrides(options)
     backbone = args.backbone or DEFAULT_BACKBONE
+    came_from = f"from-{Path(args.from_run).resolve().name}" if args.from_run else backbone
     from . import recipes
 
     result = recipes.fine_tune(
         args.photos,
         backbone=backbone,
         weights=args.weights,
-        out=args.out or default_run_path(args.photos, backbone, overwrite=args.overwrite),
+        out=args.out or default_run_path(args.photos, came_from, overwrite=args.overwrite),
         recipe=recipe,
         overwrite=args.overwrite,
         spec_overrides=spec_overrides,
         progress=not args.quiet,
         **given(args, "bad_files", "val", "test", "val_folder", "test_folder", "root", "limit"),
-        **given(args, "device", "precision", "workers", "cache", "audit"),
+        **given(args, "from_run", "device", "precision", "workers", "cache", "audit"),
     )
     if result.run_path is None:  # one of several processes: another one writes and prints
         return 0

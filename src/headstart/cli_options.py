@@ -279,6 +279,20 @@ def add_root_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def refuse_beside_from_run(options: Mapping[str, Any]) -> None:
+    """`--from-run` brings backbone, preprocessing and head: an option that says otherwise is an error."""
+    beside = (
+        *("backbone", "weights", "image_size", "mean", "std", "interpolation", "crop_pct", "fit"),
+        *("pool", "hidden", "head_batchnorm", "head_dropout", "output", "features_from"),
+    )
+    given = ["--" + name.replace("_", "-") for name in beside if options.get(name) is not None]
+    if options.get("from_run") is not None and given:
+        raise RecipeError(
+            f"{', '.join(given)} would change nothing: --from-run {options['from_run']} brings its own backbone,"
+            " preprocessing and head. Leave it out, or give the run to --weights for a new head on its backbone."
+        )
+
+
 def add_tta_option(parser: argparse.ArgumentParser) -> None:
     """`--tta`: the same words in every command that predicts."""
     parser.add_argument(

@@ -74,7 +74,8 @@ def change_classes(model: Classifier, class_names: Sequence[str], *, seed: int =
     output becomes a softmax where there are more than two classes.
 
     Args:
-        class_names: the classes of the model that is returned; it shares the backbone with `model`.
+        class_names: the classes of the model that is returned; it shares the backbone with `model`, and is `model`
+            itself where they are the same.
         seed: of the new rows.
     Raises:
         ModelError: no class is known, or the head is a module of the user's own.
@@ -90,6 +91,8 @@ def change_classes(model: Classifier, class_names: Sequence[str], *, seed: int =
             f"None of these classes ({_listed(names)}) is one of the model's ({_listed(model.class_names)}).{close}"
             " There is no head to go on with: put a new one on the backbone (new_head, or --weights RUN)."
         )
+    if names == model.class_names:
+        return model, handover
     if model.head_spec is None:
         raise ModelError(
             "The head is a module of your own, whose last layer is not known. Change it yourself, and put it on with"

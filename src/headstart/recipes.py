@@ -9,12 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from . import train as training
@@ -26,6 +27,7 @@ from .errors import HeadstartError, Interrupted, ModelError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_probs, source_logits, tta_views
 from .features import PixelSource, StageData, place_source
 from .freezing import set_freeze_line
+from .handover import Handover, change_classes
 from .mixing import check_mixing
 from .pixels import Augment, Pixels
 from .recipe import FINE_TUNE_STAGE, POLICIES, RECIPES, HeadSpec, Recipe, Stage, load_recipe
@@ -59,6 +61,10 @@ class _Diary:
     history: list[dict[str, Any]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     phases: list[dict[str, Any]] = field(default_factory=list)
+    earlier: str | Path | Classifier | None = None
+    """What the weights come from; a run folder tells which pictures they have been trained on."""
+    handover: Handover | None = None
+    """What the head took over from an earlier run; None where it is a new one."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -82,6 +88,7 @@ def fine_tune(
     *,
     backbone: str | nn.Module = "mobilenetv2_100",
     weights: str | Path | None = None,
+    from_run: str | Path | Classifier | None = None,
     out: str | Path | None = None,
     recipe: str | Path | Recipe = "fine-tune",
     head: HeadSpec | nn.Module | None = None,
@@ -116,6 +123,8 @@ def fine_tune(
         backbone: a timm name, or any module together with `data_spec`.
         weights: `hub`, `none`, a weights file, or a run folder of this program; None is `hub`, or `none` where the
             recipe trains from scratch.
+        from_run: go on from this run's whole model: backbone, preprocessing and head. Its head keeps what it knows
+            of the classes that the pictures have, by name, and gets rows for new ones; see `change_classes`.
         out: the run folder to write; None writes nothing.
         recipe: a recipe's name, a JSON file, or a `Recipe`.
         head, augment: replace the recipe's; a head module or a torchvision v2 transform of your own is not saved
@@ -140,21 +149,28 @@ def fine_tune(
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if isinstance(head, HeadSpec):
         plan = replace(plan, head=head)
-    weights = weights_of(plan, weights)
+    if from_run is not None:
+        _refuse_beside_from_run(plan, weights=weights, head=head, data_spec=data_spec, spec_overrides=spec_overrides)
+    else:
+        weights = weights_of(plan, weights)
     if out is not None and runtime.is_main:
         check_run_path(out, overwrite=overwrite)
-    diary = _Diary(None, progress and runtime.is_main)
+    diary = _Diary(None, progress and runtime.is_main, earlier=weights if from_run is None else from_run)
     try:
         with diary.phase("list pictures"):
             found = data.splits if isinstance(data, Bench) else find_data(
                 data, seed=plan.seed, val_folder=val_folder, test_folder=test_folder, root=root, limit=limit
             )  # fmt: skip
         with diary.phase("load backbone"):
-            model = create_classifier(
-                backbone, found.class_names, head=plan.head if not isinstance(head, nn.Module) else head,
-                weights=str(weights), data_spec=data_spec, drop_rate=plan.drop_rate,
-                drop_path_rate=plan.drop_path_rate, seed=plan.seed, **(spec_overrides or {}),
-            ).to(runtime.device)  # fmt: skip
+            if from_run is not None:
+                model, plan = _go_on_from(from_run, found.class_names, plan, diary)
+            else:
+                model = create_classifier(
+                    backbone, found.class_names, head=plan.head if not isinstance(head, nn.Module) else head,
+                    weights=str(weights), data_spec=data_spec, drop_rate=plan.drop_rate,
+                    drop_path_rate=plan.drop_path_rate, seed=plan.seed, **(spec_overrides or {}),
+                )  # fmt: skip
+            model.to(runtime.device)
         for stage in plan.stages:  # a line that selects nothing is found before hours are spent in front of it
             check_mixing(stage, set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm))
         with diary.phase("read pictures"):  # the check decodes them to what this backbone needs
@@ -164,6 +180,7 @@ def fine_tune(
                 progress=progress,
             )  # fmt: skip
         splits = bench.splits
+        _say_seen(diary, splits)
     except KeyboardInterrupt:
         raise Interrupted("Stopped before training began; nothing was written.") from None
     if out is not None and runtime.is_main:
@@ -261,7 +278,7 @@ def evaluate_run(
     runtime = make_runtime(device=device, precision=precision, workers=workers)
     model = load(run, device=runtime.device)
     table = load_images(folder, root=root, bad_files=bad_files, class_names=model.class_names, workers=runtime.workers)
-    seen = _trained_on(Path(run), table)
+    seen = int(_trained_on(Path(run), table).sum())
     if seen:
         say(
             f"{seen:,} of these {len(table):,} pictures were trained on or chose the model: the figure is too good.",
@@ -316,14 +333,61 @@ def predict_files(
     ]
 
 
-def _trained_on(run: Path, table: ImageTable) -> int:
-    """How many of these files stand in the run's train or validation split, in the folder it was trained on."""
+def _trained_on(run: Path, table: ImageTable) -> NDArray[np.bool_]:
+    """Mask of the files that stand in the run's train or validation split, in the folder it was trained on."""
     try:
         root = json.loads((run / "metrics.json").read_bytes())["data"]["root"]
         used = {str(Path(root) / row["path"]) for row in read_csv(run / "splits.csv") if row["split"] != "test"}
     except (OSError, ValueError, KeyError, TypeError, HeadstartError):
-        return 0  # a folder `save` wrote holds the model alone
-    return sum(str(path) in used for path in table.paths)
+        used = set()  # a folder `save` wrote holds the model alone
+    return np.array([str(path) in used for path in table.paths], dtype=bool)
+
+
+def _leaked(diary: _Diary, splits: Splits) -> NDArray[np.bool_]:
+    """Mask of the test pictures that this run, or the earlier one its weights come from, has met in other splits."""
+    leaked = splits.leaked()
+    known = isinstance(diary.earlier, (str, Path))
+    return leaked | _trained_on(Path(diary.earlier), splits.test) if known else leaked  # type: ignore[arg-type]
+
+
+def _say_seen(diary: _Diary, splits: Splits) -> None:
+    seen = int(_leaked(diary, splits).sum() - splits.leaked().sum())
+    if seen:
+        say(
+            f"{seen:,} of the {len(splits.test):,} test pictures were trained on or chose the state in the earlier run;"
+            " the test split is scored with and without them.",
+            enabled=diary.show,
+        )
+
+
+def _refuse_beside_from_run(plan: Recipe, **given: object) -> None:
+    idle = [name for name, value in given.items() if value]
+    if idle:
+        raise RecipeError(
+            f"{', '.join(idle)}: without effect beside from_run, which brings its own backbone, preprocessing and head."
+            " Leave it out; for a new head on an earlier backbone give the run as weights instead."
+        )
+    if not plan.pretrained:
+        raise RecipeError(
+            f"Recipe {plan.name!r} starts from random weights, but from_run is given. Choose another recipe."
+        )
+
+
+def _go_on_from(
+    earlier: str | Path | Classifier, class_names: Sequence[str], plan: Recipe, diary: _Diary
+) -> tuple[Classifier, Recipe]:
+    """The earlier model for these classes, and the recipe as it is then: with that model's head and dropout."""
+    model = earlier if isinstance(earlier, Classifier) else load(earlier)
+    model, diary.handover = change_classes(model, class_names, seed=plan.seed)
+    own: dict[str, Any] = {"head": model.head_spec or HeadSpec()}
+    own |= {name: model.backbone_args.get(name, 0.0) for name in ("drop_rate", "drop_path_rate")}
+    for name, value in own.items():
+        asked = getattr(plan, name)
+        if asked not in (value, getattr(Recipe(), name)):
+            raise RecipeError(f"{name} is {asked}, but from_run was built with {value}. Leave it out.")
+    where = "the model given" if isinstance(earlier, Classifier) else str(earlier)
+    say(f"Going on from {where}: {diary.handover.describe()}.", enabled=diary.show)
+    return model, replace(plan, **own)
 
 
 def weights_of(plan: Recipe, weights: str | Path | None) -> str | Path:
@@ -346,7 +410,7 @@ def _run_stage(
     with diary.phase(f"stage {stage.name}"):
         done = _train(
             model, trainset, valset, stage, bench=bench, show=diary.show, plan=plan,
-            starts_trained=bool(diary.stages), lr=plan.lr * stage.lr_scale, log=diary.log,
+            starts_trained=bool(diary.stages or diary.handover), lr=plan.lr * stage.lr_scale, log=diary.log,
         )  # fmt: skip
     result, seconds = done.result, time.perf_counter() - started
     best = result.best
@@ -470,8 +534,9 @@ def _finish(model: Classifier, bench: Bench, plan: Recipe, diary: _Diary, last: 
         if len(splits.test):
             results["test"] = bench.evaluate(model, "test", advance=bar.advance)
     scores: dict[str, dict[str, Any] | None] = {name: result.metrics for name, result in results.items()}
-    if len(splits.test) and splits.leaked().any():
-        scores["test_without_leaks"] = results["test"].only(~splits.leaked())
+    leaked = _leaked(diary, splits)
+    if len(splits.test) and leaked.any():
+        scores["test_without_leaks"] = results["test"].only(~leaked)
     metrics = scores | _facts(model, diary, splits)
     run = diary.run
     report_path = None
@@ -501,10 +566,11 @@ def _facts(model: Classifier, diary: _Diary, splits: Splits, *, interrupted: boo
             "bad_files": [[str(path), reason] for path, reason in splits.train.bad_files],
             "dropped": [[str(path), reason] for path, reason in splits.train.dropped],
             "sizes": input_sizes(splits.train.paths, model.spec.image_size),
-            "leaked": [splits.test.relative_paths[i] for i in np.flatnonzero(splits.leaked())],
+            "leaked": [splits.test.relative_paths[i] for i in np.flatnonzero(_leaked(diary, splits))],
             "shared_groups": {group: list(names) for group, names in splits.shared_groups().items()},
         },
         "backbone": model.backbone_name or type(model.backbone).__name__,
+        "from_run": None if diary.handover is None else asdict(diary.handover),
         "interrupted": interrupted,
     }
 
@@ -534,16 +600,13 @@ def _leave_usable(model: Classifier, diary: _Diary, splits: Splits) -> str:
         write_report(run.path)
         replaces = run.path != run.target
         path = run.path if replaces else run.finish()
-    name, quoted = model.backbone_name, shlex.quote(str(path))
+    quoted = shlex.quote(str(path))
     lines = [f"{path} holds the best state so far, not yet scored on the test split."]
     if replaces:
         lines.append(f"The older run {run.target} is as it was.")
     lines += [f"Score it:    headstart evaluate {quoted} FOLDER", f"Use it:      headstart predict {quoted} FILES"]
-    if name:
-        lines.append(
-            f"Train on from its backbone, with a new head:    "
-            f"headstart fit PHOTOS --backbone {shlex.quote(name)} --weights {quoted} --out NEW_RUN"
-        )
+    if model.backbone_name and model.head_spec:
+        lines.append(f"Train on:    headstart fit PHOTOS --from-run {quoted} --out NEW_RUN")
     return "\n".join(lines)
 
 

@@ -62,7 +62,8 @@ def _leaks(run: RunRecord) -> str:
     ]
     return (
         f"<h3>With and without leaks</h3><p>Of {len(leaked):,} test pictures a copy, or a picture of the same group, "
-        "is in the training or validation split: the network need not have learned anything to know them.</p>"
+        "is in the training or validation split, of this run or of one it goes on from: the network need not have "
+        "learned anything to know them.</p>"
         + table(("Scored on", "Pictures", "Accuracy", "95 % interval"), cells, label="leaks", numbers=(1, 2))
     )
 

@@ -1,0 +1,124 @@
+"""Going on from a finished run: its head by class name, its preprocessing, and what it has seen is told."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import make_picture
+from headstart import HeadSpec, Recipe, RecipeError, Stage, fine_tune, load, load_images, split
+from headstart.checkpoint import read_card
+from headstart.cli import default_run_path, main
+from headstart.run import read_run
+
+MACHINE: dict[str, Any] = {"precision": "fp32", "device": "cpu"}
+NET: dict[str, Any] = {"backbone": "test_resnet", "weights": "none", "spec_overrides": {"image_size": 32}}
+HEAD = Recipe(stages=(Stage(epochs=6, batch_size=8, views=1),), lr=0.02, augment="none", head=HeadSpec(batchnorm=True))
+
+
+@pytest.fixture
+def run(photos: Path, tmp_path: Path) -> Path:
+    result = fine_tune(photos, out=tmp_path / "run", recipe=HEAD, **NET, **MACHINE)
+    assert result.run_path is not None
+    return result.run_path
+
+
+def add_class(photos: Path, name: str, count: int = 12) -> None:
+    (photos / name).mkdir()
+    rng = np.random.default_rng(9)
+    for i in range(count):
+        picture = np.asarray(make_picture(rng, 0)).copy()
+        picture[::2] = 0  # striped: told apart from the others
+        Image.fromarray(picture).save(photos / name / f"{name}{i}.png")
+
+
+def test_the_same_classes_go_on_from_the_very_state(photos: Path, run: Path) -> None:
+    earlier = read_run(run)
+    again = fine_tune(photos, from_run=run, recipe=replace(HEAD, head=HeadSpec()), **MACHINE)
+    first, kept = again.history[0]["val"], earlier.metrics["val"]
+    assert first["accuracy"] == pytest.approx(kept["accuracy"])
+    assert first["loss"] == pytest.approx(kept["log_loss"], abs=1e-5)
+    assert again.metrics["val"]["log_loss"] <= kept["log_loss"] + 1e-6
+    assert again.recipe.head == HEAD.head  # the run's own, and so it is written down
+    assert again.model.spec == load(run).spec
+    assert again.metrics["from_run"] == {"kept": again.model.class_names, "new": (), "left_out": ()}
+
+
+def test_a_class_is_added_and_the_old_ones_are_still_known(photos: Path, run: Path, tmp_path: Path) -> None:
+    add_class(photos, "striped")
+    splits = split(load_images(photos))
+    result = fine_tune(splits, from_run=run, recipe=replace(HEAD, head=HeadSpec()), out=tmp_path / "more", **MACHINE)
+    assert result.metrics["from_run"]["new"] == ("striped",)
+    fresh = fine_tune(splits, recipe=HEAD, **NET, **MACHINE)
+    assert result.history[0]["val"]["accuracy"] > fresh.history[0]["val"]["accuracy"] + 0.2
+    assert result.history[1]["val"]["loss"] < fresh.history[1]["val"]["loss"]
+    assert read_card(tmp_path / "more")["class_names"] == ["blue", "green", "red", "striped"]
+    assert load(tmp_path / "more").class_names == result.model.class_names
+
+
+def test_a_class_without_pictures_is_left_out_and_told(
+    photos: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(photos / "green")
+    result = fine_tune(photos, from_run=run, recipe=replace(HEAD, head=HeadSpec()), progress=True, **MACHINE)
+    assert result.model.class_names == ("blue", "red")
+    err = capsys.readouterr().err
+    assert f"Going on from {run}: the head keeps 2 classes; left out, since no picture is of them: green." in err
+
+
+def test_test_pictures_the_earlier_run_knows_are_told_and_left_out_of_a_second_score(
+    photos: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = replace(HEAD, head=HeadSpec(), stages=(replace(HEAD.stages[0], epochs=1),))
+    same = fine_tune(photos, from_run=run, recipe=quick, **MACHINE)  # the same seed: the same test pictures
+    assert same.metrics["data"]["leaked"] == []
+    for options in ({"from_run": run}, {"weights": run, "backbone": "test_resnet"}):
+        other = fine_tune(photos, recipe=replace(quick, seed=5), progress=True, **options, **MACHINE)
+        leaked = other.metrics["data"]["leaked"]
+        used = {row["path"] for row in read_run(run).splits if row["split"] != "test"}
+        tested = set(other.splits.test.relative_paths)
+        assert set(leaked) == tested & used
+        assert leaked
+        assert f"{len(leaked)} of the {len(tested)} test pictures were trained on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "none"}, "weights: without effect beside from_run"),
+        ({"head": HeadSpec()}, "head: without effect beside from_run"),
+        ({"spec_overrides": {"image_size": 64}}, "spec_overrides: without effect"),
+        ({"recipe": "scratch"}, "starts from random weights, but from_run is given"),
+        ({"recipe": replace(HEAD, head=HeadSpec(dropout=0.3))}, "head is HeadSpec.*from_run was built with"),
+        ({"recipe": replace(HEAD, drop_rate=0.2)}, r"drop_rate is 0\.2, but from_run was built with 0\.0"),
+    ],
+)
+def test_what_contradicts_the_run_is_refused(options: dict[str, Any], message: str, photos: Path, run: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        fine_tune(photos, from_run=run, **options, **MACHINE)
+
+
+def test_the_command_goes_on_into_a_folder_of_its_own(
+    photos: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = (run / "metrics.json").read_bytes()
+    words = ["fit", str(photos), "--from-run", str(run), "--recipe", "head", "--epochs", "1", "--quiet"]
+    words += ["--precision", "fp32", "--device", "cpu"]
+    assert main(words) == 0
+    assert (tmp_path / "runs" / "photos-from-run" / "report.html").is_file()
+    assert (run / "metrics.json").read_bytes() == before
+    assert default_run_path(str(photos), "from-run") == Path("runs/photos-from-run-2")
+    capsys.readouterr()
+    for beside in (["--backbone", "resnet18"], ["--head-dropout", "0.2"], ["--image-size", "64"]):
+        assert main([*words, *beside]) == 2
+        assert f"{beside[0]} would change nothing: --from-run {run} brings its own" in capsys.readouterr().err
+    assert main([*words, "--out", str(run)]) == 2  # the run it goes on from is not overwritten unasked
+    assert "--overwrite" in capsys.readouterr().err
+    assert (run / "metrics.json").read_bytes() == before
