@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +14,13 @@ from PIL import Image, ImageEnhance, ImageOps
 
 import headstart
 from headstart.audit_copies import find_copies, leaked
+from headstart.clean import clean_rows, counts_of
 from headstart.cli import main
-from headstart.dataset import load_images
+from headstart.dataset import ImageTable, load_images
+from headstart.doubtful import doubtful_findings, doubtful_labels, out_of_fold, outlier_findings
 from headstart.duplicates import Pair, exact_pairs, groups_of, near_pairs
 from headstart.errors import DataError
-from headstart.findings import AuditResult, read_audit
+from headstart.findings import AuditResult, DoubtfulLabel, read_audit
 from headstart.groups import join_groups
 from headstart.inspection import look, look_at, thumbs_of
 from headstart.run import read_csv
@@ -233,7 +235,7 @@ def test_the_result_is_written_whole_and_read_back(
     (trees / "train/ash/empty.jpg").write_bytes(b"")
     before = {path: path.read_bytes() for path in trees.rglob("*") if path.is_file()}
     out = tmp_path / "report"
-    assert main(["audit", str(trees), "--out", str(out), "--quiet"]) == 0
+    assert main(["audit", str(trees), "--fast", "--out", str(out), "--quiet"]) == 0
     table = capsys.readouterr().out
     assert table.index("unreadable") < table.index("near-leaks") < table.index("few-pictures")
     assert {path.name for path in out.iterdir()} == {"audit.json", "audit.html", "near-leaks.jpg"}
@@ -241,7 +243,7 @@ def test_the_result_is_written_whole_and_read_back(
         assert sheet.width > 200
     result = read_audit(out / "audit.json")
     assert result.of_kind("near-leaks")[0].groups == (("train/ash/ash_21.jpg", "test/ash/again.png"),)
-    assert main(["audit", str(trees), "--json", "--quiet"]) == 0
+    assert main(["audit", str(trees), "--fast", "--json", "--quiet"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert {**printed, "seconds": 0} == {**json.loads((out / "audit.json").read_bytes()), "seconds": 0}
     assert before == {path: path.read_bytes() for path in trees.rglob("*") if path.is_file()}
@@ -334,3 +336,109 @@ def test_groups_of_both_kinds_are_joined() -> None:
     assert join_groups(("a", "a", "", "b", ""), ("", "x", "x", "", "")) == ("a", "a", "a", "b", "")
     assert join_groups(("a", "b", "", ""), ("y", "y", "z", "z")) == ("a", "a", "z", "z")
     assert join_groups(("x",), ("",)) == ("x",)
+
+
+# ------------------------------------------------------------------------------------------ doubtful labels, clean
+
+
+def two_clouds(n: int = 120, flips: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features of two classes, their labels with some turned round, and which."""
+    rng = np.random.default_rng(0)
+    truth = np.arange(n) % 2
+    features = rng.normal(size=(n, 12)) + 2.5 * truth[:, None]
+    wrong = rng.choice(n, flips, replace=False)
+    labels = truth.copy()
+    labels[wrong] = 1 - labels[wrong]
+    return features, labels, wrong
+
+
+def named_table(labels: np.ndarray, root: Path, splits: Sequence[str] = ()) -> ImageTable:
+    """Pictures that need not be there."""
+    paths = tuple(root / f"{i:03d}.jpg" for i in range(len(labels)))
+    return ImageTable(root, paths, labels, CLASSES, tuple(splits) or ("",) * len(labels))
+
+
+def test_turned_labels_head_the_queue(tmp_path: Path) -> None:
+    features, labels, wrong = two_clouds()
+    table = named_table(labels, tmp_path)
+    queue = doubtful_labels(table, out_of_fold(features, labels))
+    names = {f"{i:03d}.jpg" for i in wrong}
+    assert len(names & {one.file for one in queue[: 2 * len(names)]}) >= 7
+    assert [one.quality for one in queue] == sorted(one.quality for one in queue)
+    assert all(one.suggested != one.label for one in queue)
+    flagged = {one.file for one in queue if one.flagged}
+    assert {one.file for one in queue if one.relabel} <= flagged
+    assert len(flagged & names) >= 6
+    assert len(flagged) <= 16
+    (finding,) = doubtful_findings(queue, len(table))
+    assert finding.severity == "warning"
+
+
+def test_copies_do_not_vouch_for_each_other(tmp_path: Path) -> None:
+    features, labels, wrong = two_clouds()
+    i = int(wrong[0])
+    features, labels = np.vstack([features, *[features[i]] * 6]), np.append(labels, [labels[i]] * 6)
+    groups = ["g" if k == i or k >= 120 else "" for k in range(126)]
+    alone, together = out_of_fold(features, labels), out_of_fold(features, labels, groups)
+    assert together[i, labels[i]] < alone[i, labels[i]] - 0.02
+
+
+def test_an_outlier_is_named(tmp_path: Path) -> None:
+    features = np.random.default_rng(1).normal(size=(60, 12)) * 0.1 + 1
+    features[17] = -features[17]
+    (finding,) = outlier_findings(named_table(np.arange(60) % 2, tmp_path), features)
+    assert finding.files == ("017.jpg",)
+
+
+def test_the_clean_manifest_follows_the_findings(trees: Path, tmp_path: Path) -> None:
+    (trees / "train/ash/empty.jpg").write_bytes(b"")
+    Image.new("RGB", (60, 60)).save(trees / "train/ash/black.png")
+    shutil.copy(trees / "train/ash/ash_0.jpg", trees / "test/ash/exact.jpg")
+    scene(3).resize((140, 120)).save(trees / "test/ash/near.png")  # a near copy of train/ash/ash_21.jpg
+    scene(105).resize((140, 120)).save(trees / "train/ash/wrong.png")  # one of train/elm/elm_35.jpg
+    scene(6).resize((140, 120)).save(trees / "train/ash/twice.png")  # one of train/ash/ash_42.jpg
+    table = load_images(trees, check=False)
+
+    def doubt(file: str, split: str, relabel: bool) -> DoubtfulLabel:
+        return DoubtfulLabel(file, split, "elm", "ash", 0.02, 0.98, 0.01, flagged=True, relabel=relabel)
+
+    doubtful = (
+        doubt("train/elm/elm_0.jpg", "train", True), doubt("train/elm/elm_7.jpg", "train", False),
+        doubt("test/elm/elm_112.jpg", "test", True),
+    )  # fmt: skip
+    before = {path: path.read_bytes() for path in trees.rglob("*") if path.is_file()}
+    rows = clean_rows(table, replace(headstart.audit(table), doubtful=doubtful))
+    by_name = {row.path.relative_to(trees).as_posix(): row for row in rows}
+    assert {name for name, row in by_name.items() if row.drop} == {
+        "train/ash/empty.jpg", "train/ash/black.png", "train/ash/ash_0.jpg", "train/ash/ash_21.jpg",
+        "train/ash/wrong.png", "train/elm/elm_35.jpg", "train/elm/elm_7.jpg",
+    }  # fmt: skip
+    assert all(row.reason for row in rows if row.drop or row.original_label)
+    assert (by_name["train/elm/elm_0.jpg"].label, by_name["train/elm/elm_0.jpg"].original_label) == ("ash", "elm")
+    assert by_name["test/elm/elm_112.jpg"].label == "elm"
+    assert by_name["train/ash/twice.png"].group == by_name["train/ash/ash_42.jpg"].group != ""
+    assert counts_of(rows) == {"kept": 47, "dropped": 7, "relabelled": 1}
+    written = load_images(headstart.write_manifest(rows, tmp_path / "clean.csv"))
+    assert len(written) == 47
+    assert kinds(headstart.audit(written)) == {"near-duplicates": "note"}
+    assert before == {path: path.read_bytes() for path in trees.rglob("*") if path.is_file()}
+
+
+def test_write_clean_is_refused_before_the_work(trees: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", str(trees), "--fast", "--write-clean", "nowhere/clean.csv"]) == 2
+    assert "a folder that is there" in capsys.readouterr().err
+    assert main(["audit", str(trees), "--fast", "--backbone", "resnet18"]) == 2
+    assert "would change nothing" in capsys.readouterr().err
+
+
+def test_a_real_audit_finds_turned_labels(shared: Path, tmp_path: Path) -> None:
+    table = load_images(shared / "data" / "flowers5", check=False).limit(150)
+    labels = table.labels.copy()
+    labels[::15] = (labels[::15] + 1) % 5
+    result = headstart.audit(
+        replace(table, labels=labels), backbone="mobilenetv2_100",
+        weights=shared / "weights" / "mobilenetv2_100.safetensors",
+    )  # fmt: skip
+    turned = {table.relative_paths[i] for i in range(0, len(table), 15)}
+    assert result.doubtful is not None
+    assert len(turned & {one.file for one in result.doubtful[: 2 * len(turned)]}) >= 0.8 * len(turned)

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .cli_options import PHOTOS_HELP, Command, add_root_option
-from .errors import DataError
+from .cli_options import DEFAULT_BACKBONE, PHOTOS_HELP, Command, add_root_option
+from .errors import DataError, RecipeError
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +17,18 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--out",
         metavar="DIR",
         help="write a page to look through and review, audit.json and sheets of thumbnails there",
+    )
+    parser.add_argument(
+        "--fast", action="store_true", help="no backbone: leave out doubtful labels and outliers, which need one"
+    )
+    parser.add_argument(
+        "--backbone", metavar="NAME", help=f"whose features are looked at (default: {DEFAULT_BACKBONE})"
+    )
+    parser.add_argument("--weights", metavar="WHICH", help="hub, a weights file, or an earlier run (default: hub)")
+    parser.add_argument(
+        "--write-clean",
+        metavar="FILE",
+        help="write a CSV manifest that follows the findings; fit takes it as PHOTOS, the pictures stay as they are",
     )
     parser.add_argument("--json", action="store_true", help="print what audit.json holds instead of the table")
     parser.add_argument("--workers", type=int, metavar="N", help="threads that decode (default: one per CPU core)")
@@ -28,24 +40,48 @@ def _run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else None
     if out is not None and out.exists() and not out.is_dir():
         raise DataError(f"--out is {args.out}, which is a file. Name a folder.")
+    if args.fast and (args.backbone or args.weights):
+        raise RecipeError("--fast looks without a backbone, so --backbone and --weights would change nothing.")
+    clean = _clean_path(args.write_clean)
     from .audit_page import write_page
     from .audit_sheet import findings_table, write_audit
     from .auditing import audit
+    from .clean import clean_rows, counts_of
     from .dataset import load_images
+    from .manifest import write_manifest
 
     options: dict[str, Any] = {"workers": args.workers} if args.workers is not None else {}
+    if not args.fast:
+        options |= {"backbone": args.backbone or DEFAULT_BACKBONE, "weights": args.weights or "hub"}
     table = load_images(args.photos, root=args.root, check=False)
     result = audit(table, progress=not args.quiet, **options)
     written = (write_audit(result, out), write_page(result, table.rows(), out)) if out is not None else None
+    if clean is not None:
+        rows = clean_rows(table, result)
+        write_manifest(rows, clean)
     if args.json:
         print(json.dumps(result.to_dict(), indent=1, ensure_ascii=False))
         return 0
     print(findings_table(result))
     if written is not None:
         print(f"\naudit   {written[0]}\npage    {written[1]}")
+    if clean is not None:
+        print("\nclean   " + ", ".join(f"{n:,} {word}" for word, n in counts_of(rows).items()) + f": {clean}")
     return 0
 
 
+def _clean_path(text: str | None) -> Path | None:
+    if text is None:
+        return None
+    path = Path(text)
+    if path.suffix.lower() != ".csv" or not path.absolute().parent.is_dir():
+        raise DataError(f"--write-clean is {text}; it takes a .csv file in a folder that is there.")
+    return path
+
+
 AUDIT = Command(
-    "look at the pictures before training: broken files, copies, leaks, shortcuts", "PHOTOS [options]", _options, _run
+    "look at the pictures before training: broken files, copies, leaks, shortcuts, doubtful labels",
+    "PHOTOS [options]",
+    _options,
+    _run,
 )

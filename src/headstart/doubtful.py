@@ -1,0 +1,131 @@
+"""Labels that do not fit the picture, and pictures unlike all others, from a frozen backbone's features.
+
+Every picture is judged by models trained without it and without its copies; confident learning then says how much each
+label is to be trusted. References: Northcutt et al. 2021 (confident learning, by the cleanlab package).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from .audit_files import split_word
+from .dataset import ImageTable
+from .errors import SetupError
+from .findings import DoubtfulLabel, Finding
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+FOLDS = 5
+STRENGTH = 3e-3  # of scikit-learn's C on standardised features; more fits the wrong labels, too
+SURE = 0.9  # out-of-fold probability from which a flagged label's suggestion is followed unseen
+LISTED = 4.0  # most entries of the queue, as a multiple of the flagged ones; at least LEAST
+LEAST = 50
+NEIGHBOURS = 5
+ODD = 6.0  # robust deviations of the distance to the neighbours from which a picture is an outlier
+
+
+def out_of_fold(features: Floats, labels: Ints, groups: Sequence[str] = (), *, seed: int = 0) -> Floats:
+    """Class probabilities [N, C] of each picture by logistic regressions that saw neither it nor its group.
+
+    Args:
+        features: [N, D]. labels: ids 0 .. C - 1 [N], each at least twice.
+        groups: per picture, '' for one by itself; () for none.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.preprocessing import StandardScaler
+
+    scaled = StandardScaler().fit_transform(
+        features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-9)
+    )
+    together = [group or str(i) for i, group in enumerate(groups or ("",) * len(labels))]
+    probs = np.zeros((len(labels), int(labels.max()) + 1))
+    folds = StratifiedGroupKFold(min(FOLDS, len(set(together))), shuffle=True, random_state=seed)
+    for train, held in folds.split(scaled, labels, np.unique(together, return_inverse=True)[1]):
+        model = LogisticRegression(C=STRENGTH, max_iter=500).fit(scaled[train], labels[train])
+        probs[np.ix_(held, model.classes_)] = model.predict_proba(scaled[held])
+    return probs
+
+
+def doubtful_labels(table: ImageTable, probs: Floats) -> tuple[DoubtfulLabel, ...]:
+    """The queue, most doubtful first: what confident learning flags, and what comes next behind it.
+
+    Args:
+        probs: out-of-fold probabilities [N, C].
+    Raises:
+        SetupError: cleanlab is not installed.
+    """
+    try:
+        from cleanlab.filter import find_label_issues
+        from cleanlab.rank import get_label_quality_scores
+    except ImportError:
+        raise SetupError(
+            "Doubtful labels are found with cleanlab, which is not installed: pip install 'headstart[audit]'. "
+            "Or leave them out with --fast."
+        ) from None
+    labels = table.labels
+    quality = get_label_quality_scores(labels, probs, method="normalized_margin")
+    flagged = find_label_issues(labels, probs, filter_by="both", n_jobs=1) & (probs.argmax(axis=1) != labels)
+    order = np.argsort(quality, kind="stable")
+    order = order[probs[order].argmax(axis=1) != labels[order]]
+    order = order[: max(LEAST, int(LISTED * flagged.sum()))]
+    return tuple(
+        DoubtfulLabel(
+            file=table.relative_paths[i],
+            split=split_word(table.split_names[i]),
+            label=table.class_names[labels[i]],
+            suggested=table.class_names[int(probs[i].argmax())],
+            label_prob=float(probs[i, labels[i]]),
+            suggested_prob=float(probs[i].max()),
+            quality=float(quality[i]),
+            flagged=bool(flagged[i]),
+            relabel=bool(flagged[i] and probs[i].max() >= SURE),
+        )
+        for i in order
+    )
+
+
+def doubtful_findings(doubtful: Sequence[DoubtfulLabel], n: int) -> list[Finding]:
+    """A warning about the flagged labels; a note where they are fewer than one in a hundred pictures."""
+    flagged = [one for one in doubtful if one.flagged]
+    if not flagged:
+        return []
+    return [
+        Finding(
+            "doubtful-labels", "warning" if len(flagged) >= 0.01 * n else "note",
+            f"{len(flagged):,} label{'' if len(flagged) == 1 else 's'} of {n:,} may be wrong.",
+            "Go through them, most doubtful first; --write-clean FILE writes a manifest that leaves them out.",
+            files=tuple(one.file for one in flagged),
+            details=tuple(f"{one.label}, rather {one.suggested} ({100 * one.suggested_prob:.0f} %)" for one in flagged),
+        )
+    ]  # fmt: skip
+
+
+def outlier_findings(table: ImageTable, features: Floats) -> list[Finding]:
+    """Pictures whose nearest neighbours are far away, measured against how far they are in general."""
+    from sklearn.neighbors import NearestNeighbors
+
+    if len(table) <= 2 * NEIGHBOURS:
+        return []
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-9)
+    distance, _ = NearestNeighbors(n_neighbors=NEIGHBOURS + 1).fit(unit).kneighbors(unit)
+    mean = distance[:, 1:].mean(axis=1)
+    middle = np.median(mean)
+    spread = 1.4826 * np.median(np.abs(mean - middle))
+    odd = np.flatnonzero(mean > middle + ODD * max(float(spread), 1e-9))
+    if not len(odd):
+        return []
+    odd = odd[np.argsort(-mean[odd], kind="stable")]
+    return [
+        Finding(
+            "outliers", "note",
+            f"{len(odd):,} picture{' is' if len(odd) == 1 else 's are'} unlike all others.",
+            "See whether they belong here at all.",
+            files=tuple(table.relative_paths[i] for i in odd),
+            details=tuple(table.class_names[table.labels[i]] for i in odd),
+        )
+    ]  # fmt: skip
