@@ -256,7 +256,7 @@ class PixelStore:
         pixels = np.array(entry.data[record.offset : record.offset + math.prod(record.shape)])
         if key not in self._checked:
             if zlib.crc32(pixels.data) != record.crc:  # the disk gives other bytes than were written: decode it again
-                del self._records[key]
+                self._records.pop(key, None)  # another thread may have found it too
                 entry.path.unlink(missing_ok=True)
                 return None
             self._checked.add(key)
