@@ -284,6 +284,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     noted: dict[str, Any] = {"raise": None}
     result = SimpleNamespace(
+        history=[],
         metrics={"stages": [STAGE_FACTS], "val": METRICS, "test": {**METRICS, "accuracy": 0.95}},
         run_path=Path("runs/x"),
         report_path=Path("runs/x/report.html"),

@@ -35,10 +35,21 @@ LAYERS = (
         ),
     ),
     (
-        *("weights", "backbones", "classifier", "freezing", "rates", "mixing", "handover", "checkpoint", "verdicts"),
+        *(
+            "weights",
+            "backbones",
+            "classifier",
+            "freezing",
+            "rates",
+            "mixing",
+            "handover",
+            "checkpoint",
+            "verdicts",
+            "cautions",
+        ),
         *("pixels", "pixelstore", "rowstore"),
     ),
-    ("features", "evaluation", "averaging", "train"),
+    ("features", "evaluation", "harm", "averaging", "train"),
     (
         *("layers", "plots", "svg", "report", "report_charts", "report_page", "report_results", "report_audit"),
         *("comparison_page", "audit_sheet", "auditing", "audit_page", "review_script"),
@@ -48,7 +59,7 @@ LAYERS = (
         *("comparison",),
     ),
     (
-        *("cli", "cli_audit", "cli_cache", "cli_options"),
+        *("cli", "cli_audit", "cli_cache", "cli_transforms", "cli_options"),
         *("cli_compare",),
     ),
 )
@@ -118,12 +129,15 @@ SIDEWAYS = {
     ("rates", "freezing"),
     ("mixing", "freezing"),
     ("checkpoint", "classifier"),
+    ("cautions", "verdicts"),
     ("pixels", "pixelstore"),
     ("rowstore", "classifier"),
     ("rowstore", "freezing"),
     ("rowstore", "pixels"),
     ("rowstore", "pixelstore"),
     ("evaluation", "features"),
+    ("harm", "evaluation"),
+    ("harm", "features"),
     ("averaging", "evaluation"),
     ("train", "averaging"),
     ("train", "evaluation"),
@@ -152,6 +166,8 @@ SIDEWAYS = {
     ("cli", "cli_cache"),
     ("cli", "cli_options"),
     ("cli", "cli_compare"),
+    ("cli", "cli_transforms"),
+    ("cli_transforms", "cli_options"),
     ("cli_compare", "cli_options"),
 }
 TORCH_FREE = (

@@ -42,6 +42,7 @@ from .cli_options import (
     refuse_beside_from_run,
     short_path,
 )
+from .cli_transforms import add_transforms_option, run_transforms
 from .errors import HeadstartError, Interrupted, RecipeError, near_matches
 from .recipe import HeadSpec, load_recipe
 from .sources import source_name
@@ -121,6 +122,7 @@ def _fit(args: argparse.Namespace) -> int:
     backbone = args.backbone or DEFAULT_BACKBONE
     came_from = f"from-{Path(args.from_run).resolve().name}" if args.from_run else backbone
     from . import recipes
+    from .cautions import cautions
 
     result = recipes.fine_tune(
         args.photos,
@@ -137,6 +139,7 @@ def _fit(args: argparse.Namespace) -> int:
     if result.run_path is None:  # one of several processes: another one writes and prints
         return 0
     print(terminal.closing_table(result.metrics))
+    print(terminal.notes(cautions(result.history, result.metrics)), end="")
     print(f"\nrun     {short_path(result.run_path)}\nreport  {short_path(result.report_path)}")
     return 0
 
@@ -150,11 +153,14 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print every figure as JSON instead of tables")
     add_root_option(parser)
     add_tta_option(parser)
+    add_transforms_option(parser)
     add_bad_files_option(parser)
     add_machine_options(parser)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    if args.transforms is not None:
+        return run_transforms(args)
     from . import recipes
 
     metrics = recipes.evaluate_run(

@@ -32,7 +32,8 @@ class FreezeLine:
 
     frozen, trained: backbone layers in front of and behind the line, in order of execution, by their timm names.
     head: the head's layers, always trained. Parameters are counted over backbone and head; statistics are the
-    numbers in running means and variances.
+    numbers in running means and variances. cut_block: the block that the line runs through, one part of it trained and
+    the other not; None where it stands between blocks.
     """
 
     where: str
@@ -43,6 +44,7 @@ class FreezeLine:
     trainable_parameters: int
     frozen_parameters: int
     statistics: int
+    cut_block: str | None = None
 
     def describe(self) -> str:
         """One line for the terminal: what is trained, how much of it, and what BatchNorm does."""
@@ -53,6 +55,8 @@ class FreezeLine:
         else:
             part = f"the head and {len(self.trained)} of {len(self.trained) + len(self.frozen)} backbone layers"
             part += f", from {self.trained[0]} on"
+        if self.cut_block:
+            part += f", which cuts {self.cut_block} in two (a block is better trained whole or not at all)"
         counts = f"{self.trainable_parameters:,} parameters trained, {self.frozen_parameters:,} frozen"
         modes = {
             "fixed": "statistics fixed, scale and shift trained",
@@ -257,7 +261,19 @@ def _describe(model: Classifier, where: str, batchnorm: str, layers: list[Layer]
         trainable_parameters=counts[True],
         frozen_parameters=counts[False],
         statistics=count_statistics(model),
+        cut_block=_cut_block(model.backbone, names, position),
     )
+
+
+def _cut_block(net: nn.Module, names: list[str], position: int) -> str | None:
+    """The block (a module in a list or sequence of such) that holds the layers on both sides of the line."""
+    if not 0 < position < len(names):
+        return None
+    both = [n for n in _with_parents(names[position - 1]) if n in _with_parents(names[position])]
+    lists = (nn.Sequential, nn.ModuleList)
+    if not both or isinstance(net.get_submodule(both[-1]), lists):
+        return None  # the line stands between two members
+    return next((n for n in reversed(both) if isinstance(net.get_submodule(n.rpartition(".")[0]), lists)), None)
 
 
 def count_statistics(module: nn.Module) -> int:

@@ -28,9 +28,10 @@ from .evaluation import Evaluation, evaluate, predict_probs, source_logits, tta_
 from .features import PixelSource, StageData, place_source
 from .freezing import set_freeze_line
 from .handover import Handover, change_classes
+from .harm import single_changes, transform_costs
 from .mixing import check_mixing
 from .pixels import Augment, Pixels
-from .recipe import FINE_TUNE_STAGE, POLICIES, RECIPES, HeadSpec, Recipe, Stage, load_recipe
+from .recipe import FINE_TUNE_STAGE, POLICIES, RECIPES, AugmentSpec, HeadSpec, Recipe, Stage, load_recipe
 from .run import Run, check_run_path, environment, open_run, read_csv
 from .runtime import Runtime, make_runtime
 from .sizes import input_sizes
@@ -286,6 +287,33 @@ def evaluate_run(
         )
     with ProgressBar(len(table) * views, "Evaluating", enabled=progress) as bar:
         return evaluate(model, table, tta=tta, runtime=runtime, advance=bar.advance).metrics
+
+
+def check_transforms(
+    run: str | Path,
+    folder: str | Path,
+    *,
+    augment: AugmentSpec | None = None,
+    root: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    workers: int | None = None,
+    bad_files: str = "error",
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """What each change of an augmentation costs a saved model on labelled pictures; see `transform_costs`.
+
+    Args:
+        augment: the changes to try; None takes those that the run was trained with.
+    """
+    plan = load_recipe(Path(run) / "recipe.json") if augment is None else None
+    augment = plan.augment_spec if plan else augment
+    assert augment is not None
+    runtime = make_runtime(device=device, precision=precision, workers=workers)
+    model = load(run, device=runtime.device)
+    table = load_images(folder, root=root, bad_files=bad_files, class_names=model.class_names, workers=runtime.workers)
+    with ProgressBar(len(table) * (1 + len(single_changes(augment))), "Trying changes", enabled=progress) as bar:
+        return transform_costs(model, table, augment, runtime=runtime, advance=bar.advance)
 
 
 def predict_files(

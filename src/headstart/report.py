@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .cautions import cautions
 from .report_audit import audit_section
 from .report_charts import curves, freeze_strip, interval_scale
 from .report_page import NONE, details, duration, esc, facts, number, page, percent, section, span, table
@@ -134,7 +135,9 @@ def _verdicts(run: RunRecord) -> str:
             f'<li class="{kind}"><h3>{esc(verdict.question)}</h3><p><span class="answer">'
             f"{esc(verdict.answer.capitalize())}.</span>{esc(verdict.sentence)}</p></li>"
         )
-    return section("In words", f'<ul class="verdicts">{"".join(items)}</ul>')
+    mind = "".join(f"<li>{esc(sentence)}</li>" for sentence in cautions(run.history, run.metrics))
+    note = f'<h3>Mind</h3><ul class="cautions">{mind}</ul>' if mind else ""
+    return section("In words", f'<ul class="verdicts">{"".join(items)}</ul>{note}')
 
 
 # ---- training --------------------------------------------------------------------------------------------------

@@ -126,6 +126,11 @@ def scores_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
     return format_table(header, rows)
 
 
+def notes(sentences: Sequence[str]) -> str:
+    """A line for each sentence, behind an empty one; nothing where there is none."""
+    return "".join(f"{'' if i else chr(10)}note    {sentence}\n" for i, sentence in enumerate(sentences))
+
+
 def per_class_table(metrics: Mapping[str, Any]) -> str:
     """One row per class: pictures, precision, recall, F1; the weighted means below."""
     rows = [

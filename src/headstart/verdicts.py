@@ -119,7 +119,7 @@ def axis_range(stages: Sequence[Sequence[Sequence[Record]]], quantity: str) -> t
     return min(0.9, max(0.0, math.floor((low - 0.02) * 10) / 10)), 1.0
 
 
-def _epochs(attempt: Sequence[Record]) -> list[Record]:
+def epoch_records(attempt: Sequence[Record]) -> list[Record]:
     """Without the record of a mixture made at the stage's end (WiSE): it is no step of training."""
     return [record for record in attempt if (record.get("event") or {}).get("kind") != "wise"]
 
@@ -155,7 +155,7 @@ def still_learning(history: Sequence[Record]) -> Verdict:
     """Whether the validation loss was still falling when the last stage ended."""
     question = "Was it still learning at the end?"
     stages = stage_attempts(history)
-    attempt = _epochs(stages[-1][-1]) if stages else []
+    attempt = epoch_records(stages[-1][-1]) if stages else []
     losses = _losses(attempt, "val")
     states = max(LEARNING_STATES, math.ceil(len(losses) / 3))
     tail = losses[-states:]
@@ -167,11 +167,8 @@ def still_learning(history: Sequence[Record]) -> Verdict:
             f"a trend needs {LEARNING_STATES}.",
         )
     name, epochs = attempt[-1].get("stage", ""), states - 1
-    slope, error = _trend(tail)
-    drop = -slope * epochs
-    freedom = min(states - 2, len(_T95))
-    falling = drop > _T95[freedom - 1] * error * epochs
-    if falling and drop > max(LEARNING_DROP * tail.mean(), LEARNING_DROP_NATS):
+    drop = clear_fall(losses)
+    if drop is not None:
         return Verdict(
             question,
             "yes",
@@ -187,6 +184,18 @@ def still_learning(history: Sequence[Record]) -> Verdict:
         "more epochs of this kind would probably not help.",
         good=True,
     )
+
+
+def clear_fall(losses: NDArray[np.float64]) -> float | None:
+    """By how much the last third of these validation losses falls, where it falls clearly; else None."""
+    tail = losses[-max(LEARNING_STATES, math.ceil(len(losses) / 3)) :]
+    if len(tail) < LEARNING_STATES or not np.isfinite(tail).all():
+        return None
+    epochs = len(tail) - 1
+    slope, error = _trend(tail)
+    drop = -slope * epochs
+    is_trend = drop > _T95[min(len(tail) - 2, len(_T95)) - 1] * error * epochs
+    return drop if is_trend and drop > max(LEARNING_DROP * tail.mean(), LEARNING_DROP_NATS) else None
 
 
 def _trend(values: NDArray[np.float64]) -> tuple[float, float]:
@@ -216,7 +225,7 @@ def generalising(val: Mapping[str, Any], test: Mapping[str, Any]) -> Verdict:
         )
     if val:
         gap = val["accuracy"] - accuracy
-        chance = _difference_interval(val["accuracy"], val["n"], accuracy, n)
+        chance = difference_interval(val["accuracy"], val["n"], accuracy, n)
         if gap > chance:
             return Verdict(
                 question,
@@ -237,7 +246,7 @@ def generalising(val: Mapping[str, Any], test: Mapping[str, Any]) -> Verdict:
     )
 
 
-def _difference_interval(p: float, n: int, q: float, m: int) -> float:
+def difference_interval(p: float, n: int, q: float, m: int) -> float:
     """Half width of the 95 % interval of the difference of two shares, each eased by one success and one failure.
 
     Easing (Agresti and Caffo 2000) keeps the width above 0 where a share is 0 or 1.
@@ -255,7 +264,7 @@ def overfitting(history: Sequence[Record]) -> Verdict:
             question, "unclear", "The history holds no state scored on both the training and the validation split."
         )
     train, val = figure(kept, "train", "accuracy"), figure(kept, "val", "accuracy")
-    chance = _difference_interval(train, int(kept["train"]["n"]), val, int(kept["val"]["n"]))
+    chance = difference_interval(train, int(kept["train"]["n"]), val, int(kept["val"]["n"]))
     gap = train - val
     both = f"{_points(train)} % of the training and {_points(val)} % of the validation pictures"
     rise = _late_rise(history)
@@ -287,7 +296,7 @@ def overfitting(history: Sequence[Record]) -> Verdict:
 def _late_rise(history: Sequence[Record]) -> tuple[str, int, float] | None:
     """(stage, best epoch, rise in nats) of the last stage whose validation loss clearly rose after its best state."""
     for attempts in reversed(stage_attempts(history)):
-        attempt = _epochs(attempts[-1])
+        attempt = epoch_records(attempts[-1])
         val, train = _losses(attempt, "val"), _losses(attempt, "train")
         if len(val) < 4 or not (np.isfinite(val).all() and np.isfinite(train).all()):
             continue

@@ -1,0 +1,76 @@
+"""What else a reader of a run should mind: sentences on figures that are easily misread, none where all is well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from .verdicts import Record, clear_fall, difference_interval, epoch_records, figure, stage_attempts
+
+FEW_PICTURES = 5  # training pictures of a class
+LISTED = 5
+
+
+def cautions(history: Sequence[Record], metrics: Mapping[str, Any]) -> list[str]:
+    """Sentences on this run, in the order in which things happened.
+
+    Args:
+        history: records of history.jsonl.
+        metrics: what metrics.json holds.
+    """
+    data = metrics.get("data") or {}
+    return [*_thin_classes(data.get("class_counts") or {}), *_cut_short(history), *_within_noise(metrics)]
+
+
+def _thin_classes(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    found = []
+    few = [f"{name} ({n})" for name, n in counts.get("train", {}).items() if n < FEW_PICTURES]
+    if few:
+        found.append(
+            f"Fewer than {FEW_PICTURES} training pictures: {_listed(few)}. No recipe learns a class from so few, and"
+            " its figures say next to nothing."
+        )
+    for split_name in ("val", "test"):
+        of_split = counts.get(split_name, {})
+        absent = [name for name, n in of_split.items() if not n]
+        if absent and len(absent) < len(of_split):
+            found.append(
+                f"No picture in the {split_name} split: {_listed(absent)}. How well it does there is not known."
+            )
+    return found
+
+
+def _cut_short(history: Sequence[Record]) -> list[str]:
+    """Stages before the last that were still learning when they ended."""
+    found = []
+    for attempts in stage_attempts(history)[:-1]:
+        epochs = epoch_records(attempts[-1])
+        drop = clear_fall(np.array([figure(record, "val", "loss") for record in epochs]))
+        if drop is not None:
+            found.append(
+                f"Stage {epochs[-1].get('stage', '')!r} was still learning when the next one began (its validation loss"
+                f" fell by {drop:.3f} over its last third): give it more epochs before more is unfrozen."
+            )
+    return found
+
+
+def _within_noise(metrics: Mapping[str, Any]) -> list[str]:
+    """Gains from stage to stage that chance explains."""
+    n = (metrics.get("data") or {}).get("n_val") or 0
+    found = []
+    for before, after in pairwise(metrics.get("stages") or []):
+        first, second = before["best_val_accuracy"], after["best_val_accuracy"]
+        chance = difference_interval(first, n, second, n) if n else 0.0
+        if n and 0 < abs(second - first) <= chance:
+            found.append(
+                f"Stage {after['name']!r} changed the validation accuracy by {100 * (second - first):+.1f} points;"
+                f" with {n:,} pictures chance alone explains {100 * chance:.1f}: the two do not differ."
+            )
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
