@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from audit_gain import WEIGHTS, flip
 from PIL import Image, ImageEnhance, ImageOps
 
@@ -40,10 +41,13 @@ import headstart
 from headstart.audit_copies import find_copies
 from headstart.audit_files import file_findings
 from headstart.dataset import ImageTable, bad_reasons, load_images, map_threads, open_image
+from headstart.doubtful import doubtful_labels, out_of_fold
+from headstart.features import store_features
 from headstart.inspection import Look, look, look_at
-from headstart.manifest import write_manifest
 from headstart.metrics import wilson_interval
+from headstart.pixels import Pixels
 from headstart.run import environment
+from headstart.runtime import make_runtime
 from headstart.shortcuts import find_shortcuts
 
 HERE = Path(__file__).parent
@@ -283,25 +287,36 @@ def real_part(name: str, seed: int) -> Iterator[dict[str, Any]]:
     }  # fmt: skip
 
 
+@cache
+def features_of(name: str) -> tuple[ImageTable, npt.NDArray[np.float64], tuple[str, ...]]:
+    """The readable pictures of a set, their pooled features [N, D], and the groups of their copies."""
+    good = [i for i, one in enumerate(looks_of(name)) if one.reason is None]
+    table = set_table(name).select(good)
+    model = headstart.create_classifier("mobilenetv2_100", table.class_names, weights=str(WEIGHTS))
+    headstart.set_freeze_line(model, "head")
+    features = store_features(model, Pixels(table, model.spec), runtime=make_runtime())[:, 0]
+    return table, features.numpy().astype(np.float64), find_copies([looks_of(name)[i] for i in good]).names
+
+
 def labels_part(name: str, seed: int) -> Iterator[dict[str, Any]]:
     """One record per share of flipped labels; they are drawn from all splits, as the list holds all."""
-    true = set_table(name).rows()
+    table, features, copies = features_of(name)
     for flipped in FLIPPED_SHARES:
-        rows = flip(true, flipped, seed, ("train", "val", "test", ""))
-        wrong = {row.path: row.original_label for row in rows if row.original_label}
-        with tempfile.TemporaryDirectory() as folder:
-            manifest = write_manifest([replace(row, original_label="") for row in rows], Path(folder) / "rows.csv")
-            started = time.perf_counter()
-            result = headstart.audit(manifest, weights=WEIGHTS)
-            seconds = time.perf_counter() - started
-        listed = [(Path(result.root) / one.file, one) for one in result.doubtful or ()]
-        flagged = [path for path, one in listed if one.flagged]
-        relabel = [(path, one) for path, one in listed if one.relabel]
+        rows = flip(table.rows(), flipped, seed, ("train", "val", "test", ""))
+        wrong = {i: row.original_label for i, row in enumerate(rows) if row.original_label}
+        labels = np.array([table.class_names.index(row.label) for row in rows])
+        started = time.perf_counter()
+        listed = doubtful_labels(replace(table, labels=labels), out_of_fold(features, labels, copies))
+        seconds = time.perf_counter() - started
+        place = {file: i for i, file in enumerate(table.relative_paths)}
+        flagged = [one for one in listed if one.flagged]
+        relabel = [one for one in listed if one.relabel]
         yield {
             "part": "labels", "set": name, "seed": seed, "what": f"{flipped:g} flipped", "n": len(wrong),
-            "in_2x": sum(path in wrong for path, _ in listed[: 2 * len(wrong)]),
-            "flagged": len(flagged), "flagged_right": sum(path in wrong for path in flagged),
-            "relabel": len(relabel), "relabel_right": sum(wrong.get(path) == one.suggested for path, one in relabel),
+            "in_2x": sum(place[one.file] in wrong for one in listed[: 2 * len(wrong)]), "listed": len(listed),
+            "flagged": len(flagged), "flagged_right": sum(place[one.file] in wrong for one in flagged),
+            "relabel": len(relabel),
+            "relabel_right": sum(wrong.get(place[one.file]) == one.suggested for one in relabel),
             "seconds": round(seconds, 1),
         }  # fmt: skip
 

@@ -44,6 +44,7 @@ def result_of(table: ImageTable, doubtful: int = 10) -> AuditResult:
         Finding("unreadable", "error", "One file is broken.", "Remove it.", names[17:], ("<u>cut off",)),
         Finding("shortcut", "warning", "Size tells.", "Make alike."),
         Finding("modes", "note", "Many are grey.", "Look.", names, ("L",) * len(names)),
+        Finding("doubtful-labels", "note", "Some labels may be wrong.", "Go through them.", names[:10]),
     )
     queue = tuple(
         DoubtfulLabel(
@@ -90,7 +91,7 @@ def test_names_are_text_and_nothing_is_loaded(table: ImageTable, page: Path) -> 
 
 def test_thumbnails_and_queue_have_a_bound(table: ImageTable, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = render_page(result_of(table), table.rows())
-    assert whole.count("data:image/jpeg") == 10 + 2 + 18  # the queue, the pair, the grey ones
+    assert whole.count("data:image/jpeg") == 10 + 2 + 18  # the queue, the pair, the grey ones; no sheet of the queue
     monkeypatch.setattr("headstart.audit_page.MOST_PICTURE_BYTES", 5000)
     monkeypatch.setattr("headstart.audit_page.MOST_DOUBTFUL", 4)
     short = render_page(result_of(table), table.rows())

@@ -14,6 +14,7 @@ from .review_script import SCRIPT, STYLE
 from .run import to_json, write_atomic
 
 PAGE_FILE = "audit.html"
+REVIEWED = "doubtful-labels"  # the finding that has the review in place of a sheet
 MOST_DOUBTFUL, MOST_SHOWN, MOST_NAMED = 200, 24, 500
 SHEET_PX, REVIEW_PX = 128, 320
 MOST_PICTURE_BYTES = 12_000_000  # of all thumbnails together, as they stand in the page
@@ -92,7 +93,8 @@ def _findings(findings: Sequence[Finding]) -> str:
         return section("What was found", "<p>Nothing.</p>")
     rows = []
     for i, one in enumerate(findings):
-        title = f'<a href="#finding-{i}">{esc(one.title)}</a>' if one.files else esc(one.title)
+        target = "review" if one.kind == REVIEWED else f"finding-{i}"
+        title = f'<a href="#{target}">{esc(one.title)}</a>' if one.files else esc(one.title)
         rows.append(
             (
                 f'<span class="severity {one.severity}">{one.severity}</span>',
@@ -107,7 +109,7 @@ def _findings(findings: Sequence[Finding]) -> str:
 
 
 def _sheets(findings: Sequence[Finding], pictures: _Pictures) -> str:
-    sheets = "".join(_sheet(i, one, pictures) for i, one in enumerate(findings) if one.files)
+    sheets = "".join(_sheet(i, one, pictures) for i, one in enumerate(findings) if one.files and one.kind != REVIEWED)
     note = (
         f'<p class="note">At most {MOST_SHOWN} pictures of each finding are shown, and '
         f"{MOST_PICTURE_BYTES // 10**6} MB of pictures on this page; <code>audit.json</code> names every file.</p>"
@@ -190,8 +192,8 @@ def _traits(result: AuditResult) -> str:
 
 
 def _queue(result: AuditResult) -> tuple[DoubtfulLabel, ...]:
-    """The flagged labels, most doubtful first, as many as the page takes."""
-    return tuple(one for one in result.doubtful or () if one.flagged)[:MOST_DOUBTFUL]
+    """The doubtful labels, most doubtful first, as many as the page takes."""
+    return (result.doubtful or ())[:MOST_DOUBTFUL]
 
 
 def _review(result: AuditResult, rows: Sequence[ManifestRow], pictures: _Pictures) -> str:
@@ -225,16 +227,15 @@ def _review(result: AuditResult, rows: Sequence[ManifestRow], pictures: _Picture
             if one.file in place
         ],
     }  # fmt: skip
-    flagged = sum(one.flagged for one in result.doubtful or ())
-    limit = (
-        f" The first {len(queue):,} of {flagged:,} are here; audit again after these." if flagged > len(queue) else ""
-    )
+    total, flagged = len(result.doubtful or ()), sum(one.flagged for one in queue)
+    limit = f" The first {len(queue):,} of {total:,} are here; audit again after these." if total > len(queue) else ""
     # Every "<" is written as an escape, so that no name can end the block.
     block = to_json(data).decode().replace("<", "\\u003c")
     return section(
         "Doubtful labels",
-        "<p>These labels do not fit what models trained without the picture say of it, the most doubtful first. Some "
-        f"are wrong, some are right and only hard: you decide.{limit}</p>",
+        "<p>These labels do not fit what models trained without the picture say of it, the most doubtful first. "
+        f"Confident learning counts {flagged:,} of these {len(queue):,} among the wrong ones; some are right and only "
+        f"hard. You decide, and may stop where only right ones come.{limit}</p>",
         "<noscript><p>The review needs JavaScript, which this browser has off.</p></noscript>",
         _PANEL,
         f'<script type="application/json" id="review-data">{block}</script>',
