@@ -56,11 +56,11 @@ LAYERS = (
     ),
     (
         *("bench", "recipes", "demo"),
-        *("comparison",),
+        *("comparison", "lr_finder", "sweeps"),
     ),
     (
         *("cli", "cli_audit", "cli_cache", "cli_transforms", "cli_options"),
-        *("cli_compare",),
+        *("cli_compare", "cli_tuning"),
     ),
 )
 SIDEWAYS = {
@@ -160,6 +160,10 @@ SIDEWAYS = {
     ("recipes", "bench"),
     ("comparison", "bench"),
     ("comparison", "recipes"),
+    ("lr_finder", "bench"),
+    ("lr_finder", "recipes"),
+    ("sweeps", "bench"),
+    ("sweeps", "recipes"),
     ("demo", "recipes"),
     ("cli", "cli_audit"),
     ("cli_audit", "cli_options"),
@@ -169,6 +173,8 @@ SIDEWAYS = {
     ("cli", "cli_transforms"),
     ("cli_transforms", "cli_options"),
     ("cli_compare", "cli_options"),
+    ("cli", "cli_tuning"),
+    ("cli_tuning", "cli_options"),
 }
 TORCH_FREE = (
     *("errors", "recipe", "dataset", "metrics", "run", "store", "terminal", "verdicts"),

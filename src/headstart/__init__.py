@@ -20,6 +20,7 @@ _ROOMS = {
     "findings": ("AuditResult", "DoubtfulLabel", "Finding", "read_audit"),
     "freezing": ("FreezeLine", "set_freeze_line"),
     "handover": ("Handover", "change_classes", "new_head"),
+    "lr_finder": ("RateCurve", "find_lr", "range_test"),
     "plots": ("plot_confusion", "plot_history", "preview_sheet", "show_batch"),
     "recipe": ("AugmentSpec", "HeadSpec", "HiddenLayer", "Recipe", "Stage", "load_recipe"),
     "recipes": ("FitResult", "evaluate_run", "fine_tune", "fit", "predict_files"),
@@ -28,6 +29,7 @@ _ROOMS = {
     "runtime": ("Runtime", "make_runtime"),
     "layers": ("summary",),
     "manifest": ("ManifestRow", "read_manifest", "write_manifest"),
+    "sweeps": ("Space", "Sweep", "sweep"),
     "train": ("StageResult",),
     "transforms": ("DataSpec", "load_view"),
 }  # fmt: skip

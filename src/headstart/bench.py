@@ -72,6 +72,10 @@ class Bench:
     _sources: dict[str, tuple[StageData, float]] = field(default_factory=dict)
     _stages: dict[str, _KeptStage] = field(default_factory=dict)
 
+    def without_test(self) -> Bench:
+        """The same bench with an empty test split: nothing that runs on it can look at a test picture."""
+        return replace(self, splits=replace(self.splits, test=self.splits.test.select([])))
+
     def pixels(self, name: str, spec: DataSpec, *, augment: Augment | None = None, seed: int = 0) -> Pixels:
         """The pictures of split `name` in this preprocessing; decoded ones are shared, views are the caller's own."""
         table, store = getattr(self.splits, name), self._store(spec)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cli_compare, terminal
+from . import cli_compare, cli_tuning, terminal
 from .cli_audit import AUDIT
 from .cli_cache import add_cache_options, run_cache
 from .cli_options import (
@@ -313,6 +313,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "audit": AUDIT,
     "compare": cli_compare.COMMAND,
+    "lr": cli_tuning.LR,
+    "sweep": cli_tuning.SWEEP,
     "evaluate": Command(
         "score a trained model on a folder of labelled pictures", "RUN PHOTOS [options]", _evaluate_options, _evaluate
     ),

@@ -39,6 +39,7 @@ def _style() -> str:
         "margin-right:.5em;vertical-align:-.05em}"
         ".lead{font-size:1.35rem;line-height:1.35;margin:10px 0 4px;font-weight:600;max-width:46ch}"
         ".cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(290px,1fr));gap:28px 36px}"
+        "@media (min-width:721px){.cards.two{grid-template-columns:repeat(2,minmax(0,1fr))}} a{color:var(--val)}"
         ".cards h3{margin:0 0 2px;border-top:3px solid var(--c);padding-top:8px}"
         ".cards .soft{font-size:.88rem;margin:0 0 8px} .cards p{font-size:.93rem;margin:0 0 8px}"
         ".cards .answer{font-weight:650} .pairs li{margin:0 0 6px;max-width:86ch} .pairs{padding-left:1.1em}"
@@ -178,7 +179,8 @@ def _curves(results: Mapping[str, Any], histories: Mapping[str, Sequence[Sequenc
     note = (
         "<p class='note'>Validation pictures, solid; training pictures, dashed; both scored in evaluation mode on "
         "plain pictures. A ring marks the state that was kept, a vertical stroke the place where the next stage begins "
-        f"and the freeze line moves.{others} A line that leaves the frame starts or ends beyond it.</p>"
+        f"and the freeze line moves.{others} Recipes with one head stage share its line; one that leaves the frame "
+        "starts or ends beyond it.</p>"
     )
     return section(
         "How they learned", f'<p class="keys note">{keys}</p><div class="charts">{"".join(drawn)}</div>', note
@@ -315,7 +317,8 @@ def _words(results: Mapping[str, Any]) -> str:
             f'<div class="{_color(i)}"><h3>{esc(e["name"])}</h3><p class="soft">{esc(budget_words(e))}, '
             f"{e['trained_parameters']:,} parameters trained</p>{lines}</div>"
         )
-    return section("In words", f'<div class="cards">{"".join(cards)}</div>')
+    two = " two" if len(cards) in (2, 4) else ""
+    return section("In words", f'<div class="cards{two}">{"".join(cards)}</div>')
 
 
 def _verdict_line(verdict: Mapping[str, Any]) -> str:

@@ -167,13 +167,7 @@ def preview_sheet(
     from .dataset import open_image
     from .transforms import working_image
 
-    path = Path(out_path)
-    ending = path.suffix.lower().lstrip(".") or "png"
-    if ending not in _FORMATS:
-        raise DataError(
-            f"Preview {path}: the ending is {path.suffix!r}; allowed: {', '.join(_FORMATS)}."
-            f"{near_matches(ending, _FORMATS)}"
-        )
+    path, ending = _picture_path("Preview", out_path)
     chosen = spread_indices(table, _SHEET, seed=seed)
     if not chosen:
         raise DataError(f"Preview {path}: the table holds no picture (0). Give a folder with pictures.")
@@ -341,3 +335,101 @@ def _confusion_of(given: Any, class_names: Sequence[str] | None) -> tuple[NDArra
     if len(names) != len(counts):
         raise DataError(f"plot_confusion: {len(names)} class names for {len(counts)} classes; give one for each.")
     return counts, names
+
+
+def plot_rates(curve: Mapping[str, Any], out_path: str | Path) -> Path:
+    """Write loss against learning rate as a picture, with the suggested rates marked.
+
+    Args:
+        curve: rates, losses, valley, steepest, minimum_tenth, stage and freeze_line, as a `RateCurve` has them.
+        out_path: the ending (png, jpg, pdf, svg) decides the format.
+    Raises:
+        DataError: the ending is unknown.
+    """
+    path, ending = _picture_path("Curve", out_path)
+    sheet = _figure(7.0, 4.2)
+    ax = sheet.add_subplot()
+    rates, losses = np.array(curve["rates"]), np.array(curve["losses"])
+    ax.plot(rates, losses, color=_VAL)
+    marks = (("valley", "o", _TRAIN), ("steepest", "s", "0.45"), ("minimum_tenth", "^", "0.45"))
+    for name, marker, color in marks:
+        words = {"minimum_tenth": "a tenth of the minimum's"}.get(name, name)
+        at = float(curve[name])
+        value = float(np.interp(np.log(at), np.log(rates), losses))
+        ax.plot([at], [value], marker, color=color, markersize=8, linestyle="", label=f"{words}: {at:.2g}")
+    low, high = float(losses.min()), float(losses[: max(2, len(losses) // 3)].max())
+    ax.set(xscale="log", xlabel="learning rate of the stage", ylabel="training loss, smoothed (nats)")
+    ax.set_ylim(max(0.0, low - 0.08 * (high - low)), high + 0.35 * (high - low) + 1e-6)
+    ax.set_title(_words(f"Stage {curve['stage']}, freeze line {curve['freeze_line']}"), fontsize=11, parse_math=False)
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False)
+    write_atomic(path, _rendered(sheet, ending))
+    return path
+
+
+def _picture_path(what: str, out_path: str | Path) -> tuple[Path, str]:
+    """The path and its format."""
+    path = Path(out_path)
+    ending = path.suffix.lower().lstrip(".") or "png"
+    if ending not in _FORMATS:
+        raise DataError(
+            f"{what} {path}: the ending is {path.suffix!r}; allowed: {', '.join(_FORMATS)}."
+            f"{near_matches(ending, _FORMATS)}"
+        )
+    return path, ending
+
+
+def plot_parallel(rows: Sequence[Mapping[str, Any]], out_path: str | Path) -> Path:
+    """Write trials as lines across one axis per parameter; the last column colours them, low is good.
+
+    Args:
+        rows: one mapping per trial, all with the same names; the last one is the score. Numbers spread over more than
+            a factor of 20 get a logarithmic axis (0 stands at its foot), words stand in their order of appearance.
+    """
+    path, ending = _picture_path("Sweep", out_path)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    names.append(names.pop(names.index(list(rows[0])[-1])))
+    sheet = _figure(2.2 + 1.7 * len(names), 4.4)
+    ax = sheet.add_subplot()
+    columns = [_column([row.get(name) for row in rows]) for name in names]
+    score = columns[-1][0]
+    from matplotlib import colormaps
+
+    shade = colormaps["viridis"]
+    for i in np.argsort(-score):
+        heights = [column[0][i] for column in columns]
+        ax.plot(range(len(names)), heights, color=shade(0.9 * score[i]), alpha=0.85, linewidth=1.6)
+    best = int(score.argmin())
+    ax.plot(range(len(names)), [c[0][best] for c in columns], color=_TRAIN, linewidth=2.8, marker="o", label="best")
+    for x, (_, ticks) in enumerate(columns):
+        ax.axvline(x, color="0.75", linewidth=1, zorder=0)
+        for at, words in ticks:
+            ax.text(x + 0.03, at, _words(words), fontsize=8, va="center", parse_math=False, zorder=5)
+    ax.set_xticks(range(len(names)), labels=[_words(name.replace("_", " ")) for name in names], parse_math=False)
+    ax.set(ylim=(-0.06, 1.06), xlim=(-0.15, len(names) - 0.5), yticks=[])
+    ax.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 1.1))
+    write_atomic(path, _rendered(sheet, ending))
+    return path
+
+
+def _column(values: Sequence[Any]) -> tuple[NDArray[np.float64], list[tuple[float, str]]]:
+    """Heights 0 to 1 of one parameter's values, and its tick marks as (height, words)."""
+    if not all(isinstance(value, (int, float)) for value in values):
+        words = list(dict.fromkeys(map(str, values)))
+        places = {word: i / max(1, len(words) - 1) for i, word in enumerate(words)}
+        return np.array([places[str(value)] for value in values]), [(at, word) for word, at in places.items()]
+    numbers = np.array(values, dtype=np.float64)
+    positive = numbers[numbers > 0]
+    if len(positive) and positive.max() > 20 * positive.min():
+        foot = np.log10(positive.min()) - (0.5 if (numbers <= 0).any() else 0.0)
+        scaled = np.where(numbers > 0, np.log10(np.maximum(numbers, positive.min())), foot)
+    else:
+        scaled = numbers
+    low, span = scaled.min(), max(float(np.ptp(scaled)), 1e-12)
+    heights = (scaled - low) / span
+    ticks = {f"{numbers[i]:.3g}": float(heights[i]) for i in np.argsort(numbers)}
+    shown = list(ticks.items())
+    if len(shown) > 6:
+        shown = [shown[round(k * (len(shown) - 1) / 5)] for k in range(6)]
+    return heights, [(at, words) for words, at in shown]

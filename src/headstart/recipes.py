@@ -60,6 +60,7 @@ class _Diary:
     run: Run | None
     show: bool
     history: list[dict[str, Any]] = field(default_factory=list)
+    listener: training.Log | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
     phases: list[dict[str, Any]] = field(default_factory=list)
     earlier: str | Path | Classifier | None = None
@@ -82,6 +83,8 @@ class _Diary:
             self.run.append_history(record)
         if record["event"]:
             say(record["event"]["message"], enabled=self.show)
+        if self.listener:
+            self.listener(record)
 
 
 def fine_tune(
@@ -110,6 +113,7 @@ def fine_tune(
     cache: bool = True,
     audit: bool = True,
     progress: bool = False,
+    log: training.Log | None = None,
 ) -> FitResult:
     """Pictures in, a fine-tuned classifier out.
 
@@ -140,6 +144,7 @@ def fine_tune(
         audit: look at the pictures first: what is found is in the report, and copies of one picture stay on one side of
             the split.
         progress: bars and a line for each step on standard error.
+        log: called with each history record; what it raises ends the run.
     Raises:
         HeadstartError: one of its leaves, with what to do; nothing is left behind unless training had begun.
         Interrupted: stopped by hand during training; the run folder holds the best state so far.
@@ -156,7 +161,8 @@ def fine_tune(
         weights = weights_of(plan, weights)
     if out is not None and runtime.is_main:
         check_run_path(out, overwrite=overwrite)
-    diary = _Diary(None, progress and runtime.is_main, earlier=weights if from_run is None else from_run)
+    origin = weights if from_run is None else from_run
+    diary = _Diary(None, progress and runtime.is_main, listener=log, earlier=origin)
     try:
         with diary.phase("list pictures"):
             found = data.splits if isinstance(data, Bench) else find_data(

@@ -245,3 +245,26 @@ def comparison_tables(results: Mapping[str, Any]) -> str:
         scores.append([*row, figure(e["test"]["weighted_precision"]), figure(e["test"]["weighted_recall"])])
     parts = [format_table(cost_header, cost, left=2), format_table([*score_header, "w. prec.", "w. recall"], scores)]
     return "\n\n".join([*parts, "\n".join(pair["sentence"] for pair in results["pairs"])]).rstrip()
+
+
+def sweep_table(results: Mapping[str, Any]) -> str:
+    """One row per trial, the best first: its values, validation loss and accuracy, and a published figure beside.
+
+    Args:
+        results: the content of sweep.json.
+    """
+    trials = sorted(results["trials"], key=lambda t: (t.get("val") or {}).get("log_loss", float("inf")))
+    names = list(dict.fromkeys(name for trial in trials for name in trial["values"]))
+    published = any("published" in trial for trial in trials)
+    header = [*names, "val loss", "val accuracy", "95 % interval", "best epoch", "time", *["published"] * published]
+    rows = []
+    for trial in trials:
+        val = trial.get("val") or {}
+        values = [trial["values"].get(name) for name in names]
+        row = [f"{v:g}" if isinstance(v, (int, float)) else str(v) for v in values]
+        low, high = val.get("accuracy_ci95") or (None, None)
+        row += [figure(val.get("log_loss")), figure(val.get("accuracy"))]
+        row += [f"{figure(low)} - {figure(high)}" if val else "ended early", figure(trial.get("best_epoch"))]
+        rows.append([*row, duration(trial["seconds"]), *[figure(trial.get("published"), 4)] * published])
+    total = sum(trial["seconds"] for trial in trials)
+    return f"{format_table(header, rows, left=0)}\n\n{len(trials)} trials in {duration(total)}"

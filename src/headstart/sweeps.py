@@ -1,0 +1,338 @@
+"""Many short trials of one recipe with other rates, decays, dropouts, lines or backbones, chosen by validation.
+
+The test split is taken away before the first trial. Trials at one line share the stored features, so that a trial of
+the head costs seconds. The study lives in a journal file or a database that several processes may share.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from .bench import Bench, data_digest, make_bench, settle
+from .errors import HeadstartError, RecipeError, SetupError
+from .plots import plot_parallel
+from .recipe import Recipe, load_recipe
+from .recipes import fine_tune
+from .run import to_json, write_atomic
+from .runtime import make_runtime
+from .terminal import say
+
+FILE = "sweep.json"
+JOURNAL = "journal.log"
+PARAMETERS = ("lr", "weight_decay", "head_dropout", "freeze_line", "backbone")
+TPE_TRIALS = 20
+
+# The course notebook's table: epochs of the head on a frozen EfficientNet-B0, Stanford Dogs; its own accuracies.
+COURSE: tuple[tuple[float, float, float], ...] = (
+    (1e-2, 0.0, 0.7898),
+    (1e-2, 1e-3, 0.7853),
+    (1e-2, 1e-2, 0.7931),
+    (1e-3, 1e-2, 0.8180),
+    (1e-4, 1e-2, 0.8108),
+)
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is tried: an explicit list of trials, or values for each parameter.
+
+    points: trials as they are. values: choices by parameter name; two numbers are the ends of a range for `tpe`, and a
+    grid takes every value. published: by trial, the figure somebody else reports, shown beside ours.
+    """
+
+    points: tuple[Mapping[str, Any], ...] = ()
+    values: Mapping[str, tuple[Any, ...]] | None = None
+    published: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if bool(self.points) == bool(self.values):
+            raise RecipeError("A sweep takes either an explicit list of trials or values for each parameter.")
+        for name in [*(self.values or {}), *(name for point in self.points for name in point)]:
+            if name not in PARAMETERS:
+                raise RecipeError(f"A sweep knows no parameter {name!r}. Known: {', '.join(PARAMETERS)}.")
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Every trial of an explicit list or a full grid, in order."""
+        if self.points:
+            return [dict(point) for point in self.points]
+        values = self.values or {}
+        return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
+COURSE_SPACE = Space(
+    points=tuple({"lr": lr, "weight_decay": decay} for lr, decay, _ in COURSE),
+    published=tuple(accuracy for _, _, accuracy in COURSE),
+)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep found; `results` is what sweep.json holds."""
+
+    results: dict[str, Any]
+    path: Path
+    best: Recipe | None
+
+
+def sweep(
+    data: Any,
+    *,
+    space: Space,
+    method: str = "grid",
+    trials: int | None = None,
+    minutes: float | None = None,
+    recipe: str | Path | Recipe = "head",
+    epochs: int | None = None,
+    backbone: str = "mobilenetv2_100",
+    weights: str | Path | None = None,
+    spec_overrides: Mapping[str, Any] | None = None,
+    storage: str | None = None,
+    prune: bool = True,
+    share: bool = True,
+    out: str | Path = "runs/sweep",
+    overwrite: bool = False,
+    device: str = "auto",
+    precision: str = "auto",
+    workers: int | None = None,
+    progress: bool = False,
+    **data_options: Any,
+) -> Sweep:
+    """Try recipes and keep the one with the least validation loss; the same call goes on with the same study.
+
+    Args:
+        space: the trials. A trial's `lr`, `head_dropout` are the recipe's; `weight_decay` goes to every stage,
+            `freeze_line` to the last one.
+        method: `grid` (every combination, or the explicit list) or `tpe` (Optuna's sampler, which learns from trials).
+        trials, minutes: end the study, over all its calls, or this call; `tpe` makes 20 trials when neither is given.
+        epochs: of every stage, in place of the recipe's.
+        weights: of the backbone; with several backbones the hub's.
+        storage: None is a journal file in `out`; else a journal file's path, or a database URL such as
+            `sqlite:///study.db`, which several processes or machines may share.
+        prune: end a trial that is worse, after as many epochs, than the median of the others.
+        share: keep decoded pictures and stored features between trials.
+        out: folder of sweep.json, best.json (for `fit --recipe`) and the parallel-coordinates picture.
+        data_options: val, test, val_folder, test_folder, root, bad_files, limit and cache, as in `fine_tune`.
+    Raises:
+        SetupError: Optuna is not installed. RecipeError: options that cannot be used.
+    """
+    if method not in ("grid", "tpe"):
+        raise RecipeError(f"method is {method!r}; allowed: grid, tpe.")
+    if method == "tpe" and not space.values:
+        raise RecipeError("tpe draws from values for each parameter; an explicit list is tried as it is (grid).")
+    optuna = _optuna()
+    plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if epochs is not None:
+        plan = replace(plan, stages=tuple(replace(stage, epochs=epochs) for stage in plan.stages))
+    bench = data if isinstance(data, Bench) else make_bench(
+        data, runtime=make_runtime(device=device, precision=precision, workers=workers), seed=plan.seed, share=share,
+        progress=progress, **data_options,
+    )  # fmt: skip
+    bench = bench.without_test()
+    settings = {
+        "data": data_digest(bench.splits), "recipe": json.loads(to_json(plan.to_dict())), "backbone": backbone,
+        "weights": str(weights or "hub"), "pictures": json.loads(to_json(dict(spec_overrides or {}))),
+    }  # fmt: skip
+    folder = settle(out, FILE, settings, overwrite=overwrite)
+    study = _study(optuna, storage or str(folder / JOURNAL), name=folder.name, method=method, prune=prune,
+                   seed=plan.seed, fresh=overwrite and storage is None)  # fmt: skip
+    started = time.perf_counter()
+    limit = (trials or (TPE_TRIALS if minutes is None else None)) if method == "tpe" else trials
+    while minutes is None or time.perf_counter() - started < 60 * minutes:
+        taken = _taken(optuna, study)
+        left = [point for point in space.grid() if _key(point) not in taken] if method == "grid" else [{}]
+        if not left or (limit is not None and len(taken) >= limit):
+            break
+        trial = study.ask()
+        point = left[0] if method == "grid" else _draw(trial, space.values or {})
+        trial.set_user_attr("asked", point)
+        _try(optuna, study, trial, point, plan, bench, backbone, weights, dict(spec_overrides or {}), prune, progress)
+    results = {"settings": settings, "method": method, "wall_seconds": time.perf_counter() - started}
+    results["trials"] = [_row(trial, space) for trial in study.get_trials(deepcopy=False) if _scored(optuna, trial)]
+    return _finish(results, plan, folder)
+
+
+def _key(point: Mapping[str, Any]) -> str:
+    return json.dumps(point, sort_keys=True)
+
+
+def _taken(optuna: Any, study: Any) -> list[str]:
+    """The trials that are done or that another process has in hand; one begun an hour ago counts as given up."""
+    states = optuna.trial.TrialState
+    now = datetime.now()
+    return [
+        _key(trial.user_attrs["asked"])
+        for trial in study.get_trials(deepcopy=False)
+        if "asked" in trial.user_attrs
+        and trial.state != states.FAIL
+        and not (trial.state == states.RUNNING and now - trial.datetime_start > timedelta(hours=1))
+    ]
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise SetupError("A sweep needs Optuna. Install it: pip install 'headstart[sweep]'.") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _study(optuna: Any, storage: str, *, name: str, method: str, prune: bool, seed: int, fresh: bool) -> Any:
+    if "://" in storage:
+        kept: Any = storage
+    else:
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+        path = Path(storage)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if fresh and path.exists():
+            path.unlink()
+        kept = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
+    sampler = optuna.samplers.TPESampler(seed=seed) if method == "tpe" else optuna.samplers.RandomSampler(seed=seed)
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=3) if prune else optuna.pruners.NopPruner()
+    return optuna.create_study(
+        storage=kept, study_name=name, load_if_exists=True, direction="minimize", sampler=sampler, pruner=pruner
+    )
+
+
+def _draw(trial: Any, values: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """One trial's values: numbers from a range (rates and decays on a logarithmic scale), others from the choices."""
+    point = {}
+    for name, choices in values.items():
+        numbers = all(isinstance(v, (int, float)) for v in choices)
+        if numbers and len(choices) == 2 and min(choices) < max(choices):
+            log = name in ("lr", "weight_decay") and min(choices) > 0
+            point[name] = trial.suggest_float(name, min(choices), max(choices), log=log)
+        else:
+            point[name] = trial.suggest_categorical(name, list(choices))
+    return point
+
+
+def trial_recipe(plan: Recipe, point: Mapping[str, Any]) -> Recipe:
+    """The recipe with a trial's values in their places."""
+    stages = list(plan.stages)
+    if "weight_decay" in point:
+        stages = [replace(stage, weight_decay=float(point["weight_decay"])) for stage in stages]
+    if "freeze_line" in point:
+        stages[-1] = replace(stages[-1], freeze_line=str(point["freeze_line"]))
+    head = replace(plan.head, dropout=float(point["head_dropout"])) if "head_dropout" in point else plan.head
+    return replace(plan, stages=tuple(stages), head=head, lr=float(point.get("lr", plan.lr)))
+
+
+def _try(
+    optuna: Any, study: Any, trial: Any, point: Mapping[str, Any], plan: Recipe, bench: Bench, backbone: str,
+    weights: str | Path | None, overrides: dict[str, Any], prune: bool, progress: bool,
+) -> None:  # fmt: skip
+    """Train one trial; report each epoch's validation loss, and end it early where it is far behind."""
+    started, steps = time.perf_counter(), itertools.count()
+
+    def watch(record: Mapping[str, Any]) -> None:
+        loss = (record.get("val") or {}).get("loss")
+        if loss is None or not prune:
+            return
+        trial.report(loss, next(steps))
+        if trial.should_prune():
+            raise optuna.TrialPruned
+
+    name = str(point.get("backbone", backbone))
+    try:
+        recipe = trial_recipe(plan, point)
+        result = fine_tune(
+            bench, recipe=recipe, backbone=name, weights=weights if name == backbone else None,
+            spec_overrides=overrides, log=watch,
+        )  # fmt: skip
+    except optuna.TrialPruned:
+        trial.set_user_attr("seconds", time.perf_counter() - started)
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        say(f"{describe(point)}: ended early", enabled=progress)
+        return
+    except (HeadstartError, KeyboardInterrupt):
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        raise
+    score = result.metrics["val"]
+    stages = result.metrics["stages"]
+    for key, value in (
+        ("val", {k: score[k] for k in ("accuracy", "accuracy_ci95", "log_loss", "n")}),
+        ("seconds", time.perf_counter() - started),
+        ("shared_seconds", sum(stage["shared_seconds"] for stage in stages)),
+        ("best_epoch", stages[-1]["best_epoch"]),
+    ):
+        trial.set_user_attr(key, value)
+    study.tell(trial, score["log_loss"])
+    say(
+        f"{describe(point)}: val loss {score['log_loss']:.4f}, accuracy {score['accuracy']:.4f}"
+        f" ({time.perf_counter() - started:.1f} s)",
+        enabled=progress,
+    )
+
+
+def describe(point: Mapping[str, Any]) -> str:
+    """`lr 0.01, weight_decay 0.001`."""
+    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in point.items())
+
+
+def _scored(optuna: Any, trial: Any) -> bool:
+    states = optuna.trial.TrialState
+    return trial.state in (states.COMPLETE, states.PRUNED) and "asked" in trial.user_attrs
+
+
+def _row(trial: Any, space: Space) -> dict[str, Any]:
+    asked, attrs = trial.user_attrs["asked"], trial.user_attrs
+    row = {"number": trial.number, "values": asked, "state": trial.state.name.lower(), **attrs}
+    row.pop("asked")
+    if space.published and asked in [dict(point) for point in space.points]:
+        row["published"] = space.published[[dict(point) for point in space.points].index(asked)]
+    return row
+
+
+def _finish(results: dict[str, Any], plan: Recipe, folder: Path) -> Sweep:
+    """Write the table, the best recipe and the picture."""
+    done = [row for row in results["trials"] if row["state"] == "complete"]
+    best = min(done, key=lambda row: row["val"]["log_loss"], default=None)
+    recipe = None
+    if best:
+        recipe = replace(trial_recipe(plan, best["values"]), name="best")
+        write_atomic(folder / "best.json", to_json(recipe.to_dict(), indent=1) + b"\n")
+        results["best"] = best["number"]
+    write_atomic(folder / FILE, to_json(results, indent=1) + b"\n")
+    if len(done) > 1:
+        plot_parallel([{**row["values"], "val loss": row["val"]["log_loss"]} for row in done], folder / "parallel.png")
+    return Sweep(results, folder, recipe)
+
+
+def parse_values(texts: Iterable[str]) -> dict[str, tuple[Any, ...]]:
+    """`lr=1e-4,1e-2` as {"lr": (0.0001, 0.01)}; freeze lines and backbones stay words.
+
+    Raises:
+        RecipeError: an unknown parameter, or a value that cannot be read.
+    """
+    values: dict[str, tuple[Any, ...]] = {}
+    for text in texts:
+        name, equals, listed = text.partition("=")
+        if not equals or name not in PARAMETERS or not listed:
+            raise RecipeError(f"{text!r}: it takes PARAMETER=VALUE,... with one of {', '.join(PARAMETERS)}.")
+        parts: Sequence[str] = listed.split(",")
+        values[name] = tuple(parts) if name in ("freeze_line", "backbone") else tuple(_number(name, p) for p in parts)
+    return values
+
+
+def parse_point(text: str) -> dict[str, Any]:
+    """`lr=0.01,weight_decay=0` as one trial of an explicit list."""
+    return {name: found[0] for part in text.split(",") for name, found in parse_values([part]).items()}
+
+
+def _number(name: str, text: str) -> float:
+    if text == "none":
+        return 0.0
+    try:
+        return float(text)
+    except ValueError:
+        raise RecipeError(f"{name}={text!r}: it takes numbers.") from None

@@ -1,0 +1,232 @@
+"""The learning-rate finder and the sweep on tiny pictures: what they restore, share, resume and never touch."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import headstart
+from headstart import Recipe, RecipeError, Space, Stage, find_lr, fine_tune, load_images, split, sweep
+from headstart.bench import Bench
+from headstart.cli import main
+from headstart.features import make_source
+from headstart.lr_finder import range_test, smoothed, suggestions
+from headstart.recipe import HeadSpec, load_recipe
+from headstart.runtime import make_runtime
+from headstart.sweeps import COURSE, COURSE_SPACE, parse_point, parse_values, trial_recipe
+from tiny import SPEC, TinyNet
+
+NET: dict[str, Any] = {"backbone": "test_resnet", "weights": "none", "spec_overrides": {"image_size": 32}}
+MACHINE: dict[str, Any] = {"device": "cpu", "precision": "fp32", "workers": 1}
+PLAN = Recipe(
+    name="tiny",
+    stages=(
+        Stage(epochs=2, views=2, batch_size=8),
+        Stage(name="fine-tune", freeze_line="all", epochs=1, batch_size=8, lr_scale=0.01),
+    ),
+    lr=0.01,
+)
+HEAD = Recipe(name="tiny-head", stages=PLAN.stages[:1], lr=0.01)
+ARGUMENTS = ["--backbone", "test_resnet", "--weights", "none", "--image-size", "32", "--device", "cpu", "--precision",
+             "fp32", "--workers", "1", "--quiet"]  # fmt: skip
+
+
+def bench_of(photos: Path) -> Bench:
+    return Bench(split(load_images(photos)), make_runtime(**MACHINE), share=True)
+
+
+# ---- the finder ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ["head", "all"])
+def test_the_test_leaves_no_trace(photos: Path, line: str) -> None:
+    bench = bench_of(photos)
+    names = bench.splits.class_names
+    model = headstart.create_classifier(TinyNet(dropout=0.2), names, data_spec=SPEC, head=HeadSpec(batchnorm=True))
+    stage = Stage(freeze_line=line, batchnorm="train" if line == "all" else "fixed", batch_size=8)
+    headstart.set_freeze_line(model, line, batchnorm=stage.batchnorm)
+    model.eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random = torch.random.get_rng_state()
+    train, val = bench.pixels("train", model.spec), bench.pixels("val", model.spec)
+    data = make_source(train, val, model, views=1, runtime=bench.runtime)
+    curve = range_test(model, data, stage, runtime=bench.runtime, steps=40, low=1e-5, high=1e3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert not model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert curve.rates[0] == pytest.approx(1e-5)
+    assert all(b > a for a, b in zip(curve.rates, curve.rates[1:], strict=False))
+
+
+def test_a_loss_that_runs_away_ends_the_test(photos: Path) -> None:
+    curve = find_lr(photos, recipe=HEAD, high=1e9, steps=60, cache=False, **NET, **MACHINE)
+    assert curve.diverged
+    assert curve.rates[-1] < 1e9
+    assert min(curve.rates) < curve.suggestion < max(curve.rates)
+
+
+def test_before_and_after_the_head_and_from_a_run(photos: Path, tmp_path: Path) -> None:
+    bench = bench_of(photos)
+    call: dict[str, Any] = {"recipe": PLAN, "steps": 30, "high": 1.0, **NET}
+    first = find_lr(bench, out=tmp_path / "lr.png", **call)
+    assert (first.stage, first.freeze_line) == ("head", "head")
+    assert first.option == f"--lr {first.suggestion:.2g}"
+    assert first.picture is not None
+    assert first.picture.read_bytes().startswith(b"\x89PNG")
+    after = find_lr(bench, after_head=True, **call)
+    assert (after.stage, after.freeze_line) == ("fine-tune", "all")
+    assert after.option == f"--lr-scale ,{after.suggestion / PLAN.lr:.2g}"
+    assert after.losses[0] < first.losses[0]  # the head has learned meanwhile
+    run = fine_tune(bench, recipe=PLAN, out=tmp_path / "run", **NET).run_path
+    again = find_lr(bench, run=run, steps=30, high=1.0)
+    assert again.stage == "fine-tune"
+    with pytest.raises(RecipeError, match="one of the two"):
+        find_lr(bench, run=run, after_head=True)
+    with pytest.raises(RecipeError, match="one stage"):
+        find_lr(bench, recipe=HEAD, after_head=True, **NET)
+
+
+def test_suggestions_of_a_curve_with_a_known_shape() -> None:
+    rates = np.geomspace(1e-6, 10, 101)
+    x = np.log10(rates)
+    # Level until 1e-4, a fall that is steepest at 1e-2.5, least at 1e-1, then away.
+    losses = 2 - 1.6 / (1 + np.exp(-4 * (x + 2.5))) + np.where(x > -1, 3 * (x + 1) ** 2, 0)
+    steepest, valley, tenth = suggestions(rates, losses)
+    assert steepest == pytest.approx(10**-2.5, rel=0.1)
+    assert tenth == pytest.approx(10**-2, rel=0.3)
+    assert 1e-4 < valley < 1e-1
+
+
+def test_smoothing_begins_without_bias_and_stops_where_it_runs_away() -> None:
+    assert smoothed([2.0] * 30) == (pytest.approx([2.0] * 30), False)
+    losses, diverged = smoothed([1.0] * 20 + [1e6] * 5)
+    assert (len(losses), diverged) == (20, True)
+    assert smoothed([1.0, float("nan"), 1.0]) == ([1.0], True)
+
+
+def test_lr_on_the_command_line(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "curve.svg"
+    arguments = ["--recipe", "head", "--steps", "20", "--out", str(out)]
+    assert main(["lr", str(photos), *arguments, *ARGUMENTS]) == 0
+    printed = capsys.readouterr().out
+    assert "suggestion: --lr " in printed
+    assert out.read_text().lstrip().startswith("<?xml")
+    assert main(["lr", str(photos), "--run", "somewhere", *ARGUMENTS]) == 2
+
+
+# ---- the sweep -------------------------------------------------------------------------------------------------
+
+GRID = Space(values={"lr": (0.001, 0.01), "weight_decay": (0.0, 0.1)})
+
+
+def test_a_sweep_never_opens_a_test_picture(photos: Path, tmp_path: Path) -> None:
+    splits = split(load_images(photos))
+    for path in splits.test.paths:
+        path.unlink()  # whatever would read one now fails
+    result = sweep(splits, space=GRID, recipe=HEAD, out=tmp_path / "out", cache=False, **NET, **MACHINE)
+    assert len(result.results["trials"]) == 4
+    assert "test" not in json.dumps(result.results["trials"])
+
+
+def test_trials_share_features_and_the_best_by_validation_is_kept(photos: Path, tmp_path: Path) -> None:
+    result = sweep(bench_of(photos), space=GRID, recipe=HEAD, prune=False, out=tmp_path / "out", **NET)
+    trials = result.results["trials"]
+    assert [t["values"] for t in trials] == GRID.grid()
+    assert [t["shared_seconds"] > 0 for t in trials] == [False, True, True, True]
+    best = min(trials, key=lambda t: t["val"]["log_loss"])
+    assert result.results["best"] == best["number"]
+    saved = load_recipe(tmp_path / "out" / "best.json")
+    assert saved == result.best
+    assert saved.lr == best["values"]["lr"]
+    assert {stage.weight_decay for stage in saved.stages} == {best["values"]["weight_decay"]}
+    alone = fine_tune(bench_of(photos), recipe=saved, **NET)
+    assert alone.metrics["val"]["log_loss"] == pytest.approx(best["val"]["log_loss"], abs=1e-9)
+    assert (tmp_path / "out" / "parallel.png").is_file()
+
+
+def test_the_same_call_goes_on_and_adds_nothing_when_done(photos: Path, tmp_path: Path) -> None:
+    bench, call = bench_of(photos), {"recipe": HEAD, "out": tmp_path / "out", **NET}
+    some = sweep(bench, space=GRID, trials=2, **call)
+    assert len(some.results["trials"]) == 2
+    whole = sweep(bench, space=GRID, **call)
+    assert whole.results["trials"][:2] == some.results["trials"]
+    assert [t["values"] for t in whole.results["trials"]] == GRID.grid()
+    assert sweep(bench, space=GRID, **call).results["trials"] == whole.results["trials"]
+
+
+def test_tpe_draws_from_ranges_and_lines(photos: Path, tmp_path: Path) -> None:
+    space = Space(values={"lr": (1e-4, 1e-1), "freeze_line": ("head", "last:2"), "head_dropout": (0.0, 0.5)})
+    result = sweep(
+        bench_of(photos), space=space, method="tpe", trials=3, recipe=HEAD, out=tmp_path / "out",
+        storage=f"sqlite:///{tmp_path / 'study.db'}", **NET,
+    )  # fmt: skip
+    trials = result.results["trials"]
+    assert len(trials) == 3
+    assert all(1e-4 <= t["values"]["lr"] <= 1e-1 and t["values"]["freeze_line"] in ("head", "last:2") for t in trials)
+    assert (tmp_path / "study.db").is_file()
+
+
+def test_a_hopeless_trial_is_ended_early(photos: Path, tmp_path: Path) -> None:
+    recipe = Recipe(stages=(Stage(epochs=8, batch_size=8, views=1, schedule="constant"),), lr=0.01)
+    space = Space(points=({"lr": 0.01}, {"lr": 0.012}, {"lr": 0.008}, {"lr": 0.011}, {"lr": 1e-7}))
+    result = sweep(bench_of(photos), space=space, recipe=recipe, out=tmp_path / "out", **NET)
+    assert [t["state"] for t in result.results["trials"]] == ["complete"] * 4 + ["pruned"]
+
+
+def _one_process(photos: Path, out: Path) -> None:
+    sweep(photos, space=GRID, recipe=HEAD, out=out, cache=False, **NET, **MACHINE)
+
+
+@pytest.mark.slow
+def test_processes_share_one_study(photos: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_one_process, args=(photos, tmp_path / "out")) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    trials = sweep(photos, space=GRID, recipe=HEAD, out=tmp_path / "out", cache=False, **NET, **MACHINE)
+    asked = [json.dumps(t["values"]) for t in trials.results["trials"]]
+    assert set(asked) == {json.dumps(point) for point in GRID.grid()}
+
+
+def test_the_course_preset_stands_beside_its_published_figures(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["sweep", str(photos), "--preset", "course", "--epochs", "1", "--out", str(out), *ARGUMENTS]) == 0
+    printed = capsys.readouterr().out
+    for _, _, figure in COURSE:
+        assert f"{figure:.4f}" in printed
+    trials = json.loads((out / "sweep.json").read_text())["trials"]
+    assert [(t["values"]["lr"], t["values"]["weight_decay"], t["published"]) for t in trials] == list(COURSE)
+    assert (
+        main(["fit", str(photos), "--recipe", str(out / "best.json"), "--out", str(tmp_path / "run"), *ARGUMENTS]) == 0
+    )
+
+
+def test_values_are_read_and_wrong_ones_refused() -> None:
+    assert parse_values(["lr=1e-4,1e-2", "freeze_line=head,last:3"]) == {
+        "lr": (1e-4, 1e-2), "freeze_line": ("head", "last:3"),
+    }  # fmt: skip
+    assert parse_point("lr=0.01,weight_decay=none") == {"lr": 0.01, "weight_decay": 0.0}
+    for wrong in (["rate=1"], ["lr"], ["lr=fast"]):
+        with pytest.raises(RecipeError):
+            parse_values(wrong)
+    with pytest.raises(RecipeError, match="either"):
+        Space()
+    assert len(COURSE_SPACE.grid()) == 5
+
+
+def test_a_trials_values_go_to_their_places() -> None:
+    recipe = trial_recipe(PLAN, {"lr": 1.0, "weight_decay": 0.5, "head_dropout": 0.3, "freeze_line": "last:2"})
+    assert (recipe.lr, recipe.head.dropout) == (1.0, 0.3)
+    assert [(s.weight_decay, s.freeze_line) for s in recipe.stages] == [(0.5, "head"), (0.5, "last:2")]
