@@ -49,7 +49,7 @@ LAYERS = (
         ),
         *("pixels", "pixelstore", "rowstore"),
     ),
-    ("features", "evaluation", "harm", "averaging", "train"),
+    ("features", "evaluation", "harm", "averaging", "linear", "train"),
     (
         *("layers", "plots", "svg", "report", "report_charts", "report_page", "report_results", "report_audit"),
         *("comparison_page", "audit_sheet", "auditing", "audit_page", "review_script"),
@@ -142,6 +142,8 @@ SIDEWAYS = {
     ("train", "averaging"),
     ("train", "evaluation"),
     ("train", "features"),
+    ("train", "linear"),
+    ("linear", "features"),
     ("audit_page", "report_page"),
     ("audit_page", "report_results"),
     ("audit_page", "review_script"),

@@ -85,7 +85,9 @@ STAGE_OPTIONS = (
     Option("epochs", _whole, "N", "passes over the training pictures"),
     Option("batch_size", _whole, "N", "pictures per batch"),
     Option("accumulate", _whole, "N", "batches per optimiser step"),
-    Option("optimizer", _word, "NAME", "adamw (adam is the same), rmsprop or sgd (momentum 0.9); decay is decoupled"),
+    Option(
+        "optimizer", _word, "NAME", "adamw (adam is the same), rmsprop, sgd (momentum 0.9); lbfgs for a linear head"
+    ),
     Option("lr_scale", _number, "X", "the stage's learning rate as a multiple of --lr"),
     Option("head_lr_multiplier", _number, "X", "the head's rate over the backbone's"),
     Option(
@@ -107,6 +109,7 @@ STAGE_OPTIONS = (
     ),
     Option("ema", _number, "X", "keep the running average of the trained weights, with this decay (0.99); 0 is off"),
     Option("wise", _switch, "on|off", "mix the stage's first and last weights, the share chosen on validation"),
+    Option("warm_start", _word, "HOW", "none, or ridge: a linear head on stored features starts from its closed form"),
     Option("on_collapse", _word, "WHAT", "when the rate wrecks the trained head: retry lower, stop, or ignore"),
 )
 

@@ -18,7 +18,8 @@ ACTIVATIONS = ("none", "relu", "gelu")
 POOLS = ("backbone", "avg", "max", "flatten")
 OUTPUTS = ("softmax", "sigmoid")
 BATCHNORM_MODES = ("fixed", "frozen", "train")
-OPTIMIZERS = ("adamw", "adam", "rmsprop", "sgd")
+OPTIMIZERS = ("adamw", "adam", "rmsprop", "sgd", "lbfgs")
+WARM_STARTS = ("none", "ridge")
 AUTO_POLICIES = ("none", "randaugment", "trivial")
 SCHEDULES = ("constant", "cosine", "one-cycle")
 ON_COLLAPSE = ("retry", "stop", "ignore")
@@ -224,7 +225,9 @@ class Stage(_Spec):
     ema: decay of a running average of what is trained, which is then scored and kept in place of the weights
     themselves, 0 is off. mixup, cutmix: each batch is mixed with a shuffled copy of itself, the share drawn from
     Beta(x, x), 0 is off. wise: at the end, mix what the stage started from with what it came to, the share chosen on
-    validation.
+    validation. warm_start: `ridge` gives a linear head on stored features its solution in closed form first.
+    optimizer `lbfgs` (the same case) fits all stored views at once: `weight_decay` is then a penalty on the mean loss,
+    weight_decay / 2 * |weight|^2, and rates and batches have no effect.
     """
 
     name: str = "head"
@@ -254,6 +257,7 @@ class Stage(_Spec):
     cutmix: float = 0.0
     ema: float = 0.0
     wise: bool = False
+    warm_start: str = "none"
 
     def __post_init__(self) -> None:
         owner = f"stage {self.name!r}"
@@ -296,6 +300,18 @@ class Stage(_Spec):
         _number(owner, "cutmix", self.cutmix, 0, 100)
         _number(owner, "ema", self.ema, 0, 0.99999)
         _flag(owner, "wise", self.wise)
+        _choice(owner, "warm_start", self.warm_start, WARM_STARTS)
+        if self.optimizer == "lbfgs":
+            self._refuse_beside_lbfgs(owner)
+
+    def _refuse_beside_lbfgs(self, owner: str) -> None:
+        for name in ("accumulate", "balanced_sampling", "clip_norm", "mixup", "cutmix", "ema"):
+            value = getattr(self, name)
+            if value != Stage.__dataclass_fields__[name].default:
+                raise RecipeError(
+                    f"{owner}: {name} is {value!r}, but optimizer 'lbfgs' sees all pictures at once."
+                    f" Leave {name} out, or take optimizer 'adamw'."
+                )
 
 
 HEAD_STAGE = Stage()

@@ -164,6 +164,7 @@ _EVENTS = {
     "early-stop": "early stop",
     "interrupted": "stopped",
     "wise": "mixed",
+    "warm-start": "ridge",
 }
 
 

@@ -19,8 +19,9 @@ from .classifier import Classifier
 from .dataset import epoch_order
 from .errors import ModelError
 from .evaluation import Score, score
-from .features import StageData
+from .features import FeatureSource, StageData
 from .freezing import Contract
+from .linear import LBFGS_ITERATIONS, check_linear, lbfgs_epoch, set_ridge
 from .mixing import Mix, check_mixing, draw_mix, mix_inputs
 from .rates import param_groups
 from .recipe import Stage
@@ -137,7 +138,7 @@ def class_weight_vector(stage: Stage, labels: Tensor, num_classes: int) -> Tenso
 def make_optimizer(model: Classifier, stage: Stage, *, lr: float) -> torch.optim.Optimizer:
     """The stage's optimiser over everything trainable; weight decay is applied apart from it, decoupled.
 
-    Each group keeps its share of the rate as `scale` and its decay as `decay`.
+    Each group keeps its share of the rate as `scale` and its decay as `decay`. L-BFGS takes neither.
     """
     groups = param_groups(
         model,
@@ -149,6 +150,9 @@ def make_optimizer(model: Classifier, stage: Stage, *, lr: float) -> torch.optim
     for group in groups:
         group["scale"], group["decay"], group["lr"] = group["lr"], group.pop("weight_decay"), lr * group["lr"]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
+    if stage.optimizer == "lbfgs":
+        held = [p for group in groups for p in group["params"]]
+        return torch.optim.LBFGS(held, max_iter=LBFGS_ITERATIONS, line_search_fn="strong_wolfe")
     if stage.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=fused)
     if stage.optimizer == "rmsprop":
@@ -170,6 +174,7 @@ class _Stage:
         weights = class_weight_vector(stage, data.train.labels, len(model.class_names))
         self._refuse_batches_of_one()
         check_mixing(stage, model.freeze_line)
+        check_linear(model, data, stage)
         self.class_weights = None if weights is None else weights.to(runtime.device)
         n = len(data.train.labels)
         self.train_subset = torch.from_numpy(epoch_order(n, seed=0, epoch=0)[:TRAIN_SCORE_LIMIT])
@@ -193,6 +198,11 @@ class _Stage:
         """Train one epoch (from 1) and return the mean training loss, weights and smoothing included."""
         model, runtime, stage = self.model, self.runtime, self.stage
         train = self.data.train
+        if isinstance(train, FeatureSource) and stage.optimizer == "lbfgs":
+            loss = lbfgs_epoch(self.optimizer, model, train, self._mean_loss, weight_decay=stage.weight_decay)
+            self.step, self.pictures = self.step + self.steps_per_epoch, self.pictures + len(train.labels)
+            after_step()
+            return loss
         batches = batches_of_epoch(len(train.labels), train.labels, stage, seed=self.seed, epoch=epoch)
         model.train()
         # Dropout and drop-path draw from a state that depends on (seed, epoch, rank) alone.
@@ -253,6 +263,9 @@ class _Stage:
             label_smoothing=self.stage.label_smoothing,
             reduction="sum",
         )
+
+    def _mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self._loss(logits, labels) / self._weight(labels.cpu())
 
     def _optimizer_step(self) -> None:
         stage = self.stage
@@ -364,8 +377,12 @@ def _attempt(
     entry = Candidate(entry_state, run.score_val(), 0)
     part = run.score_val(COLLAPSE_SUBSET) if watch else entry.val
     limit = max(part.loss * stage.collapse_ratio, part.loss + stage.collapse_margin)
+    started, event = time.perf_counter(), None
+    if stage.warm_start == "ridge":
+        entry, event = _ridge(run, entry)
     best = last = entry
-    write(_record(run, epoch=0, train_loss=None, val=entry.val, best=True, seconds=0.0))
+    seconds = time.perf_counter() - started
+    write(_record(run, epoch=0, train_loss=None, val=entry.val, best=True, seconds=seconds, event=event))
     check_every = max(1, run.steps_per_epoch // COLLAPSE_CHECKS_PER_EPOCH)
     epoch = 0
 
@@ -421,6 +438,21 @@ def _attempt(
     restore(model, best.state)
     run.contract.finish()
     return best, epoch
+
+
+def _ridge(run: _Stage, entry: Candidate) -> tuple[Candidate, Record]:
+    """The head in closed form, or what the stage was given where that is better; and what the history says of it."""
+    train, val = run.data.train, run.data.val
+    assert isinstance(train, FeatureSource)
+    assert isinstance(val, FeatureSource)
+    found = set_ridge(run.model, train, val)
+    score = run.score_val()
+    better = _is_better(score, entry.val, run.stage.select)
+    start = Candidate(snapshot(run.model), score, 0) if better else entry
+    restore(run.model, start.state)
+    message = f"Ridge regression (penalty {found.penalty:.3g}) gives validation loss {score.loss:.4f}; the stage starts"
+    message += f" from it, {entry.val.loss:.4f} before." if better else f" from {entry.val.loss:.4f}, which it had."
+    return start, {"kind": "warm-start", "message": message}
 
 
 def _wise(run: _Stage, entry: Candidate, best: Candidate, last: Candidate, write: Log) -> Candidate:
