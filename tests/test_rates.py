@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from headstart import ModelError, Recipe, Stage, create_classifier, fine_tune, set_freeze_line
+from headstart.blocks import block_name, network_depths
 from headstart.classifier import Classifier
 from headstart.features import FeatureSource, StageData
 from headstart.rates import layer_depths, param_groups
@@ -128,6 +129,35 @@ def test_gradual_unfreezing_trains_more_in_each_stage(photos: object) -> None:
 @pytest.mark.parametrize(("where", "count"), [("last:1%", 1), ("last:34%", 2), ("last:100%", 3), ("last:67%", 3)])
 def test_a_share_of_the_layers_is_rounded_up(where: str, count: int) -> None:
     assert len(set_freeze_line(tiny(), where).trained) == count
+
+
+@pytest.mark.parametrize(
+    "name", ["mobilenetv2_100", "resnet18", "vgg11", "convnext_atto", "vit_tiny_patch16_224", "densenet121"]
+)
+@pytest.mark.parametrize("where", ["last:80%", "last:33%"])
+def test_a_share_of_the_layers_divides_no_block(name: str, where: str) -> None:
+    model = create_classifier(name, ("a", "b"), weights="none", image_size=None if name.startswith("vit") else 64)
+    line = set_freeze_line(model, where)
+    depths = network_depths(model.backbone)
+    assert depths is not None
+    trained = {depths[n] for n, p in model.backbone.named_parameters() if p.requires_grad}
+    frozen = {depths[n] for n, p in model.backbone.named_parameters() if not p.requires_grad}
+    assert trained
+    assert frozen
+    assert not trained & frozen
+    whole = set_freeze_line(model, "all")
+    assert len(line.trained) >= len(whole.trained) * float(where[5:-1]) / 100
+
+
+@pytest.mark.parametrize(
+    ("layer", "block"),
+    [
+        ("blocks.2.0.conv_pw", "blocks.2"), ("layer4.1.conv1", "layer4.1"), ("stages.2.norm", "stages.2"),
+        ("features.12", "features.12"), ("stem.conv", "stem.conv"), ("head", "head"),
+    ],
+)  # fmt: skip
+def test_blocks_by_name(layer: str, block: str) -> None:
+    assert block_name(layer) == block
 
 
 @pytest.mark.parametrize("where", ["last:0%", "last:101%", "last:%", "last:4"])

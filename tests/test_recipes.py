@@ -209,7 +209,7 @@ def test_an_interrupt_leaves_a_usable_run(photos: Path, tmp_path: Path, monkeypa
         fine_tune(photos, out=fine, recipe=SHORT, overwrite=True, **TINY)
     assert (fine / "metrics.json").read_bytes() == whole
     assert isinstance(caught.value.model, headstart.Classifier)
-    assert "--backbone test_resnet --weights" in str(caught.value)
+    assert f"headstart fit PHOTOS --from-run {fine}" in str(caught.value)
 
 
 def test_an_error_in_training_leaves_what_was_trained_or_nothing(

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .backbones import block_aliases
+from .blocks import block_name, network_depths
 from .classifier import Classifier
 from .errors import ModelError, near_matches
 from .recipe import BATCHNORM_MODES
@@ -115,7 +116,8 @@ def _line_position(model: Classifier, layers: list[Layer], where: str) -> int:
     if where == "all":
         return 0
     if where.startswith("last:"):
-        return len(layers) - _last_n(where, len(layers))
+        position = len(layers) - _last_n(where, len(layers))
+        return _start_of_block(model.backbone, layers, position) if where.endswith("%") else position
     names = [layer.name for layer in layers]
     aliases = block_aliases(model.backbone)
     for position, name in enumerate(names):
@@ -144,6 +146,15 @@ def _last_n(where: str, count: int) -> int:
     return math.ceil(count * int(digits) / 100) if is_share else int(digits)
 
 
+def _start_of_block(net: nn.Module, layers: list[Layer], position: int) -> int:
+    """The line moved in front of the block that it would split: a share of the layers is a share of whole blocks."""
+    depths = network_depths(net)
+    blocks = [block_name(layer.name) if depths is None else depths.get(layer.parameters[0]) for layer in layers]
+    while position and blocks[position - 1] == blocks[position]:
+        position -= 1
+    return position
+
+
 def _with_parents(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
@@ -164,10 +175,11 @@ def set_freeze_line(model: Classifier, where: str, *, batchnorm: str = "fixed") 
 
     Args:
         where: `head` (the whole backbone is frozen), `all` (nothing is), `last:N` (the last N backbone layers that
-            own parameters are trained), `last:N%` (that share of them, rounded up), or a block's or layer's name or
-            wildcard (`layer4`, `blocks.6*`; VGG's `block1`..`block5`): the line stands before the first match in
-            order of execution. On VGG16 `last:3` is `block5`, what Keras's `layers[:-4]` leaves trainable, since
-            Keras counts the pooling layer too. A block of the network that is itself called `head` is `head.*`.
+            own parameters are trained), `last:N%` (that share of them, rounded up to whole blocks), or a block's or
+            layer's name or wildcard (`layer4`, `blocks.6*`; VGG's `block1`..`block5`): the line stands before the
+            first match in order of execution. On VGG16 `last:3` is `block5`, what Keras's `layers[:-4]` leaves
+            trainable, since Keras counts the pooling layer too. A block of the network that is itself called `head`
+            is `head.*`.
         batchnorm: of the backbone behind the line: `fixed` (statistics fixed, scale and shift trained), `frozen`
             (nothing of it trained) or `train` (statistics learned too). Other norms (LayerNorm, GroupNorm) keep no
             statistics and are trained like any layer. The head's own BatchNorm always learns.

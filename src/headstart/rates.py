@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from timm.models import group_parameters
 from torch import nn
 
+from .blocks import block_name, network_depths
 from .classifier import Classifier
 from .errors import ModelError
 from .freezing import is_batchnorm, layers_in_order
@@ -69,13 +69,12 @@ def layer_depths(model: Classifier) -> dict[str, int]:
         ModelError: a trainable parameter is never used, so it has no depth; the message lists up to five.
     """
     net = model.backbone
-    matcher: Callable[[], Any] | None = getattr(net, "group_matcher", None)
-    if callable(matcher):
-        depths: Mapping[str, int] = group_parameters(net, matcher(), reverse=True)
+    depths = network_depths(net)
+    if depths is not None:
         return dict(depths)
     layers = layers_in_order(net, model.backbone_trace())
-    blocks = {block: depth for depth, block in enumerate(dict.fromkeys(_block(layer.name) for layer in layers))}
-    found = {name: blocks[_block(layer.name)] for layer in layers for name in layer.parameters}
+    blocks = {block: depth for depth, block in enumerate(dict.fromkeys(block_name(layer.name) for layer in layers))}
+    found = {name: blocks[block_name(layer.name)] for layer in layers for name in layer.parameters}
     lost = [name for name, p in net.named_parameters() if p.requires_grad and name not in found]
     if lost:
         more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
@@ -84,12 +83,6 @@ def layer_depths(model: Classifier) -> dict[str, int]:
             " use it. Freeze it, or train with layer_decay 1."
         )
     return found
-
-
-def _block(name: str) -> str:
-    parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
-    return ".".join(parts[: numbers[0] + 1]) if numbers else name
 
 
 def _trainable(model: Classifier) -> Iterator[tuple[str, str, nn.Parameter, bool]]:

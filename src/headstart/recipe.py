@@ -315,7 +315,17 @@ class Stage(_Spec):
 
 
 HEAD_STAGE = Stage()
-FINE_TUNE_STAGE = Stage(name="fine-tune", freeze_line="all", epochs=8, batch_size=32, lr_scale=0.01, warmup=0.1)
+FINE_TUNE_STAGE = Stage(
+    name="fine-tune",
+    freeze_line="last:80%",
+    epochs=5,
+    batch_size=32,
+    lr_scale=0.01,
+    warmup=0.2,
+    views=4,
+    ema=0.9,
+    wise=True,
+)
 
 
 @dataclass(frozen=True)
@@ -378,7 +388,10 @@ RECIPES: dict[str, Recipe] = {
     "head": Recipe(name="head", stages=(HEAD_STAGE,)),
     "joint": Recipe(
         name="joint",
-        stages=(replace(FINE_TUNE_STAGE, name="joint", epochs=10, head_lr_multiplier=10.0),),
+        # What an untrained head starts from is nothing to mix with.
+        stages=(
+            replace(FINE_TUNE_STAGE, name="joint", freeze_line="all", epochs=10, head_lr_multiplier=10.0, wise=False),
+        ),
     ),
     # From the head backwards, as ULMFiT does (Howard and Ruder 2018, arXiv 1801.06146).
     "gradual": Recipe(
@@ -387,7 +400,7 @@ RECIPES: dict[str, Recipe] = {
             HEAD_STAGE,
             replace(FINE_TUNE_STAGE, name="last quarter", freeze_line="last:25%", epochs=2),
             replace(FINE_TUNE_STAGE, name="last half", freeze_line="last:50%", epochs=2),
-            FINE_TUNE_STAGE,
+            replace(FINE_TUNE_STAGE, freeze_line="all"),
         ),
     ),
     "scratch": Recipe(

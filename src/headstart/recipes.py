@@ -118,7 +118,7 @@ def fine_tune(
     """Pictures in, a fine-tuned classifier out.
 
     Reads and checks the pictures, splits them, puts a new head on the backbone, trains the recipe's stages (by
-    default the head on the frozen backbone, then everything at a rate 100 times smaller), keeps the best state by
+    default the head on the frozen backbone, then most of it too at a rate 100 times smaller), keeps the best state by
     validation score and scores the test split once, at the end.
 
     Args:

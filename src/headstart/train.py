@@ -31,7 +31,7 @@ Record = dict[str, Any]
 Log = Callable[[Record], None]
 Report = Callable[["Progress"], None]
 
-TRAIN_SCORE_LIMIT = 512  # training pictures scored in evaluation mode each epoch; enough for a +-4 point interval
+TRAIN_SCORE_LIMIT = 256  # training pictures scored in evaluation mode each epoch; enough for a +-6 point interval
 COLLAPSE_CHECKS_PER_EPOCH = 4
 COLLAPSE_EPOCHS = 2
 COLLAPSE_SUBSET = 256
