@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,9 @@ import torch
 from PIL import Image, ImageFile
 
 from conftest import make_picture
-from headstart import DataSpec, Recipe, Stage, fine_tune, isolate, load_images, load_view, open_image
+from headstart import DataSpec, Recipe, Stage, fine_tune, isolate, load_images, load_view, open_image, split
 from headstart.errors import DataError
+from headstart.inspection import look
 from headstart.isolate import Limits
 from headstart.pixels import Pixels
 from headstart.pixelstore import PixelStore, picture_bytes
@@ -75,6 +76,40 @@ def test_stored_pictures_equal_decoded_ones_to_the_bit(cache: Cache, photos: Pat
         assert view is not None
         assert torch.equal(view, load_view(path, spec))
         assert np.array_equal(working, working_image(open_image(path), spec))
+
+
+def test_stored_looks_equal_fresh_ones_to_the_bit(cache: Cache, photos: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x0132] = 6, "Camera \u00e4", "2024:05:06 07:08:09"
+    rng = np.random.default_rng(1)
+    make_picture(rng, 0, (60, 40)).save(photos / "red" / "turned.jpg", exif=exif)
+    Image.new("RGBA", (50, 60), (10, 20, 30, 90)).save(photos / "red" / "clear.png")
+    for spec in (SPEC, None):
+        PixelStore(cache, spec).fill(sorted(photos.rglob("*.*")), root=photos, look=True)
+        store = PixelStore(cache, spec)
+        paths = sorted(photos.rglob("*.*"))
+        with decodes() as seen:
+            store.fill(paths, root=photos, look=True)
+            kept = [store.look(path) for path in paths]
+        assert seen == []
+        for path, one in zip(paths, kept, strict=True):
+            fresh = look(path)
+            assert one is not None
+            for field in fields(one):
+                assert np.array_equal(getattr(one, field.name), getattr(fresh, field.name)), field.name
+
+
+def test_looks_are_added_to_what_is_known_without_them(cache: Cache, photos: Path) -> None:
+    broken = photos / "red" / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    paths = sorted(photos.rglob("*.*"))
+    reasons = PixelStore(cache, None).fill(paths, root=photos)
+    for wanted in (36, 0):
+        store = PixelStore(cache, None)
+        with decodes() as seen:
+            assert store.fill(paths, root=photos, look=True) == reasons
+        assert len(seen) == wanted
+        assert [path for path in paths if store.look(path) is None] == [broken]
 
 
 def test_an_unchanged_picture_is_never_decoded_again_and_a_changed_one_is(cache: Cache, photos: Path) -> None:
@@ -146,9 +181,8 @@ def test_fit_decodes_each_picture_once_and_again_not_at_all(cache: Cache, photos
     def run(seed: int = 0) -> torch.Tensor:
         recipe = Recipe(stages=(Stage(epochs=1), Stage(name="all", freeze_line="all", epochs=2)), seed=seed)
         result = fine_tune(
-            photos, backbone=TinyNet(), data_spec=SPEC, recipe=recipe, precision="fp32", bad_files="skip",
-            audit=False,  # the look at the data decodes for itself
-        )  # fmt: skip
+            photos, backbone=TinyNet(), data_spec=SPEC, recipe=recipe, precision="fp32", bad_files="skip"
+        )
         assert [path.name for path, _ in result.splits.train.bad_files] == ["broken.jpg"]
         return torch.cat([p.detach().flatten() for p in result.model.parameters()])
 
@@ -159,6 +193,10 @@ def test_fit_decodes_each_picture_once_and_again_not_at_all(cache: Cache, photos
         again = run()
         run(seed=1)  # other splits, other views of the same pictures
     assert second == []
+    with decodes() as beforehand:
+        kept = split(load_images(photos, bad_files="skip", check=True), seed=2)
+        fine_tune(kept, backbone=TinyNet(), data_spec=SPEC, recipe=Recipe(stages=(Stage(epochs=1),)))
+    assert beforehand == []
     assert torch.equal(weights, again)
     with pytest.raises(DataError, match=r"broken\.jpg: damaged or cut off"):
         fine_tune(photos, backbone=TinyNet(), data_spec=SPEC)
@@ -174,7 +212,7 @@ def test_without_the_cache_nothing_is_written_and_the_result_is_the_same(cache: 
     without = run(False)
     assert not cache.folder.exists()
     assert torch.equal(without, run(True))
-    assert len(cache.entries()) == 1
+    assert [entry.kind for entry in cache.entries() if entry.kind != "files"] == ["pixels"]
 
 
 @pytest.mark.parametrize("trouble", ["room", "folder"])

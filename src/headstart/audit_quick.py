@@ -19,7 +19,7 @@ from .audit_files import (
 )
 from .dataset import ImageTable
 from .findings import AuditResult, Finding, by_severity
-from .inspection import Look, look_at
+from .inspection import Known, Look, look_at
 from .shortcuts import Shortcut, find_shortcuts
 
 
@@ -36,6 +36,7 @@ class QuickAudit:
 def quick_audit(
     table: ImageTable,
     *,
+    known: Known | None = None,
     reasons: Sequence[str | None] = (),
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -43,13 +44,14 @@ def quick_audit(
     """Look at every file once; find broken and odd ones, copies, shortcuts and uneven classes.
 
     Args:
+        known: gives the look that somebody has kept of a picture, or None; the file is then not opened.
         reasons: per picture why it does not decode, None where it does; without it all do.
         workers: threads that decode; 0 is one per CPU core.
         progress: called with (pictures looked at, pictures in all).
     """
     seconds: dict[str, float] = {}
     with _timed(seconds, "files"):
-        looks = look_at(table, reasons=reasons, workers=workers, progress=progress)
+        looks = look_at(table, known=known, reasons=reasons, workers=workers, progress=progress)
     with _timed(seconds, "copies"):
         copies = find_copies(looks)
     with _timed(seconds, "shortcuts"):

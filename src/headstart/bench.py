@@ -84,6 +84,7 @@ class Bench:
                 store,
                 table,
                 working=is_augmented(augment),
+                look=False,
                 check=False,
                 workers=self.runtime.workers,
                 show=self.progress,
@@ -199,9 +200,12 @@ def make_bench(
     found = find_data(data, seed=seed, val_folder=val_folder, test_folder=test_folder, root=root, limit=limit)
     stores = {spec: _open_store(spec, show=show)} if cache else {}
     is_new = not isinstance(data, (ImageTable, Splits))  # else whoever made the table has checked it
+    how: dict[str, Any] = {"workers": runtime.workers, "show": show}
     if isinstance(found, ImageTable) and (is_new if check is None else check):
-        found = _checked(found, stores.get(spec), bad_files=bad_files, workers=runtime.workers, show=show)
-    result, found = _looked_at(found, workers=runtime.workers, show=show) if audit else (None, found)
+        found = _checked(found, stores.get(spec), bad_files=bad_files, look=audit, **how)
+    elif audit and cache:
+        _fill_unchecked(found, stores[spec], **how)
+    result, found = _looked_at(found, stores.get(spec), **how) if audit else (None, found)
     splits = found if isinstance(found, Splits) else _split(found, val=val, test=test, seed=seed, show=show)
     require_validation(splits)
     _say_data(splits, show)
@@ -246,34 +250,45 @@ def _open_store(spec: DataSpec | None, *, show: bool) -> PixelStore:
 
 
 def _fill(
-    store: PixelStore, table: ImageTable, *, working: bool, check: bool, workers: int, show: bool
+    store: PixelStore, table: ImageTable, *, working: bool, look: bool, check: bool, workers: int, show: bool
 ) -> list[str | None]:
     """Decode what the store lacks of these pictures; why each does not decode, or None."""
     with ProgressBar(len(table), "Reading pictures", enabled=show) as bar:
         return store.fill(
-            table.paths, root=table.root, working=working, check=check, workers=workers,
+            table.paths, root=table.root, working=working, look=look, check=check, workers=workers,
             progress=lambda done, _: bar.move_to(done),
         )  # fmt: skip
 
 
-def _checked(table: ImageTable, store: PixelStore | None, *, bad_files: str, workers: int, show: bool) -> ImageTable:
+def _checked(
+    table: ImageTable, store: PixelStore | None, *, bad_files: str, look: bool, workers: int, show: bool
+) -> ImageTable:
     """The pictures that decode; decoding them fills the store."""
     if store:
-        reasons = _fill(store, table, working=True, check=True, workers=workers, show=show)
+        reasons = _fill(store, table, working=True, look=look, check=True, workers=workers, show=show)
         return check_images(table, bad_files=bad_files, reasons=reasons)
     with ProgressBar(len(table), "Reading pictures", enabled=show) as bar:
         return check_images(table, bad_files=bad_files, workers=workers, progress=lambda done, _: bar.move_to(done))
 
 
+def _fill_unchecked(found: ImageTable | Splits, store: PixelStore, *, workers: int, show: bool) -> None:
+    """Decode for the look at the pictures and for the runs in one go, without a word about files that do not decode."""
+    for name, table in found.named().items() if isinstance(found, Splits) else (("train", found),):
+        if len(table):
+            _fill(store, table, working=name == "train", look=True, check=False, workers=workers, show=show)
+
+
 def _looked_at(
-    found: ImageTable | Splits, *, workers: int, show: bool
+    found: ImageTable | Splits, store: PixelStore | None, *, workers: int, show: bool
 ) -> tuple[AuditResult | None, ImageTable | Splits]:
     """What the quick audit says, and the same pictures with the groups of their copies."""
     table = found.joined() if isinstance(found, Splits) else found
     if table is None or not len(table):
         return None, found
     with ProgressBar(len(table), "Looking at pictures", enabled=show) as bar:
-        quick = quick_audit(table, workers=workers, progress=lambda done, _: bar.move_to(done))
+        quick = quick_audit(
+            table, known=store.look if store else None, workers=workers, progress=lambda done, _: bar.move_to(done)
+        )
     groups = join_groups(table.groups, quick.copies.names)
     return quick.result, found.with_groups(dict(zip(table.paths, groups, strict=True)))
 

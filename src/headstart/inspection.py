@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +23,8 @@ THUMB_PX = 48
 _ORIENTATION, _MAKE, _MODEL, _DATETIME = 0x0112, 0x010F, 0x0110, 0x0132
 _EXIF_BLOCK, _TAKEN = 0x8769, 0x9003
 _BORDER_PX = 2
+_DIGEST_BYTES = 16
+LOOK_BYTES = THUMB_PX**2 + _DIGEST_BYTES + 512  # about what `pack` takes
 
 Advance = Callable[[int, int], None]
 
@@ -62,43 +67,66 @@ class Look:
     chroma: float = 0.0
 
 
+Known = Callable[[Path], Look | None]
+
+
 def look_at(
-    table: ImageTable, *, reasons: Sequence[str | None] = (), workers: int = 0, progress: Advance | None = None
+    table: ImageTable,
+    *,
+    known: Known | None = None,
+    reasons: Sequence[str | None] = (),
+    workers: int = 0,
+    progress: Advance | None = None,
 ) -> list[Look]:
     """Look at every picture of the table once, in its order.
 
     Args:
+        known: gives the look that somebody has kept of a picture, or None.
         reasons: per picture why it does not decode, None where it does (see `dataset.bad_reasons`); those that do not
             are not opened. Without it every picture is known to decode.
         workers: threads; 0 is one per CPU core.
         progress: called with (pictures done, pictures in all).
     """
-    known = tuple(reasons) or (None,) * len(table)
+
+    def one(job: tuple[Path, str | None]) -> Look:
+        path, reason = job
+        if reason is not None:
+            return Look(reason, _length(path), Header())
+        return (known(path) if known else None) or look(path)
+
+    jobs = list(zip(table.paths, tuple(reasons) or (None,) * len(table), strict=True))
     with quiet_pillow():
-        return map_threads(_look, list(zip(table.paths, known, strict=True)), workers=workers, progress=progress)
-
-
-def _look(job: tuple[Path, str | None]) -> Look:
-    path, reason = job
-    return look(path) if reason is None else Look(reason, _length(path), Header())
+        return map_threads(one, jobs, workers=workers, progress=progress)
 
 
 def look(path: Path) -> Look:
     """Look at one file; one that can no longer be read is part of the answer, not an error."""
-    header = _header(path)
     try:
         image = open_image(path)
     except DataError as error:
-        return Look(bad_reason(path) or str(error), _length(path), header)
+        return Look(bad_reason(path) or str(error), _length(path), _header(path))
+    return look_of(image, _header(path), _length(path))
+
+
+def look_of_bytes(image: Image.Image, data: bytes) -> Look:
+    """The look at a file of these bytes, which somebody has decoded already, as `open_image` does."""
+    with quiet_pillow():
+        return look_of(image, _header(io.BytesIO(data)), len(data))
+
+
+def look_of(image: Image.Image, header: Header, file_bytes: int) -> Look:
+    """What the decoded, upright picture adds to its header."""
     small = np.asarray(image.resize((THUMB_PX, THUMB_PX), Image.Resampling.BOX))
     full = np.asarray(image)
     edge = _edge(full)
     colours = np.bincount((small >> 3).reshape(-1, 3) @ np.array([1, 32, 1024]))  # 32 levels a channel
     return Look(
         None,
-        _length(path),
+        file_bytes,
         header,
-        pixels=hashlib.blake2b(full.tobytes(), digest_size=16, key=f"{image.width}x{image.height}".encode()).digest(),
+        pixels=hashlib.blake2b(
+            full.tobytes(), digest_size=_DIGEST_BYTES, key=f"{image.width}x{image.height}".encode()
+        ).digest(),
         thumb=np.asarray(Image.fromarray(small).convert("L")),
         mean=_rgb(small.reshape(-1, 3).mean(axis=0)),
         border=_rgb(edge.mean(axis=0)),
@@ -106,6 +134,22 @@ def look(path: Path) -> Look:
         flat=float(colours.max() / colours.sum()),
         chroma=float((small.max(axis=2).astype(np.float64) - small.min(axis=2)).mean()),
     )
+
+
+def pack(one: Look) -> npt.NDArray[np.uint8]:
+    """A readable picture's look as bytes: thumb, digest, then the rest as JSON."""
+    rest = asdict(one)
+    thumb, pixels = rest.pop("thumb"), rest.pop("pixels")
+    return np.frombuffer(thumb.tobytes() + pixels + json.dumps(rest, separators=(",", ":")).encode(), dtype=np.uint8)
+
+
+def unpack(data: npt.NDArray[np.uint8]) -> Look:
+    """The look that `pack` was given, to the bit."""
+    raw, rest_at = data.tobytes(), THUMB_PX**2 + _DIGEST_BYTES
+    rest = json.loads(raw[rest_at:])
+    rest |= {"header": Header(**rest["header"]), "mean": tuple(rest["mean"]), "border": tuple(rest["border"])}
+    thumb = np.frombuffer(raw, dtype=np.uint8, count=THUMB_PX**2).reshape(THUMB_PX, THUMB_PX)
+    return Look(**rest, thumb=thumb, pixels=raw[THUMB_PX**2 : rest_at])
 
 
 def _length(path: Path) -> int:
@@ -131,9 +175,9 @@ def _edge(full: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
     return np.concatenate([side.reshape(-1, 3) for side in sides]).astype(np.float64)
 
 
-def _header(path: Path) -> Header:
+def _header(source: Path | BinaryIO) -> Header:
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(source, formats=FORMATS) as image:
             exif = image.getexif()
             kind = "JPEG" if image.format == "MPO" else image.format or ""  # MPO: a phone's JPEG with a second picture
             return Header(

@@ -1,4 +1,4 @@
-"""Decoded pictures on disk: each is decoded once, to its evaluation view and working image, and found by content."""
+"""Decoded pictures on disk: each is decoded once, to all that is made of it, and found by content."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from .dataset import bad_reasons, map_threads
 from .decode import bad_reason, open_image
 from .errors import DataError
+from .inspection import LOOK_BYTES, Look, look_of_bytes, pack, unpack
 from .isolate import Struck
 from .store import Cache, Entry, EntryWriter, FileHashes, code_hash, content_hash, key_of
 from .terminal import file_size
@@ -32,7 +33,7 @@ Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
 _Pixels = npt.NDArray[np.uint8]
-_Key = tuple[str, str]  # a file's hash; "view" or "working"
+_Key = tuple[str, str]  # a file's hash; "view", "working" or "look"
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,15 @@ class _Record:
 
 
 class PixelStore:
-    """Evaluation views and working images of one `DataSpec`, memory-mapped, shared by all runs and processes.
+    """Evaluation views and working images of one `DataSpec`, and what an audit measures of each picture.
 
-    What it gives is to the bit what `load_view` and `working_image` compute from the file. A picture is found by the
+    They are memory-mapped and shared by all runs and processes. What the store gives is to the bit what `load_view`,
+    `working_image` and `inspection.look` compute from the file. A picture is found by the
     hash of its file's bytes, so it may move or be copied; a changed file is another picture. Files that do not decode
     are remembered with their reasons.
 
     Args:
-        spec: size, interpolation, crop and fit decide what is kept; None keeps no pixels, only which files decode.
+        spec: size, interpolation, crop and fit decide what is kept; None keeps no pixels.
         say: is told what the store will take, and when the run goes on without it.
     """
 
@@ -75,6 +77,7 @@ class PixelStore:
         *,
         root: Path,
         working: bool = True,
+        look: bool = False,
         check: bool = True,
         workers: int = 0,
         progress: Progress | None = None,
@@ -86,11 +89,13 @@ class PixelStore:
         Args:
             root: what the files have in common; their hashes are remembered under it.
             working: keep working images too, which augmented views are cut from.
+            look: keep looks too, which an audit needs (see `inspection`).
             check: where the cache has no room or cannot be written, decode the pictures all the same, to see whether
             they do. Without it the reasons may be incomplete.
         progress: called with (pictures done, pictures in all).
         """
-        parts = () if self._spec is None else ("view", "working") if working else ("view",)
+        wanted = {"view": self._spec is not None, "working": self._spec is not None and working, "look": look}
+        parts = tuple(part for part, is_wanted in wanted.items() if is_wanted)
         job = _Job(paths, parts, workers, progress)
         reasons: dict[int, str | None] = {}
         try:
@@ -128,8 +133,9 @@ class PixelStore:
 
     def _is_known(self, path: Path, parts: Sequence[str]) -> bool:
         digest = self._digests.get(path, "")
-        is_good = bool(parts) and all((digest, part) in self._records for part in parts)
-        return is_good or digest in self._reasons
+        if parts and all((digest, part) in self._records for part in parts):
+            return True
+        return digest in self._reasons and (not parts or self._reasons[digest] is not None)
 
     def _missing(self, job: _Job) -> list[int]:
         """Which pictures are not in the store as it stands now; the shards of those that are in it are held."""
@@ -159,9 +165,10 @@ class PixelStore:
             self._records = {key: record for key, record in self._records.items() if record.shard != name}
 
     def _has_room(self, job: _Job, missing: Sequence[int]) -> bool:
-        if self._spec is None:
+        if not job.parts:
             return True
-        needed = len(missing) * picture_bytes(self._spec, working="working" in job.parts)
+        pixels = 0 if self._spec is None else picture_bytes(self._spec, working="working" in job.parts)
+        needed = len(missing) * (pixels + LOOK_BYTES * ("look" in job.parts))
         what = f"Pixel store: {len(missing):,} pictures to decode, about {file_size(needed)}"
         if self.cache.make_room(needed):
             self.say(f"{what} in {self.cache.folder}.")
@@ -184,7 +191,7 @@ class PixelStore:
             shards = _Shards(self.cache, self.family, room=self.cache.room())
             try:
                 reasons = self._check(job, missing, shards)
-                good = [i for i, reason in reasons.items() if reason is None and self._spec is not None]
+                good = [i for i, reason in reasons.items() if reason is None and job.parts]
                 kept = map_threads(
                     lambda i: self._keep(job.paths[i], job.parts, shards),
                     good,
@@ -205,10 +212,10 @@ class PixelStore:
     def _check(self, job: _Job, missing: Sequence[int], shards: _Shards) -> dict[int, str | None]:
         """Why each missing picture does not decode, found in processes with limits; what the file decides is kept."""
         paths = [job.paths[i] for i in missing]
-        progress = job.shifted(missing) if self._spec is None else None
+        progress = None if job.parts else job.shifted(missing)
         reasons = bad_reasons(paths, workers=job.workers, progress=progress)
         for path, reason in zip(paths, reasons, strict=True):
-            if path in self._digests and not isinstance(reason, Struck) and (reason or self._spec is None):
+            if path in self._digests and not isinstance(reason, Struck) and (reason or not job.parts):
                 shards.add_reason(self._digests[path], reason)
         return dict(zip(missing, reasons, strict=True))
 
@@ -227,9 +234,14 @@ class PixelStore:
             image = open_image(data)
         except DataError as error:
             return digest, bad_reason(path) or str(error)
-        assert self._spec is not None
-        shards.add(digest, {part: _made(part, image, self._spec) for part in parts})
+        shards.add(digest, {part: self._made(part, image, data) for part in parts})
         return digest, None
+
+    def _made(self, part: str, image: Image.Image, data: bytes) -> _Pixels:
+        if part == "look":
+            return pack(look_of_bytes(image, data))
+        assert self._spec is not None
+        return working_image(image, self._spec) if part == "working" else _view(image, self._spec)
 
     def contents(self, paths: Sequence[Path]) -> list[str] | None:
         """The hashes of the files as they were when the store was filled; None where one of them is not known."""
@@ -246,6 +258,11 @@ class PixelStore:
     def working(self, path: Path) -> _Pixels | None:
         """The working image, uint8 [h, w, 3], likewise."""
         return self._pixels(path, "working")
+
+    def look(self, path: Path) -> Look | None:
+        """What an audit measures of the picture, likewise."""
+        data = self._pixels(path, "look")
+        return None if data is None else unpack(data)
 
     def _pixels(self, path: Path, part: str) -> _Pixels | None:
         key = (self._digests.get(path, ""), part)
@@ -332,8 +349,8 @@ class _Shards:
             self._writer, self._records, self._reasons = None, [], {}
 
 
-def _made(part: str, image: Image.Image, spec: DataSpec) -> _Pixels:
-    return working_image(image, spec) if part == "working" else as_tensor(evaluation_view(image, spec)).numpy()
+def _view(image: Image.Image, spec: DataSpec) -> _Pixels:
+    return as_tensor(evaluation_view(image, spec)).numpy()
 
 
 def picture_bytes(spec: DataSpec, *, working: bool) -> int:
@@ -351,4 +368,4 @@ def _determined_by(spec: DataSpec | None) -> dict[str, Any]:
     if spec and spec.fit != "crop":
         del values["crop_pct"]
     libraries = {name: features.version(name) for name in ("jpg", "libjpeg_turbo", "zlib", "webp", "libtiff")}
-    return values | {"pillow": PIL.__version__, **libraries, "code": code_hash("decode", "transforms")}
+    return values | {"pillow": PIL.__version__, **libraries, "code": code_hash("decode", "inspection", "transforms")}
