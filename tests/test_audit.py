@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -336,6 +337,63 @@ def test_groups_of_both_kinds_are_joined() -> None:
     assert join_groups(("a", "a", "", "b", ""), ("", "x", "x", "", "")) == ("a", "a", "a", "b", "")
     assert join_groups(("a", "b", "", ""), ("y", "y", "z", "z")) == ("a", "a", "z", "z")
     assert join_groups(("x",), ("",)) == ("x",)
+
+
+def test_fit_tells_doubtful_labels_and_runs_nothing_twice(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+    pytest.importorskip("cleanlab")
+    (photos / "red/red3.jpg").rename(photos / "blue/stray0.jpg")
+    (photos / "green/green5.jpg").rename(photos / "red/stray1.jpg")
+    net, options = TinyNet(), {"test": 0.0, "progress": True, "overwrite": True}
+    recipe = headstart.Recipe(stages=(headstart.Stage(epochs=1), headstart.Stage(name="again", epochs=1)))
+
+    def run(**more: object) -> tuple[headstart.FitResult, int]:
+        before = net.pictures
+        result = headstart.fine_tune(
+            photos, backbone=net, data_spec=SPEC, recipe=recipe, device="cpu", out=tmp_path / "run", **options | more
+        )
+        return result, net.pictures - before
+
+    result, passes = run()
+    read = read_audit(tmp_path / "run" / "audit.json")
+    assert read.doubtful is not None
+    assert {one.split for one in read.doubtful} <= {"train", "val"}
+    flagged = [one.file for one in read.doubtful if one.flagged]
+    assert {"blue/stray0.jpg", "red/stray1.jpg"} <= set(flagged)
+    assert result.metrics["data"]["doubtful_labels"] == flagged
+    assert len(read.of_kind("doubtful-labels")) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if "may be wrong" in line]
+    assert len(told) == 1
+    assert "headstart audit PHOTOS --write-clean" in told[0]
+    assert "red/stray1.jpg" in (tmp_path / "run" / "report.html").read_text().partition("What was found in the data")[2]
+    result, without = run(audit=False)
+    assert (without, result.metrics["data"]["doubtful_labels"]) == (passes, None)
+    assert "may be wrong" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trouble", ["no cleanlab", "few pictures", "no frozen stage"])
+def test_fit_says_why_labels_were_not_looked_at(
+    photos: Path, tmp_path: Path, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if trouble == "no cleanlab":
+        monkeypatch.setitem(sys.modules, "cleanlab", None)
+    elif trouble == "few pictures":
+        for i in range(8):
+            (photos / "red" / f"red{i}.jpg").unlink()
+    stage = headstart.Stage(epochs=1, views=1, freeze_line="all" if trouble == "no frozen stage" else "head")
+    recipe = headstart.Recipe(stages=(stage,), augment="none")
+    result = headstart.fine_tune(
+        photos, backbone=TinyNet(), data_spec=SPEC, recipe=recipe, device="cpu", out=tmp_path / "run", test=0.0
+    )
+    read = read_audit(tmp_path / "run" / "audit.json")
+    assert read.doubtful is None
+    assert result.metrics["data"]["doubtful_labels"] is None
+    notes = [f"{one.severity} {one.title}" for one in read.of_kind("labels-unseen")]
+    words = {"no cleanlab": "headstart[audit]", "few pictures": "class red has 4", "no frozen stage": ""}[trouble]
+    assert len(notes) == (1 if words else 0)
+    assert all(note.startswith("note ") and words in note for note in notes)
 
 
 # ------------------------------------------------------------------------------------------ doubtful labels, clean

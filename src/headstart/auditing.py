@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .audit_quick import QuickAudit, quick_audit
-from .dataset import ImageTable, bad_reasons, load_images
-from .findings import AuditResult, by_severity
+from .dataset import ImageTable, Splits, bad_reasons, load_images
+from .findings import AuditResult, Finding, by_severity
 from .terminal import ProgressBar, say
+
+MOST_IN_FIT = 5 * 10**9  # numbers in the features, times classes: some minutes of one core
 
 
 def audit(
@@ -53,8 +55,6 @@ def _with_labels(
     quick: QuickAudit, backbone: str, weights: str, *, device: str, workers: int, progress: bool
 ) -> AuditResult:
     """The quick result with doubtful labels and outliers, from the readable pictures of classes that have two."""
-    from .doubtful import doubtful_findings, doubtful_labels, out_of_fold, outlier_findings
-
     readable = np.array([one.reason is None for one in quick.looks])
     counts = np.bincount(quick.table.labels[readable], minlength=len(quick.table.class_names))
     keep = np.flatnonzero(readable & (counts[quick.table.labels] > 1))
@@ -64,14 +64,49 @@ def _with_labels(
         return quick.result
     started = time.perf_counter()
     features = _features(table, backbone, weights, device=device, workers=workers, progress=progress)
-    copies = [quick.copies.names[i] for i in keep]
-    doubtful = doubtful_labels(table, out_of_fold(features, table.labels, copies))
+    copies = tuple(quick.copies.names[i] for i in keep)
+    return _judged(quick.result, dataclasses.replace(table, groups=copies), features, started)
+
+
+def look_at_labels(result: AuditResult, splits: Splits, features: npt.NDArray[np.float64]) -> AuditResult:
+    """The quick result with doubtful labels and outliers among training and validation pictures.
+
+    Where labels cannot be judged, a note says why. The test split is left alone, so that nobody cleans it by the model
+    that is tested on it.
+
+    Args:
+        result: of all pictures of the splits, which lie under one root.
+        features: pooled features of the plain views [N, D], those of the training pictures first.
+    """
+    from .doubtful import why_not
+
+    started = time.perf_counter()
+    table = dataclasses.replace(splits, test=splits.test.select([])).joined()
+    assert table is not None, "pictures under several roots are not looked at"
+    why = why_not(table)
+    if features.size * len(table.class_names) > MOST_IN_FIT:
+        why = f"{len(table):,} pictures of {len(table.class_names):,} classes take too long beside a fit"
+    if why is None:
+        return _judged(result, table, features, started)
+    note = Finding(
+        "labels-unseen", "note", f"Labels were not looked at: {why}.", "`headstart audit` is the other way to them."
+    )
+    return dataclasses.replace(
+        result, findings=by_severity([*result.findings, note]), seconds={**result.seconds, "labels": 0.0}
+    )
+
+
+def _judged(result: AuditResult, table: ImageTable, features: npt.NDArray[np.float64], started: float) -> AuditResult:
+    """The result with what the features say of these pictures; the table's groups hold copies together."""
+    from .doubtful import doubtful_findings, doubtful_labels, out_of_fold, outlier_findings
+
+    doubtful = doubtful_labels(table, out_of_fold(features, table.labels, table.groups))
     found = [*doubtful_findings(doubtful, len(table)), *outlier_findings(table, features)]
     return dataclasses.replace(
-        quick.result,
-        findings=by_severity([*quick.result.findings, *found]),
+        result,
+        findings=by_severity([*result.findings, *found]),
         doubtful=doubtful,
-        seconds={**quick.result.seconds, "labels": round(time.perf_counter() - started, 3)},
+        seconds={**result.seconds, "labels": round(time.perf_counter() - started, 3)},
     )
 
 

@@ -7,6 +7,7 @@ label is to be trusted. References: Northcutt et al. 2021 (confident learning, b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,21 @@ LISTED = 4.0  # most entries of the queue, as a multiple of the flagged ones; at
 LEAST = 50
 NEIGHBOURS = 5
 ODD = 6.0  # robust deviations of the distance to the neighbours from which a picture is an outlier
+
+
+def why_not(table: ImageTable) -> str | None:
+    """Why labels of these pictures cannot be judged, in bare words; None where they can.
+
+    Each class needs a picture, or group of copies, for every fold.
+    """
+    if find_spec("cleanlab") is None:
+        return "cleanlab is not installed (pip install 'headstart[audit]')"
+    for label, name in enumerate(table.class_names):
+        members = np.flatnonzero(table.labels == label)
+        units = {table.groups[i] or str(i) for i in members} if table.groups else members
+        if len(units) < FOLDS:
+            return f"class {name} has {len(units)} pictures that are no copies of each other, fewer than {FOLDS}"
+    return None
 
 
 def out_of_fold(features: Floats, labels: Ints, groups: Sequence[str] = (), *, seed: int = 0) -> Floats:
@@ -98,7 +114,8 @@ def doubtful_findings(doubtful: Sequence[DoubtfulLabel], n: int) -> list[Finding
         Finding(
             "doubtful-labels", "warning" if len(flagged) >= 0.01 * n else "note",
             f"{len(flagged):,} label{'' if len(flagged) == 1 else 's'} of {n:,} may be wrong.",
-            "Go through them, most doubtful first; --write-clean FILE writes a manifest that leaves them out.",
+            "Go through them, most doubtful first; `headstart audit PHOTOS --write-clean FILE` writes a manifest that "
+            "relabels the sure ones and leaves the others out.",
             files=tuple(one.file for one in flagged),
             details=tuple(f"{one.label}, rather {one.suggested} ({100 * one.suggested_prob:.0f} %)" for one in flagged),
         )

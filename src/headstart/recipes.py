@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from . import train as training
+from .auditing import look_at_labels
 from .bench import Bench, Data, find_data, make_bench, require_validation
 from .checkpoint import load, save
 from .classifier import Classifier, create_classifier
 from .dataset import ImageTable, Splits, load_images
 from .errors import HeadstartError, Interrupted, ModelError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_probs, source_logits, tta_views
-from .features import PixelSource, StageData, place_source
+from .features import FeatureSource, PixelSource, StageData, place_source
 from .freezing import set_freeze_line
 from .handover import Handover, change_classes
 from .harm import single_changes, transform_costs
@@ -67,6 +68,8 @@ class _Diary:
     """What the weights come from; a run folder tells which pictures they have been trained on."""
     handover: Handover | None = None
     """What the head took over from an earlier run; None where it is a new one."""
+    doubtful: list[str] | None = None
+    """Files whose label may be wrong; None where labels were not looked at."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -142,7 +145,7 @@ def fine_tune(
         limit: use this many pictures only, class by class: a dry run.
         cache: keep decoded pictures in the cache folder (see `headstart cache`), and use those kept before.
         audit: look at the pictures first: what is found is in the report, and copies of one picture stay on one side of
-            the split.
+            the split. A stage on the frozen backbone then shows doubtful labels, too, where cleanlab is installed.
         progress: bars and a line for each step on standard error.
         log: called with each history record; what it raises ends the run.
     Raises:
@@ -200,6 +203,7 @@ def fine_tune(
         valset = bench.pixels("val", model.spec)
         for stage in plan.stages:
             source = _run_stage(model, trainset, valset, stage, plan, diary, bench)
+            _look_at_labels(source, diary, bench)
         return _finish(model, bench, plan, diary, source)
     except KeyboardInterrupt:
         raise Interrupted(f"Stopped by hand. {_leave_usable(model, diary, splits)}", model) from None
@@ -476,6 +480,25 @@ def _run_stage(
     return done.source
 
 
+def _look_at_labels(source: StageData, diary: _Diary, bench: Bench) -> None:
+    """Doubtful labels from the features that the first stage on the frozen backbone has stored; nothing is run again.
+
+    Runs that share a bench leave it out: each would say the same of the same pictures.
+    """
+    parts = (source.train, source.val)
+    stored = [part.features[:, 0].numpy() for part in parts if isinstance(part, FeatureSource)]
+    if bench.audit is None or bench.share or "labels" in bench.audit.seconds or not stored or not bench.runtime.is_main:
+        return
+    with diary.phase("look at labels"):
+        bench.audit = look_at_labels(bench.audit, bench.splits, np.concatenate(stored).astype(np.float64))
+    if bench.audit.doubtful is not None:
+        diary.doubtful = [one.file for one in bench.audit.doubtful if one.flagged]
+    for one in bench.audit.of_kind("doubtful-labels"):
+        say(f"{one.severity.capitalize()}: {one.title} {one.advice}", enabled=diary.show)
+    if diary.run:
+        diary.run.write_json("audit.json", bench.audit.to_dict())
+
+
 @dataclass(frozen=True)
 class _Trained:
     """What a stage came to, what it was fed with, and the seconds an earlier run spent on work that it shared."""
@@ -601,6 +624,7 @@ def _facts(model: Classifier, diary: _Diary, splits: Splits, *, interrupted: boo
             "dropped": [[str(path), reason] for path, reason in splits.train.dropped],
             "sizes": input_sizes(splits.train.paths, model.spec.image_size),
             "leaked": [splits.test.relative_paths[i] for i in np.flatnonzero(_leaked(diary, splits))],
+            "doubtful_labels": diary.doubtful,
             "shared_groups": {group: list(names) for group, names in splits.shared_groups().items()},
         },
         "backbone": model.backbone_name or type(model.backbone).__name__,
