@@ -79,11 +79,12 @@ def test_depthwise_gradients_in_low_precision(dtype: torch.dtype, kernel: int, s
     padding = kernel // 2
     ours = gradients(lambda a, w: DepthwiseConv.apply(a, w, None, (stride, stride), (padding, padding)), x, weight)
     exact = gradients(lambda a, w: F.conv2d(a, w, None, stride, padding, 1, 32), x.double(), weight.double())
-    stock = F.conv2d(x, weight, None, stride, padding, 1, 32)
-    assert torch.equal(ours[0], stock), "the forward is the stock one"
-    for a, b in zip(ours, exact, strict=True):
+    stock = gradients(lambda a, w: F.conv2d(a, w, None, stride, padding, 1, 32), x, weight)
+    assert torch.equal(ours[0], stock[0]), "the forward is the stock one"
+    for a, b, c in zip(ours, exact, stock, strict=True):
         assert a.dtype == dtype
-        assert relative(a, b) < (1e-6 if dtype == torch.float32 else 5e-3)
+        # A CPU that does not compute in bfloat16 itself sums in it: there the stock gradients are not better.
+        assert relative(a, b) < (1e-6 if dtype == torch.float32 else max(5e-3, 1.01 * relative(c, b)))
 
 
 class Block(nn.Module):
