@@ -265,9 +265,10 @@ def test_summary_of_a_name_and_of_a_run(run: Path, capsys: pytest.CaptureFixture
     assert lines[line + 1].startswith("layer4")
     assert "3 x 64 x 64" in out
     metrics = json.loads((run / "metrics.json").read_bytes())
-    trained = metrics["stages"][1]["trainable_parameters"]
+    trained, frozen = (metrics["stages"][1][f"{what}_parameters"] for what in ("trainable", "frozen"))
+    assert frozen
     _, out, _ = command(capsys, "summary", run)
-    assert out.splitlines()[-1].split()[:3] == ["total", f"{trained:,}", f"{trained:,}"]
+    assert out.splitlines()[-1].split()[:3] == ["total", f"{trained + frozen:,}", f"{trained:,}"]
     _, out, _ = command(capsys, "summary", run, "--freeze-line", "head")
     assert out.splitlines()[-1].split()[2] == f"{metrics['stages'][0]['trainable_parameters']:,}"
 

@@ -111,7 +111,7 @@ def test_a_file_that_needs_too_much_memory_is_named(pictures: list[Path], tmp_pa
 
 @linux_only
 def test_one_death_is_tried_again_two_are_the_files(pictures: list[Path], tmp_path: Path) -> None:
-    pictures.insert(5, slow_picture(tmp_path / "slow.png"))
+    pictures.insert(5, slow_picture(tmp_path / "slow.png", side=8000))
     with killing(signal.SIGKILL, times=1) as killed:
         assert bad_reasons(pictures, workers=1) == [None] * 41
     assert len(killed) == 1

@@ -127,7 +127,7 @@ PYTORCH: dict[str, tuple[Callable[[], bytes], str]] = {
     "a member of 4 GB": (claimed_size, "claim more than that"),
     "half an archive": (lambda: torch_file({"a": torch.zeros(1000)})[:2000], "damaged archive"),
     "a tensor from nothing": (lambda: torch_file({"a": torch.zeros(1).expand(2**20, 2**20)}), "not plain tensors"),
-    "a sparse tensor": (lambda: torch_file({"a": torch.eye(3).to_sparse()}), "refused by"),
+    "a sparse tensor": (lambda: torch_file({"a": torch.eye(3).to_sparse()}), "refused by | not plain tensors"),
     "a meta tensor": (lambda: torch_file({"a": torch.empty(2**30, device="meta")}), "not plain tensors"),
     "no tensors": (lambda: torch_file([1, 2, 3]), "no named tensors"),
 }  # fmt: skip
@@ -138,7 +138,7 @@ def refused(path: Path, message: str) -> None:
         read_weights(path)
     text = str(caught.value)
     assert str(path) in text
-    assert message in text
+    assert any(part in text for part in message.split(" | ")), text  # PyTorch or we, whoever sees it first
     assert len(text) < 2000
 
 

@@ -77,7 +77,7 @@ def test_history_of_run_folder_record_and_result(tmp_path: Path) -> None:
     for source in (run.path, str(run.path), read_run(run.path), result):
         ax = plot_history(source, "accuracy")
         assert lines(ax)["validation"].get_ydata().tolist() == [0.8] * 3
-        assert " fine-tune, line at all" in [text.get_text() for text in ax.texts]
+        assert " fine-tune, line at last:80%" in [text.get_text() for text in ax.texts]
 
 
 def test_history_refuses_what_it_cannot_draw() -> None:
