@@ -2,6 +2,7 @@
 
     python benchmarks/real_sets.py run [--sets hotdog,flowers5] [--seeds 0,1,2]
     python benchmarks/real_sets.py table [--write]     # the table in the README, from the records
+    python benchmarks/real_sets.py collapse            # fine-tuning at the head's own rate: is each collapse caught?
 
 Needs the folder of real pictures and weights (HEADSTART_SHARED, else ../shared). Backbone mobilenetv2_100 with
 ImageNet weights at 224 px, default recipe, three seeds (the seed moves the held-out validation pictures, the head's
@@ -40,7 +41,8 @@ def records() -> list[dict]:
     lines = [
         line for path in sorted((HERE / "results").glob("real_sets-*.jsonl")) for line in path.read_text().splitlines()
     ]
-    return list({(r["set"], r["seed"], r["recipe_id"]): r for r in map(json.loads, lines)}.values())
+    runs = [r for r in map(json.loads, lines) if "set" in r]
+    return list({(r["set"], r["seed"], r["recipe_id"]): r for r in runs}.values())
 
 
 def records_of_default() -> list[dict]:
@@ -101,6 +103,41 @@ def run_one(name: str, seed: int) -> dict:
     }
 
 
+def collapse_one(name: str, seed: int) -> dict:
+    """Fine-tune at the head's own rate, a hundred times the default, and say whether the stage was stopped."""
+    head, fine_tuning = RECIPES["fine-tune"].stages
+    fine_tuning = replace(fine_tuning, on_collapse="stop", views=1, epochs=2, warmup=0.0)
+    table = headstart.load_images(SHARED / "data" / name, test_folder="val" if name == "hymenoptera" else None)
+    splits = headstart.split(table, seed=seed)
+    model = headstart.create_classifier(
+        BACKBONE, splits.class_names, weights=str(SHARED / "weights" / f"{BACKBONE}.safetensors"),
+        interpolation="bilinear", seed=seed,
+    )  # fmt: skip
+    results = []
+    for stage in (head, fine_tuning):
+        headstart.set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
+        results.append(
+            headstart.fit(
+                model,
+                splits,
+                stage,
+                lr=RECIPES["fine-tune"].lr,
+                augment="none",
+                seed=seed,
+                starts_trained=bool(results),
+            )
+        )
+    return {
+        "collapse": name,
+        "seed": seed,
+        "val_loss_head": results[0].best.loss,
+        "val_loss_returned": results[1].best.loss,
+        "caught": any(event["kind"] == "rollback" for event in results[1].events),
+        "events": results[1].events,
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
 def table() -> str:
     """Markdown: per set the mean test accuracy after each stage over the seeds, the spread, and the time."""
     rows = [
@@ -142,7 +179,7 @@ def write_into_readme(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("what", choices=("run", "table", "collapse"))
     parser.add_argument("--sets", default=",".join(SETS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--write", action="store_true", help="put the table into the README")
@@ -154,6 +191,13 @@ def main() -> None:
         return
     (HERE / "results").mkdir(exist_ok=True)
     log = HERE / "results" / f"real_sets-{datetime.now(UTC):%Y-%m-%d}.jsonl"
+    if options.what == "collapse":
+        for name in options.sets.split(","):
+            record = collapse_one(name, seed=0)
+            with log.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            print(name, "caught" if record["caught"] else "NOT CAUGHT", record["events"], flush=True)
+        return
     done = {(r["set"], r["seed"]) for r in records_of_default()}
     for seed in map(int, options.seeds.split(",")):
         for name in options.sets.split(","):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -58,7 +59,29 @@ def here(tmp_path: Path) -> Path:
     return folder
 
 
-def run(here: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+# What it is given is run in one process each, since importing torch takes longer than most of the commands.
+RUN_COMMANDS = """
+import contextlib, io, json, subprocess, sys
+from headstart.cli import main
+for line in json.load(sys.stdin):
+    words, out = [word.strip("'\\"") for word in line.split()], io.StringIO()
+    if words[0] == "headstart":
+        with contextlib.redirect_stdout(out):
+            code = main(words[1:])
+    else:
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+        code = done.returncode if out.write(done.stdout) else "and printed nothing"
+    assert code == 0, f"{line}: exit code {code}"
+    assert out.getvalue(), f"{line}: printed nothing"
+"""
+RUN_PYTHON = """
+import json, sys
+for number, block in enumerate(json.load(sys.stdin)):
+    exec(compile(block, f"block {number}", "exec"), {"__name__": "__main__"})
+"""
+
+
+def run(here: Path, program: str, given: list[str], *options: str) -> None:
     environment = os.environ | {
         "HF_HUB_CACHE": str(here / "hub"),
         "HF_HUB_OFFLINE": "1",
@@ -66,7 +89,11 @@ def run(here: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    return subprocess.run(arguments, cwd=here, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *options, "-c", program],
+        cwd=here, env=environment, input=json.dumps(given), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -74,13 +101,8 @@ def run(here: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_commands_and_python_run_as_written(page: str, here: Path) -> None:
     lines = commands(page)
     assert len(lines) > 4
-    for line in lines:
-        done = run(here, *(word.strip("'\"") for word in line.split()))
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
-        assert done.stdout
-    for number, block in enumerate(blocks(page, "python")):
-        done = run(here, sys.executable, "-W", "error", "-c", block)
-        assert done.returncode == 0, f"{page}, Python block {number}\n{done.stderr}"
+    run(here, RUN_COMMANDS, lines)
+    run(here, RUN_PYTHON, blocks(page, "python"), "-W", "error")
 
 
 def test_the_result_table_is_the_one_the_records_give() -> None:
