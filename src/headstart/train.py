@@ -467,11 +467,11 @@ def _wise(run: _Stage, entry: Candidate, best: Candidate, last: Candidate, write
         is_better=lambda new, old: _is_better(new, old, run.stage.select),
     )
     restore(run.model, kept.state)
-    what = f"{kept.share:g} of the way from the stage's start to epoch {kept.epoch}" if kept.epoch else "the start"
-    message = (
-        f"Between the stage's start and its weights, {what} is best on validation (loss {kept.val.loss:.4f}, accuracy"
-        f" {kept.val.accuracy:.4f})."
-    )
+    what = "the state the stage started from"
+    if kept.epoch:
+        way = "" if kept.share == 1 else f"{kept.share:.0%} of the way from the stage's start to "
+        what = f"{way}the weights of epoch {kept.epoch}"
+    message = f"Kept by validation: {what} (loss {kept.val.loss:.4f}, accuracy {kept.val.accuracy:.4f})."
     event = {"kind": "wise", "message": message, "alpha": kept.share if kept.epoch else 0.0, "epoch": kept.epoch}
     seconds = time.perf_counter() - started
     write(
