@@ -48,13 +48,14 @@ def children() -> set[int]:
 def killing(kind: signal.Signals, times: int) -> Iterator[list[int]]:
     """Send a signal to the worker `times` times, each time when it is in the middle of a file."""
     before, killed, stop = children(), list[int](), threading.Event()
+    ours = psutil.Process().cmdline()  # a child has it too, and our memory, until it becomes the worker
 
     def run() -> None:
         while not stop.is_set() and len(killed) < times:
             for pid in children() - before - set(killed):
                 with suppress(psutil.NoSuchProcess):  # it ended while we looked
                     worker = psutil.Process(pid)
-                    if worker.memory_info().rss > 150 << 20:  # so much the large picture takes, and it alone
+                    if worker.cmdline() != ours and worker.memory_info().rss > 150 << 20:  # only the large picture
                         worker.send_signal(kind)
                         killed.append(pid)
             time.sleep(0.005)
