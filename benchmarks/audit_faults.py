@@ -40,7 +40,7 @@ from PIL import Image, ImageEnhance, ImageOps
 import headstart
 from headstart.audit_copies import find_copies
 from headstart.audit_files import file_findings
-from headstart.dataset import ImageTable, bad_reasons, load_images, map_threads, open_image
+from headstart.dataset import ImageTable, bad_reasons, load_images, open_image
 from headstart.doubtful import doubtful_labels, out_of_fold
 from headstart.features import store_features
 from headstart.inspection import Look, look, look_at
@@ -49,6 +49,7 @@ from headstart.pixels import Pixels
 from headstart.run import environment
 from headstart.runtime import make_runtime
 from headstart.shortcuts import find_shortcuts
+from headstart.threads import map_threads
 
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("HEADSTART_SHARED", HERE.parents[1] / "shared"))

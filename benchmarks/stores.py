@@ -79,12 +79,13 @@ def measure(n: int, folder: Path) -> dict:
     """All figures for `n` pictures; `folder` is empty and stays so."""
     import torch
 
-    from headstart.dataset import ImageTable, available_cores, map_threads, open_image
+    from headstart.dataset import ImageTable, open_image
     from headstart.pixels import Pixels
     from headstart.pixelstore import PixelStore, picture_bytes
     from headstart.rowstore import RowStore
     from headstart.run import environment
     from headstart.store import Cache
+    from headstart.threads import available_cores, map_threads
     from headstart.transforms import DataSpec, evaluation_view, working_image
 
     spec = DataSpec(image_size=224)

@@ -16,7 +16,8 @@ import pytest
 
 from headstart import cli, cli_options
 from headstart.cli import COMMANDS, default_run_path, main
-from headstart.cli_options import STAGE_OPTIONS, apply_overrides, picture_overrides, read_hidden
+from headstart.cli_options import STAGE_OPTIONS
+from headstart.cli_overrides import apply_overrides, picture_overrides, read_hidden
 from headstart.errors import DataError, Interrupted, RecipeError
 from headstart.recipe import POLICIES, RECIPES, AugmentSpec, HeadSpec, HiddenLayer, Stage
 

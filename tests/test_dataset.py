@@ -15,17 +15,10 @@ import pytest
 from PIL import Image
 
 from headstart import decode
-from headstart.dataset import (
-    check_images,
-    epoch_order,
-    list_image_files,
-    load_images,
-    map_threads,
-    open_image,
-    random_stream,
-    split,
-)
+from headstart.dataset import check_images, list_image_files, load_images, open_image, split
 from headstart.errors import DataError
+from headstart.order import epoch_order, random_stream
+from headstart.threads import map_threads
 
 # ---------------------------------------------------------------------------------------------------- made folders
 

@@ -13,19 +13,17 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
-from headstart import fastops
+from headstart import fastops, numerics
 from headstart.fastops import (
     DepthwiseConv,
-    FrozenForward,
-    bf16_errors,
-    bf16_works,
     depthwise_grad_input,
     fast_depthwise,
     fast_squeeze_excite,
     fast_training,
-    frozen_forward,
     fuse_fixed_batchnorm,
 )
+from headstart.frozenpass import FrozenForward, frozen_forward
+from headstart.numerics import bf16_errors, bf16_works
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -314,16 +312,16 @@ def test_bf16_self_test_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) ->
         out = right(x, weight, **options)  # type: ignore[arg-type]
         return out * 1.5 if x.dtype == torch.bfloat16 and weight.shape[2] == 2 else out
 
-    monkeypatch.setattr(fastops.F, "conv2d", wrong)
-    monkeypatch.setattr(fastops, "_cpu_has_bf16", lambda: True)
-    fastops._bf16_works.cache_clear()
+    monkeypatch.setattr(numerics.F, "conv2d", wrong)
+    monkeypatch.setattr(numerics, "_cpu_has_bf16", lambda: True)
+    numerics._bf16_works.cache_clear()
     assert bf16_errors()["2x2 stride 2"] > 0.1
     assert not bf16_works(torch.device("cpu"))
-    fastops._bf16_works.cache_clear()
+    numerics._bf16_works.cache_clear()
 
 
 def test_bf16_is_not_used_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastops, "_cpu_has_bf16", lambda: False)
-    fastops._bf16_works.cache_clear()
+    monkeypatch.setattr(numerics, "_cpu_has_bf16", lambda: False)
+    numerics._bf16_works.cache_clear()
     assert not bf16_works()
-    fastops._bf16_works.cache_clear()
+    numerics._bf16_works.cache_clear()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from headstart import ModelError, Recipe, Stage, fine_tune
 from headstart.features import FeatureSource, StageData
 from headstart.mixing import Mix, draw_mix, mix_inputs
-from headstart.train import batches_of_epoch, class_weight_vector, fit
+from headstart.schedule import batches_of_epoch, class_weight_vector
+from headstart.train import fit
 from test_train import CPU, DATA, QUICK, model_at
 from tiny import SPEC, TinyNet
 

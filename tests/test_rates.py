@@ -12,7 +12,8 @@ from headstart.blocks import block_name, network_depths
 from headstart.classifier import Classifier
 from headstart.features import FeatureSource, StageData
 from headstart.rates import layer_depths, param_groups
-from headstart.train import fit, learning_rate
+from headstart.schedule import learning_rate
+from headstart.train import fit
 from test_train import CPU
 from tiny import SPEC, TinyNet
 

@@ -13,14 +13,8 @@ from headstart import HeadSpec, HiddenLayer, ModelError, Stage, create_classifie
 from headstart.averaging import snapshot
 from headstart.classifier import Classifier
 from headstart.features import FeatureSource, StageData
-from headstart.train import (
-    batches_of_epoch,
-    class_weight_vector,
-    fit,
-    learning_rate,
-    make_optimizer,
-    views_of_epoch,
-)
+from headstart.schedule import batches_of_epoch, class_weight_vector, learning_rate, make_optimizer, views_of_epoch
+from headstart.train import fit
 from tiny import SPEC, TinyNet
 
 CPU = make_runtime(device="cpu", precision="fp32", workers=1)

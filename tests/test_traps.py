@@ -31,8 +31,9 @@ from headstart import (
 from headstart.cautions import cautions
 from headstart.cli import main
 from headstart.cli_transforms import costs_table
-from headstart.dataset import epoch_order, open_image
+from headstart.dataset import open_image
 from headstart.harm import single_changes, transform_costs
+from headstart.order import epoch_order
 from headstart.recipe import POLICIES
 from headstart.report import write_report
 from headstart.terminal import closing_table

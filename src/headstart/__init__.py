@@ -23,14 +23,15 @@ _ROOMS = {
     "lr_finder": ("RateCurve", "find_lr", "range_test"),
     "plots": ("plot_confusion", "plot_history", "preview_sheet", "show_batch"),
     "recipe": ("AugmentSpec", "HeadSpec", "HiddenLayer", "Recipe", "Stage", "load_recipe"),
-    "recipes": ("FitResult", "evaluate_run", "fine_tune", "fit", "predict_files"),
+    "closing": ("FitResult",),
+    "recipes": ("evaluate_run", "fine_tune", "fit", "predict_files"),
     "report": ("write_report",),
     "run": ("read_run",),
     "runtime": ("Runtime", "make_runtime"),
     "layers": ("summary",),
     "manifest": ("ManifestRow", "read_manifest", "write_manifest"),
     "sweeps": ("Space", "Sweep", "sweep"),
-    "train": ("StageResult",),
+    "stage_result": ("StageResult",),
     "transforms": ("DataSpec", "load_view"),
 }  # fmt: skip
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}

@@ -22,9 +22,10 @@ from PIL import Image
 from torch import Tensor
 
 from .autoaugment import auto_augment
-from .dataset import map_threads, random_stream
 from .errors import RecipeError
+from .order import random_stream
 from .recipe import AugmentSpec
+from .threads import map_threads
 from .transforms import RESAMPLING, DataSpec, as_tensor, evaluation_view, shown_box
 
 Augment = AugmentSpec | Callable[[Tensor], Tensor]

@@ -34,9 +34,9 @@ from .pixelstore import PixelStore
 from .recipe import AugmentSpec, Recipe, Stage
 from .run import check_run_path, is_run, to_json, write_atomic
 from .runtime import Runtime
+from .stage_result import StageResult
 from .store import Cache
 from .terminal import ProgressBar, say
-from .train import StageResult
 from .transforms import DataSpec
 
 Data = str | Path | ImageTable | Splits | tuple[Pictures, Labels]

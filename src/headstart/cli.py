@@ -34,14 +34,12 @@ from .cli_options import (
     add_root_option,
     add_stage_options,
     add_tta_option,
-    apply_overrides,
     default_run_path,
     given,
-    override_head,
-    picture_overrides,
     refuse_beside_from_run,
     short_path,
 )
+from .cli_overrides import apply_overrides, override_head, picture_overrides
 from .cli_transforms import add_transforms_option, run_transforms
 from .errors import HeadstartError, Interrupted, RecipeError, near_matches
 from .recipe import HeadSpec, load_recipe

@@ -16,9 +16,9 @@ from .cli_options import (
     add_picture_options,
     default_run_path,
     given,
-    picture_overrides,
     short_path,
 )
+from .cli_overrides import picture_overrides
 from .errors import RecipeError
 from .recipe import RECIPES
 

@@ -6,14 +6,13 @@ An option that is not given is None and leaves what the recipe says; help texts 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import RecipeError, near_matches
-from .recipe import POLICIES, RECIPES, AugmentSpec, HeadSpec, HiddenLayer, Recipe, Stage
+from .errors import RecipeError
+from .recipe import POLICIES, RECIPES, Recipe
 from .sources import source_name
 
 DEFAULT_BACKBONE = "mobilenetv2_100"
@@ -35,27 +34,27 @@ class Command:
     notes: str = ""
 
 
-def _whole(flag: str, text: str) -> int:
+def read_whole(flag: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
         raise RecipeError(f"{flag} is {text!r}; it takes a whole number.") from None
 
 
-def _number(flag: str, text: str) -> float:
+def read_number(flag: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
         raise RecipeError(f"{flag} is {text!r}; it takes a number.") from None
 
 
-def _switch(flag: str, text: str) -> bool:
+def read_switch(flag: str, text: str) -> bool:
     if text not in ("on", "off"):
         raise RecipeError(f"{flag} is {text!r}; it takes on or off.")
     return text == "on"
 
 
-def _word(flag: str, text: str) -> str:
+def read_word(flag: str, text: str) -> str:
     return text
 
 
@@ -77,47 +76,54 @@ class Option:
 STAGE_OPTIONS = (
     Option(
         "freeze_line",
-        _word,
+        read_word,
         "WHERE",
         "what is trained: head, all, last:N, last:N%, or from a block on (layer4)",
     ),
-    Option("batchnorm", _word, "MODE", "the backbone's BatchNorm behind the line: fixed, frozen or train"),
-    Option("epochs", _whole, "N", "passes over the training pictures"),
-    Option("batch_size", _whole, "N", "pictures per batch"),
-    Option("accumulate", _whole, "N", "batches per optimiser step"),
+    Option("batchnorm", read_word, "MODE", "the backbone's BatchNorm behind the line: fixed, frozen or train"),
+    Option("epochs", read_whole, "N", "passes over the training pictures"),
+    Option("batch_size", read_whole, "N", "pictures per batch"),
+    Option("accumulate", read_whole, "N", "batches per optimiser step"),
     Option(
-        "optimizer", _word, "NAME", "adamw (adam is the same), rmsprop, sgd (momentum 0.9); lbfgs for a linear head"
+        "optimizer", read_word, "NAME", "adamw (adam is the same), rmsprop, sgd (momentum 0.9); lbfgs for a linear head"
     ),
-    Option("lr_scale", _number, "X", "the stage's learning rate as a multiple of --lr"),
-    Option("head_lr_multiplier", _number, "X", "the head's rate over the backbone's"),
+    Option("lr_scale", read_number, "X", "the stage's learning rate as a multiple of --lr"),
+    Option("head_lr_multiplier", read_number, "X", "the head's rate over the backbone's"),
     Option(
-        "layer_decay", _number, "X", "rate of each backbone block over the next deeper one's; 1 is the same for all"
+        "layer_decay", read_number, "X", "rate of each backbone block over the next deeper one's; 1 is the same for all"
     ),
-    Option("weight_decay", _number, "X", "decoupled; not on norms and biases"),
-    Option("schedule", _word, "NAME", "of the learning rate: constant, cosine or one-cycle"),
-    Option("warmup", _number, "X", "share of the steps in which the rate rises from 0"),
-    Option("label_smoothing", _number, "X", "share of each label spread over all classes"),
-    Option("class_weights", _word, "HOW", "none, or balanced: rare classes weigh more in the loss"),
-    Option("balanced_sampling", _switch, "on|off", "draw every class equally often"),
-    Option("early_stop", _whole, "N", "epochs without a better score before the stage ends, 0 is off"),
-    Option("clip_norm", _number, "X", "largest gradient norm, 0 is off"),
-    Option("select", _word, "SCORE", "the best epoch is chosen by validation loss or accuracy"),
-    Option("views", _whole, "N", "views of each picture stored where layers are frozen, the plain one included"),
-    Option("mixup", _number, "X", "blend each picture with another, share from Beta(X, X); 0.2 is usual, 0 is off"),
+    Option("weight_decay", read_number, "X", "decoupled; not on norms and biases"),
+    Option("schedule", read_word, "NAME", "of the learning rate: constant, cosine or one-cycle"),
+    Option("warmup", read_number, "X", "share of the steps in which the rate rises from 0"),
+    Option("label_smoothing", read_number, "X", "share of each label spread over all classes"),
+    Option("class_weights", read_word, "HOW", "none, or balanced: rare classes weigh more in the loss"),
+    Option("balanced_sampling", read_switch, "on|off", "draw every class equally often"),
+    Option("early_stop", read_whole, "N", "epochs without a better score before the stage ends, 0 is off"),
+    Option("clip_norm", read_number, "X", "largest gradient norm, 0 is off"),
+    Option("select", read_word, "SCORE", "the best epoch is chosen by validation loss or accuracy"),
+    Option("views", read_whole, "N", "views of each picture stored where layers are frozen, the plain one included"),
+    Option("mixup", read_number, "X", "blend each picture with another, share from Beta(X, X); 0.2 is usual, 0 is off"),
     Option(
-        "cutmix", _number, "X", "or paste a rectangle of another in, likewise; 1 is usual; for a line in front of all"
+        "cutmix",
+        read_number,
+        "X",
+        "or paste a rectangle of another in, likewise; 1 is usual; for a line in front of all",
     ),
-    Option("ema", _number, "X", "keep the running average of the trained weights, with this decay (0.99); 0 is off"),
-    Option("wise", _switch, "on|off", "mix the stage's first and last weights, the share chosen on validation"),
-    Option("warm_start", _word, "HOW", "none, or ridge: a linear head on stored features starts from its closed form"),
-    Option("on_collapse", _word, "WHAT", "when the rate wrecks the trained head: retry lower, stop, or ignore"),
+    Option(
+        "ema", read_number, "X", "keep the running average of the trained weights, with this decay (0.99); 0 is off"
+    ),
+    Option("wise", read_switch, "on|off", "mix the stage's first and last weights, the share chosen on validation"),
+    Option(
+        "warm_start", read_word, "HOW", "none, or ridge: a linear head on stored features starts from its closed form"
+    ),
+    Option("on_collapse", read_word, "WHAT", "when the rate wrecks the trained head: retry lower, stop, or ignore"),
 )
 
 RECIPE_OPTIONS = (
-    Option("lr", _number, "X", "nominal learning rate of the head; each stage takes a multiple of it"),
-    Option("seed", _whole, "N", "of the split, the head's first weights, the order and the augmentation"),
-    Option("drop_rate", _number, "X", "dropout in the backbone"),
-    Option("drop_path_rate", _number, "X", "stochastic depth in the backbone"),
+    Option("lr", read_number, "X", "nominal learning rate of the head; each stage takes a multiple of it"),
+    Option("seed", read_whole, "N", "of the split, the head's first weights, the order and the augmentation"),
+    Option("drop_rate", read_number, "X", "dropout in the backbone"),
+    Option("drop_path_rate", read_number, "X", "stochastic depth in the backbone"),
 )
 
 
@@ -346,132 +352,3 @@ def _default(text: str) -> str:
 
 def _help(text: str, default: str) -> str:
     return f"{text.replace('%', '%%')} {_default(default)}"
-
-
-def apply_overrides(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
-    """The recipe with every given option put in its place.
-
-    Args:
-        options: option names with underscores -> their text; None or absent leaves what the recipe says.
-    Raises:
-        RecipeError: a value that cannot be read or is out of range, or a list whose length is not that of the stages.
-    """
-    changes: dict[str, Any] = {
-        option.name: option.read(option.flag, options[option.name])
-        for option in RECIPE_OPTIONS
-        if options.get(option.name) is not None
-    }
-    if options.get("augment") is not None:
-        changes["augment"] = read_augment(options["augment"])
-    if options.get("erasing") is not None:
-        policy = replace(recipe, augment=changes.get("augment", recipe.augment)).augment_spec
-        changes["augment"] = replace(policy, erasing=_number("--erasing", options["erasing"]))
-    return replace(recipe, **changes, head=override_head(recipe.head, options), stages=_stages(recipe, options))
-
-
-def _stages(recipe: Recipe, options: Mapping[str, Any]) -> tuple[Stage, ...]:
-    changes: list[dict[str, Any]] = [{} for _ in recipe.stages]
-    for option in STAGE_OPTIONS:
-        text = options.get(option.name)
-        if text is None:
-            continue
-        for change, part in zip(changes, _per_stage(option.flag, text, recipe), strict=True):
-            if part:
-                change[option.name] = option.read(option.flag, part)
-    return tuple(replace(stage, **change) for stage, change in zip(recipe.stages, changes, strict=True))
-
-
-def _per_stage(flag: str, text: str, recipe: Recipe) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
-    names = [stage.name for stage in recipe.stages]
-    if len(parts) == 1:
-        if not parts[0]:
-            raise RecipeError(f"{flag} is empty. Give a value, or leave the option out to keep what the recipe says.")
-        return parts * len(names)
-    if len(parts) != len(names):
-        raise RecipeError(
-            f"{flag} is {text!r}: {len(parts)} values, but recipe {recipe.name!r} has {len(names)} "
-            f"stage{'s' * (len(names) > 1)} ({', '.join(names)}). Give one value for all, or one per stage."
-        )
-    return parts
-
-
-def override_head(head: HeadSpec, options: Mapping[str, Any]) -> HeadSpec:
-    """The head with every given option put in its place; see `apply_overrides`."""
-    changes: dict[str, Any] = {
-        name: options[name] for name in ("pool", "output", "features_from") if options.get(name) is not None
-    }
-    if options.get("hidden") is not None:
-        changes["hidden"] = read_hidden(options["hidden"])
-    if options.get("head_batchnorm") is not None:
-        changes["batchnorm"] = options["head_batchnorm"]
-    if options.get("head_dropout") is not None:
-        changes["dropout"] = _number("--head-dropout", options["head_dropout"])
-    return replace(head, **changes)
-
-
-def read_hidden(text: str) -> tuple[HiddenLayer, ...]:
-    """`512:none:bn-after:0.2,64:gelu` as hidden layers; `none` is no hidden layer.
-
-    The parts behind the width may be left out, and are told apart by what they are.
-    """
-    return () if text == "none" else tuple(_hidden_layer(part) for part in text.split(","))
-
-
-def _hidden_layer(text: str) -> HiddenLayer:
-    width, *parts = text.strip().split(":")
-    values: dict[str, Any] = {"width": _whole("--hidden: width", width)}
-    for part in parts:
-        name, value = _hidden_part(part)
-        if name in values:
-            raise RecipeError(f"--hidden: {text!r} gives its {name} twice.")
-        values[name] = value
-    return HiddenLayer(**values)
-
-
-def _hidden_part(part: str) -> tuple[str, str | float]:
-    if part.startswith("bn-"):
-        return "batchnorm", part.removeprefix("bn-")
-    if part[:1].isdigit() or part[:1] in "-.":
-        return "dropout", _number("--hidden: dropout", part)
-    return "activation", part
-
-
-def read_augment(text: str) -> str | AugmentSpec:
-    """A policy's name as it is, or the ranges from a JSON file."""
-    if text in POLICIES:
-        return text
-    path = Path(text)
-    if not path.is_file():
-        raise RecipeError(
-            f"--augment is {text!r}: neither a policy ({', '.join(POLICIES)}) nor a file."
-            f"{near_matches(text, tuple(POLICIES))}"
-        )
-    try:
-        return AugmentSpec.from_dict(json.loads(path.read_text(encoding="utf-8")), where=text)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RecipeError(f"--augment {text}: not a JSON file ({error}).") from None
-
-
-def picture_overrides(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The given ones among image_size, mean, std, interpolation, crop_pct and fit, read from their text."""
-    readers: dict[str, Callable[[str, str], Any]] = {
-        "image_size": _whole,
-        "mean": _channels,
-        "std": _channels,
-        "interpolation": _word,
-        "crop_pct": _number,
-        "fit": _word,
-    }
-    return {
-        name: read("--" + name.replace("_", "-"), options[name])
-        for name, read in readers.items()
-        if options.get(name) is not None
-    }
-
-
-def _channels(flag: str, text: str) -> tuple[float, ...]:
-    values = tuple(_number(flag, part) for part in text.split(","))
-    if len(values) not in (1, 3):
-        raise RecipeError(f"{flag} is {text!r}; it takes three numbers with commas between, or one for all channels.")
-    return values * 3 if len(values) == 1 else values

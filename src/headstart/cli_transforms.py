@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import terminal
-from .cli_options import given, read_augment
+from .cli_options import given
+from .cli_overrides import read_augment
 from .recipe import POLICIES
 
 

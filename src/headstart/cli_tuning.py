@@ -16,12 +16,11 @@ from .cli_options import (
     add_machine_options,
     add_picture_options,
     add_recipe_options,
-    apply_overrides,
     default_run_path,
     given,
-    picture_overrides,
     short_path,
 )
+from .cli_overrides import apply_overrides, picture_overrides
 from .errors import RecipeError
 from .recipe import Recipe, load_recipe
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,30 +19,25 @@ from .errors import DataError, near_matches
 from .folders import IMAGE_EXTENSIONS, find_pictures, natural_key
 from .groups import Unit, make_units, shared_groups, take_units
 from .manifest import ManifestRow
+from .order import permutation, random_stream
 from .sources import read_source
+from .threads import available_cores
 
 __all__ = [
     "IMAGE_EXTENSIONS",
     "SPLITS",
     "ImageTable",
     "Splits",
-    "available_cores",
     "bad_reasons",
     "check_images",
-    "epoch_order",
     "list_image_files",
     "load_images",
-    "map_threads",
     "open_image",
-    "random_stream",
     "split",
 ]
 
 SPLITS = ("train", "val", "test")
 BAD_FILES = ("error", "skip")
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,7 +312,7 @@ def split(table: ImageTable, *, val: float = 0.15, test: float = 0.15, seed: int
     of_class = make_units(pool, table.groups, table.labels.tolist())
     _require_enough(table, of_class, tuple(shares))
     for label, units in of_class.items():
-        order = _permutation(len(units), random_stream(seed, _word(table.class_names[label]), 2))
+        order = permutation(len(units), random_stream(seed, _word(table.class_names[label]), 2))
         free: list[Unit] = [units[i] for i in order]
         left = len(shares)  # units to leave: one for each split still to come, and for train
         for split_name, count in _held_out(sum(map(len, units)), shares).items():
@@ -329,11 +321,6 @@ def split(table: ImageTable, *, val: float = 0.15, test: float = 0.15, seed: int
             left -= 1
     train, val_table, test_table = (table.select(np.flatnonzero(assigned == name)) for name in SPLITS)
     return Splits(train=train, val=val_table, test=test_table)
-
-
-def epoch_order(n: int, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The order of `n` items in one epoch: an int64 permutation that depends on (n, seed, epoch) alone."""
-    return _permutation(n, random_stream(seed, epoch, 1))
 
 
 def list_image_files(paths: Iterable[str | Path]) -> list[Path]:
@@ -357,59 +344,6 @@ def list_image_files(paths: Iterable[str | Path]) -> list[Path]:
     if not found:
         raise DataError("No picture asked for; name files or folders.")
     return list(found)
-
-
-def random_stream(seed: int, word: int, purpose: int, view: int = 0) -> np.random.Philox:
-    """A stream of random bits of its own for each (seed, word, purpose, view), the same on every platform.
-
-    Philox is keyed: no stream depends on how far another has been read. The low words of its counter run, the high
-    ones keep purposes and views apart. Source: Salmon et al. 2011.
-    """
-    low64 = 2**64 - 1
-    key = np.array([seed & low64, word & low64], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=np.array([0, 0, view & low64, purpose], dtype=np.uint64))
-
-
-def available_cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def map_threads(
-    function: Callable[[_Item], _Result],
-    items: Sequence[_Item],
-    *,
-    workers: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[_Result]:
-    """`[function(item) for item in items]` in threads; decoding and resizing run outside Python's lock.
-
-    Args:
-        workers: threads; 0 is one per CPU core, 1 stays in the calling thread.
-        progress: called with (items done, items in all) after each part of at most 64.
-    """
-    workers = workers or available_cores()
-    size = max(1, min(64, len(items) // (4 * workers)))
-    parts = [items[i : i + size] for i in range(0, len(items), size)]
-    results: list[_Result] = []
-
-    def run(part: Sequence[_Item]) -> list[_Result]:
-        return [function(item) for item in part]
-
-    def gather(outputs: Iterable[list[_Result]]) -> list[_Result]:
-        for output in outputs:
-            results.extend(output)
-            if progress is not None:
-                progress(len(results), len(items))
-        return results
-
-    if min(workers, len(parts)) <= 1:
-        return gather(map(run, parts))
-    pool = ThreadPoolExecutor(workers)
-    try:
-        return gather(pool.map(run, parts))
-    finally:
-        pool.shutdown(cancel_futures=True)  # an error or Ctrl-C does not wait for the pictures still queued
 
 
 def _class_map(
@@ -485,17 +419,12 @@ def _quotas(sizes: list[int], n: int) -> list[int]:
 def _shuffled(table: ImageTable, members: list[int], stream: np.random.Philox) -> list[int]:
     """`members` in an order that depends on their relative paths and the stream, not on their order in the table."""
     by_path = _by_path(table, members)
-    return [by_path[i] for i in _permutation(len(by_path), stream)]
+    return [by_path[i] for i in permutation(len(by_path), stream)]
 
 
 def _by_path(table: ImageTable, members: list[int]) -> list[int]:
     # In one Unicode form: systems spell the same name differently, and the split must not depend on that.
     return sorted(members, key=lambda i: unicodedata.normalize("NFC", table.relative_paths[i]))
-
-
-def _permutation(n: int, stream: np.random.Philox) -> npt.NDArray[np.int64]:
-    """Raw bits, sorted: numpy keeps a bit generator's stream for ever, but not what `Generator.permutation` makes."""
-    return np.argsort(np.asarray(stream.random_raw(n)), kind="stable").astype(np.int64)
 
 
 def _word(text: str) -> int:

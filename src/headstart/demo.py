@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .closing import FitResult
 from .dataset import load_images
 from .recipe import RECIPES
-from .recipes import FitResult, fine_tune
+from .recipes import fine_tune
 from .terminal import say
 
 BACKBONE = "test_resnet"  # timm's smallest ResNet, 0.5 M parameters

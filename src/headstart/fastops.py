@@ -1,5 +1,5 @@
 """Faster arithmetic for what is trained: depthwise convolutions whose slow CPU kernels are avoided, fixed BatchNorm
-fused into its convolution, bfloat16 where the machine has it and computes it rightly.
+fused into its convolution.
 
 Modules are changed in place by exchanging their class, so that parameters, buffers, names and hooks stay what they
 were, and every change can be undone. Nothing here knows of classifiers or freeze lines.
@@ -7,12 +7,8 @@ were, and every change can be undone. Nothing here knows of classifiers or freez
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
-from copy import deepcopy
 from typing import Any, cast
 
 import torch
@@ -23,7 +19,7 @@ from timm.layers.padding import pad_same
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, fx, nn
 
-from .cut import Forward, Whole, trace
+from .cut import Forward, trace
 
 _backward = torch.ops.aten.convolution_backward
 
@@ -153,7 +149,7 @@ class _FastConv(nn.Conv2d):
         norm = self.__dict__.get("norm")
         if norm is None or norm.training:
             return self._convolve(input, self.weight, self.bias)
-        scale, shift = _scale_and_shift(norm)
+        scale, shift = scale_and_shift(norm)
         shift = shift if self.bias is None else shift + self.bias * scale
         return self._convolve(input, self.weight * scale[:, None, None, None], shift)
 
@@ -184,7 +180,7 @@ def _autocast(tensor: Tensor | None) -> Any:
     return tensor.to(torch.get_autocast_dtype("cpu"))
 
 
-def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """y = x * scale + shift, what a BatchNorm with fixed statistics computes, differentiable in its affine part."""
     mean, var = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
     scale = torch.rsqrt(var + norm.eps)
@@ -367,186 +363,11 @@ def fast_squeeze_excite(module: nn.Module) -> Undo:
     return Undo(exchange(m) for m in module.modules() if type(m) is SqueezeExcite)
 
 
-class FrozenForward:
-    """A frozen module as a function of its input, without gradients; see `frozen_forward`.
-
-    Attributes:
-        module: the module that runs (a changed copy of the original).
-        dtype: number format of the weights, the arithmetic and the output.
-        folded: how many BatchNorm layers were folded into their convolutions.
-        batch_size: every call computes on this many pictures (short ones are filled up and trimmed); None: as given.
-        compiled: does a compiled function run? Compilation happens at the first call; where it fails this turns False,
-            `compile_error` says why, and the module runs as it is.
-    """
-
-    def __init__(
-        self, module: nn.Module, *, dtype: torch.dtype, folded: int, batch_size: int | None, compiled: bool
-    ) -> None:
-        self.module, self.dtype, self.folded, self.batch_size = module, dtype, folded, batch_size
-        self.compiled, self.compile_error = compiled, ""
-        self._call: Callable[[Tensor], Tensor] = (
-            torch.compile(module, dynamic=False, options={"freezing": True}) if compiled else module
-        )
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor) -> Tensor:
-        """Float pixels or activations [N, ...] in any float format -> the module's output, in `dtype`."""
-        n = len(x)
-        if self.batch_size is not None and n < self.batch_size:
-            x = torch.cat([x, x[-1:].expand(self.batch_size - n, *x.shape[1:])])
-        x = x.to(self.dtype)
-        if x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, enabled=False):
-            result: Tensor = self._run(x)[:n]
-        return result
-
-    def _run(self, x: Tensor) -> Any:
-        if not self.compiled:
-            return self._call(x)
-        try:
-            return self._call(x)
-        except Exception as error:  # no compiler, a broken cache, an operation inductor cannot do: all recoverable
-            self.compiled, self.compile_error = False, f"{type(error).__name__}: {error}"
-            self._call = self.module
-            return self._call(x)
-
-
-def frozen_forward(
-    module: nn.Module,
-    *,
-    dtype: torch.dtype = torch.float32,
-    compiled: bool = False,
-    batch_size: int | None = None,
-    forward: Forward = nn.Module.__call__,
-) -> FrozenForward:
-    """A fast inference copy of a frozen module: BatchNorm folded, channels-last, in `dtype`.
-
-    The original is left alone. Folding changes float32 results by about 1e-6 relative; bfloat16 by one to a few per
-    cent. Bits are equal from call to call only for one batch size and one number of threads, so give `batch_size`
-    where they must be.
-
-    Args:
-        dtype: float32, or bfloat16 where `bf16_works`.
-        compiled: also compile with inductor's freezing, at the first call (tens of seconds; wants a C++ compiler on
-            a CPU); each further batch shape costs as much again, so give `batch_size` too.
-        forward: what of the module to run.
-    """
-    copy = deepcopy(module).eval().requires_grad_(False)
-    _restore_stock(copy)
-    pairs = conv_norm_pairs(copy, forward)
-    for conv_name, norm_name in pairs:
-        _fold(copy, conv_name, norm_name)
-    copy.to(dtype).to(memory_format=torch.channels_last)
-    if forward is not nn.Module.__call__:
-        copy = Whole(copy, forward).eval()
-    return FrozenForward(copy, dtype=dtype, folded=len(pairs), batch_size=batch_size, compiled=compiled)
-
-
-def _restore_stock(module: nn.Module) -> None:
+def restore_stock(module: nn.Module) -> None:
     for m in module.modules():
         for key in ("norm", "depthwise"):
             m.__dict__.pop(key, None) if type(m) in _FAST_CONV.values() else None
         m.__class__ = _stock_class(m)
-
-
-def _fold(module: nn.Module, conv_name: str, norm_name: str) -> None:
-    conv = cast(nn.Conv2d, module.get_submodule(conv_name))
-    norm = cast(nn.BatchNorm2d, module.get_submodule(norm_name))
-    with torch.no_grad():
-        scale, shift = _scale_and_shift(norm)
-        bias = shift if conv.bias is None else shift + conv.bias * scale
-        conv.weight = nn.Parameter(conv.weight * scale[:, None, None, None], requires_grad=False)
-        conv.bias = nn.Parameter(bias.clone(), requires_grad=False)
-    module.set_submodule(norm_name, norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity())
-
-
-def bf16_works(device: torch.device | str = "cpu") -> bool:
-    """Does this machine compute in bfloat16 natively, and rightly?
-
-    Hardware without it would emulate, slower than float32. Some library versions computed certain bfloat16
-    convolutions wrongly on some processors (2 x 2 kernels, stride 3), so a few small ones are compared with float32,
-    forward and backward; the answer is kept for the life of the process.
-    """
-    return _bf16_works(torch.device(device).type)
-
-
-@functools.cache
-def _bf16_works(kind: str) -> bool:
-    if kind == "cuda":
-        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = kind == "cpu" and _cpu_has_bf16()
-    return native and all(error < 1e-2 for error in bf16_errors(kind).values())
-
-
-def _cpu_has_bf16() -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if hasattr(torch.cpu, "get_capabilities"):
-        found = torch.cpu.get_capabilities()
-        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return bool(torch.cpu._is_avx512_bf16_supported())
-
-
-# name: (input channels, output channels, kernel, stride, groups) of the convolutions that bf16 is tried on
-_TRIALS: dict[str, tuple[int, int, int, int, int]] = {
-    "1x1": (16, 32, 1, 1, 1),
-    "3x3": (16, 16, 3, 1, 1),
-    "3x3 stride 2": (16, 16, 3, 2, 1),
-    "5x5 stride 2": (16, 16, 5, 2, 1),
-    "2x2 stride 2": (16, 16, 2, 2, 1),
-    "3x3 stride 3": (16, 16, 3, 3, 1),
-    "depthwise 3x3": (32, 32, 3, 1, 32),
-    "depthwise 5x5 stride 2": (32, 32, 5, 2, 32),
-}
-
-
-def bf16_errors(device: str = "cpu") -> dict[str, float]:
-    """Relative error, |bf16 - fp32| / |fp32|, of a few operations and their gradients; the largest of each.
-
-    Right arithmetic gives 2e-3 to 4e-3 (bfloat16 has 8 significant bits); a wrong kernel gives about 1.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        # Rounded to bfloat16 first, so that both formats start from the same numbers.
-        values = torch.randn(shape, generator=generator).to(torch.bfloat16).to(device)
-        return values.to(memory_format=torch.channels_last) if len(shape) == 4 else values
-
-    errors = {"matmul": _error(torch.mm, draw(64, 96), draw(96, 48), draw(64, 48))}
-    for name, (into, out, kernel, stride, groups) in _TRIALS.items():
-        convolve = functools.partial(F.conv2d, stride=stride, padding=(kernel - 1) // 2, groups=groups)
-        x, weight = draw(2, into, 12, 12), draw(out, into // groups, kernel, kernel)
-        errors[name] = _error(convolve, x, weight, draw(*convolve(x.float(), weight.float()).shape))
-    return errors
-
-
-def _error(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, grad: Tensor) -> float:
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = (t.detach().to(dtype).requires_grad_() for t in (x, weight))
-        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            out = function(a, b)
-            results.append((out.detach(), *torch.autograd.grad(out, (a, b), grad.to(dtype))))
-    return max(float((half.float() - full).norm() / full.norm()) for full, half in zip(*results, strict=True))
-
-
-def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed memory for the next allocation instead of giving it back to the system; True if it will.
-
-    A training step on a CPU frees and allocates the same large activations over and over; each round trip through
-    the system has every page zeroed and mapped anew. The process then stays at its peak size until it ends. Does
-    nothing where the C library is not glibc.
-    """
-    if sys.platform != "linux":
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    never_mmap = mallopt(-4, 0)  # M_MMAP_MAX
-    never_trim = mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    return bool(never_mmap and never_trim)
 
 
 def fast_training(module: nn.Module, forward: Forward = nn.Module.__call__) -> Undo:

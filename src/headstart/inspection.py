@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .dataset import ImageTable, map_threads
+from .dataset import ImageTable
 from .decode import FORMATS, bad_reason, open_image, quiet_pillow
 from .errors import DataError
+from .threads import map_threads
 
 THUMB_PX = 48
 _ORIENTATION, _MAKE, _MODEL, _DATETIME = 0x0112, 0x010F, 0x0110, 0x0132

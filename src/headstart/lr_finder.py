@@ -28,8 +28,8 @@ from .recipe import Recipe, Stage, load_recipe
 from .recipes import fine_tune, weights_of
 from .run import read_run
 from .runtime import Runtime, make_runtime
+from .schedule import batches_of_epoch, make_optimizer, views_of_epoch
 from .terminal import ProgressBar
-from .train import batches_of_epoch, make_optimizer, views_of_epoch
 
 SMOOTHING = 0.95
 DIVERGED = 4.0  # the test ends where the smoothed loss exceeds this many times its minimum

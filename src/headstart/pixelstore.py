@@ -18,13 +18,14 @@ import torch
 from PIL import Image, features
 from torch import Tensor
 
-from .dataset import bad_reasons, map_threads
+from .dataset import bad_reasons
 from .decode import bad_reason, open_image
 from .errors import DataError
 from .inspection import LOOK_BYTES, Look, look_of_bytes, pack, unpack
 from .isolate import Struck
 from .store import Cache, Entry, EntryWriter, FileHashes, code_hash, content_hash, key_of
 from .terminal import file_size
+from .threads import map_threads
 from .transforms import DataSpec, as_tensor, evaluation_view, working_image, working_size
 
 SHARD_BYTES = 256 << 20  # an entry of the cache is about this large: what an interrupt loses, what an eviction takes

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import RecipeError, SetupError
-from .fastops import bf16_works, keep_freed_memory
+from .numerics import bf16_works, keep_freed_memory
 
 # How launchers say how many processes they start: torchrun and accelerate, then the MPIs that accelerate knows.
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")

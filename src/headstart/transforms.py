@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .dataset import map_threads, open_image
+from .dataset import open_image
 from .errors import ModelError, near_matches
+from .threads import map_threads
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,

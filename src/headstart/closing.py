@@ -1,0 +1,179 @@
+"""What a run leaves: its plan at the start, its scores and pages at the end, something usable when it is stopped."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .bench import Bench
+from .checkpoint import save
+from .classifier import Classifier
+from .dataset import ImageTable, Splits
+from .diary import Diary
+from .errors import HeadstartError
+from .evaluation import Evaluation, source_logits
+from .features import PixelSource, StageData
+from .recipe import Recipe
+from .run import Run, environment, read_csv
+from .sizes import input_sizes
+from .terminal import ProgressBar
+
+
+@dataclass
+class FitResult:
+    """What `fine_tune` returns: the model in its best state, and what the run folder holds."""
+
+    model: Classifier
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+    splits: Splits
+    recipe: Recipe
+    run_path: Path | None
+    report_path: Path | None
+
+
+def trained_on(run: Path, table: ImageTable) -> NDArray[np.bool_]:
+    """Mask of the files that stand in the run's train or validation split, in the folder it was trained on."""
+    try:
+        root = json.loads((run / "metrics.json").read_bytes())["data"]["root"]
+        used = {str(Path(root) / row["path"]) for row in read_csv(run / "splits.csv") if row["split"] != "test"}
+    except (OSError, ValueError, KeyError, TypeError, HeadstartError):
+        used = set()  # a folder `save` wrote holds the model alone
+    return np.array([str(path) in used for path in table.paths], dtype=bool)
+
+
+def leaked_rows(diary: Diary, splits: Splits) -> NDArray[np.bool_]:
+    """Mask of the test pictures that this run, or the earlier one its weights come from, has met in other splits."""
+    leaked = splits.leaked()
+    known = isinstance(diary.earlier, (str, Path))
+    return leaked | trained_on(Path(diary.earlier), splits.test) if known else leaked  # type: ignore[arg-type]
+
+
+def write_plan(run: Run, plan: Recipe, splits: Splits) -> None:
+    run.write_json("recipe.json", plan.to_dict())
+    run.write_json("environment.json", environment())
+    rows = [
+        (path, name, splits.class_names[label])
+        for name, table in _tables(splits)
+        for path, label in zip(table.relative_paths, table.labels, strict=True)
+    ]
+    run.write_csv("splits.csv", ("path", "split", "label"), rows)
+
+
+def _tables(splits: Splits) -> tuple[tuple[str, ImageTable], ...]:
+    return ("train", splits.train), ("val", splits.val), ("test", splits.test)
+
+
+def finish(model: Classifier, bench: Bench, plan: Recipe, diary: Diary, last: StageData) -> FitResult:
+    """Score validation and test once with the final model, in float32, and write the run folder."""
+    splits, exact = bench.splits, replace(bench.runtime, dtype=torch.float32)
+    results: dict[str, Evaluation] = {}
+    with diary.phase("evaluate"), ProgressBar(len(splits.test), "  evaluating", enabled=diary.show) as bar:
+        if isinstance(last.val, PixelSource):
+            results["val"] = bench.evaluate(model, "val")
+        else:  # the frozen part has seen these pictures in float32 already
+            with last.val.kernels(model, exact):
+                logits = source_logits(model, last.val, indices=torch.arange(len(splits.val)), runtime=exact)
+            results["val"] = Evaluation.from_logits(logits, splits.val)
+        if len(splits.test):
+            results["test"] = bench.evaluate(model, "test", advance=bar.advance)
+    scores: dict[str, dict[str, Any] | None] = {name: result.metrics for name, result in results.items()}
+    leaked = leaked_rows(diary, splits)
+    if len(splits.test) and leaked.any():
+        scores["test_without_leaks"] = results["test"].only(~leaked)
+    metrics = scores | _facts(model, diary, splits)
+    run = diary.run
+    report_path = None
+    if run:
+        save(model, run.path)
+        run.write_csv(*_predictions(results, splits.class_names))
+        run.write_json("metrics.json", metrics)
+        with diary.phase("report"):
+            from .report import write_report
+
+            write_report(run.path)
+        report_path = run.finish() / "report.html"
+    return FitResult(model, metrics, diary.history, splits, plan, run.path if run else None, report_path)
+
+
+def _facts(model: Classifier, diary: Diary, splits: Splits, *, interrupted: bool = False) -> dict[str, Any]:
+    return {
+        "stages": diary.stages,
+        "phases": diary.phases,
+        "data": {
+            "root": str(splits.train.root),
+            **{f"n_{name}": len(table) for name, table in _tables(splits)},
+            "class_counts": {
+                name: dict(zip(splits.class_names, map(int, table.class_counts()), strict=True))
+                for name, table in _tables(splits)
+            },
+            "bad_files": [[str(path), reason] for path, reason in splits.train.bad_files],
+            "dropped": [[str(path), reason] for path, reason in splits.train.dropped],
+            "sizes": input_sizes(splits.train.paths, model.spec.image_size),
+            "leaked": [splits.test.relative_paths[i] for i in np.flatnonzero(leaked_rows(diary, splits))],
+            "doubtful_labels": diary.doubtful,
+            "shared_groups": {group: list(names) for group, names in splits.shared_groups().items()},
+        },
+        "backbone": model.backbone_name or type(model.backbone).__name__,
+        "from_run": None if diary.handover is None else asdict(diary.handover),
+        "interrupted": interrupted,
+    }
+
+
+def _predictions(results: dict[str, Evaluation], class_names: Sequence[str]) -> tuple[str, list[str], list[list[Any]]]:
+    header = ["path", "split", "label", "pred", "prob", *(f"p:{name}" for name in class_names)]
+    rows = []
+    for name, result in results.items():
+        for path, label, row in zip(result.table.relative_paths, result.table.labels, result.probs, strict=True):
+            pred = int(row.argmax())
+            rows.append(
+                [path, name, class_names[label], class_names[pred], repr(float(row[pred])), *map(repr, map(float, row))]
+            )
+    return "predictions.csv", header, rows
+
+
+def leave_usable(model: Classifier, diary: Diary, splits: Splits) -> str:
+    """Write what there is after Ctrl-C or an error, and say how to go on."""
+    run = diary.run
+    if run is None:
+        return "The model is in its best state so far; it is the exception's `model`."
+    from .report import write_report
+
+    with _not_interrupted():
+        save(model, run.path)
+        run.write_json("metrics.json", _facts(model, diary, splits, interrupted=True))
+        write_report(run.path)
+        replaces = run.path != run.target
+        path = run.path if replaces else run.finish()
+    quoted = shlex.quote(str(path))
+    lines = [f"{path} holds the best state so far, not yet scored on the test split."]
+    if replaces:
+        lines.append(f"The older run {run.target} is as it was.")
+    lines += [f"Score it:    headstart evaluate {quoted} FOLDER", f"Use it:      headstart predict {quoted} FILES"]
+    if model.backbone_name and model.head_spec:
+        lines.append(f"Train on:    headstart fit PHOTOS --from-run {quoted} --out NEW_RUN")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _not_interrupted() -> Iterator[None]:
+    """A second Ctrl-C must not tear what the first one saves."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,144 @@
+"""One stage of a recipe: the line set, the source made, the loop run with its bar, the outcome written down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import train as training
+from .auditing import look_at_labels
+from .bench import Bench
+from .classifier import Classifier
+from .diary import Diary
+from .features import FeatureSource, PixelSource, StageData, place_source
+from .freezing import set_freeze_line
+from .pixels import Pixels
+from .recipe import Recipe, Stage
+from .stage_result import Log, Progress, StageResult
+from .terminal import ProgressBar, duration, say
+
+
+def run_stage(
+    model: Classifier, trainset: Pixels, valset: Pixels, stage: Stage, plan: Recipe, diary: Diary, bench: Bench
+) -> StageData:
+    line = set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
+    say(f"Stage {stage.name}: {line.describe()}", enabled=diary.show)
+    started = time.perf_counter()
+    with diary.phase(f"stage {stage.name}"):
+        done = train_stage(
+            model, trainset, valset, stage, bench=bench, show=diary.show, plan=plan,
+            starts_trained=bool(diary.stages or diary.handover), lr=plan.lr * stage.lr_scale, log=diary.log,
+        )  # fmt: skip
+    result, seconds = done.result, time.perf_counter() - started
+    best = result.best
+    shared = f", {duration(done.shared_seconds)} of work shared with an earlier run" if done.shared_seconds else ""
+    say(
+        f"  best epoch {result.best_epoch}: val loss {best.loss:.4f}, accuracy {best.accuracy:.4f}"
+        f" ({duration(seconds)}{shared})",
+        enabled=diary.show,
+    )
+    diary.stages.append(
+        {
+            "name": stage.name,
+            "seconds": seconds,
+            "shared_seconds": done.shared_seconds,
+            "epochs": result.epochs,
+            "best_epoch": result.best_epoch,
+            "best_val_loss": best.loss,
+            "best_val_accuracy": best.accuracy,
+            "freeze_line": stage.freeze_line,
+            "batchnorm": stage.batchnorm,
+            "trainable_parameters": line.trainable_parameters,
+            "frozen_parameters": line.frozen_parameters,
+            "trained": list(line.trained),
+            "lr": result.lr,
+            "views": None if isinstance(done.source.train, PixelSource) else done.source.train.num_views,
+            "events": result.events,
+        }
+    )
+    return done.source
+
+
+def look_at_stored_labels(source: StageData, diary: Diary, bench: Bench) -> None:
+    """Doubtful labels from the features that the first stage on the frozen backbone has stored; nothing is run again.
+
+    Runs that share a bench leave it out: each would say the same of the same pictures.
+    """
+    parts = (source.train, source.val)
+    stored = [part.features[:, 0].numpy() for part in parts if isinstance(part, FeatureSource)]
+    if bench.audit is None or bench.share or "labels" in bench.audit.seconds or not stored or not bench.runtime.is_main:
+        return
+    with diary.phase("look at labels"):
+        bench.audit = look_at_labels(bench.audit, bench.splits, np.concatenate(stored).astype(np.float64))
+    if bench.audit.doubtful is not None:
+        diary.doubtful = [one.file for one in bench.audit.doubtful if one.flagged]
+    for one in bench.audit.of_kind("doubtful-labels"):
+        say(f"{one.severity.capitalize()}: {one.title} {one.advice}", enabled=diary.show)
+    if diary.run:
+        diary.run.write_json("audit.json", bench.audit.to_dict())
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a stage came to, what it was fed with, and the seconds an earlier run spent on work that it shared."""
+
+    result: StageResult
+    source: StageData
+    shared_seconds: float
+
+
+def train_stage(
+    model: Classifier,
+    trainset: Pixels,
+    valset: Pixels,
+    stage: Stage,
+    *,
+    lr: float,
+    plan: Recipe,
+    bench: Bench,
+    starts_trained: bool,
+    show: bool,
+    log: Log | None,
+) -> Trained:
+    """Make the source that the freeze line calls for, then run the loop, each with its bar, or recall an equal stage.
+
+    `plan` gives the seed, and what a shared stage is told apart by.
+    """
+    key = bench.stage_key(model, stage, plan, trainset)
+    place = place_source(trainset, valset, model, views=stage.views, runtime=bench.runtime)
+    if place.why:
+        say(f"  {place.why}", enabled=show)
+    with ProgressBar(place.passes, "  frozen backbone", enabled=show and bool(place.passes)) as bar:
+        source, shared = bench.source(trainset, valset, model, place, advance=bar.advance)
+    if stage.mixup and not isinstance(source.train, PixelSource):
+        say("  mixup blends what the frozen layers made of the pictures, which is stored, not pixels", enabled=show)
+    recalled = bench.recall(key, model)
+    if recalled:
+        result, seconds = recalled
+        for record in result.history if log else ():
+            log(record)  # type: ignore[misc]
+        return Trained(result, source, shared + seconds)
+    with ProgressBar(len(trainset) * stage.epochs, f"  {stage.name}", enabled=show) as bar:
+        result = training.fit(
+            model, source, stage, lr=lr, seed=plan.seed, runtime=bench.runtime, starts_trained=starts_trained,
+            log=log, report=_to_bar(bar),
+        )  # fmt: skip
+    bench.keep(key, model, result, seconds=result.seconds)
+    return Trained(result, source, shared)
+
+
+def _to_bar(bar: ProgressBar) -> Callable[[Progress], None]:
+    seen = 0
+
+    def show(at: Progress) -> None:
+        nonlocal seen
+        if at.pictures >= seen:  # after a roll-back the count starts again: the bar waits
+            bar.advance(at.pictures - seen)
+            seen = at.pictures
+        if at.val:
+            bar.note(epoch=at.epoch, val_loss=f"{at.val.loss:.3f}", val_acc=f"{at.val.accuracy:.3f}")
+
+    return show
