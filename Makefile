@@ -33,14 +33,16 @@ check: $(INSTALLED) ## formatting, lint, types, direction of imports, generated 
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python tools/cli_docs.py --check
+	$(BIN)/python tools/notebooks.py --check
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
 format: $(INSTALLED) ## put the code into its form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(INSTALLED) ## write the generated pages
+docs: $(INSTALLED) ## write the generated pages and notebooks
 	$(BIN)/python tools/cli_docs.py
+	$(BIN)/python tools/notebooks.py
 
 demo: $(INSTALLED) ## transfer between scanned digits in two minutes, without network
 	$(BIN)/headstart demo
