@@ -90,6 +90,14 @@ def test_not_still_learning(losses: Sequence[float]) -> None:
     assert "no clear fall" in verdict.sentence
 
 
+def test_a_fall_that_jitters_and_ends_at_its_lowest_is_neither_yes_nor_no() -> None:
+    losses = [*(FLAT[:8] + 0.4), 0.77, 0.85, 0.70, 0.80, 0.69]
+    verdict = still_learning(made_history(losses))
+    assert verdict.answer == "unclear"
+    assert "0.770 to 0.690" in verdict.sentence
+    assert still_learning(made_history([*losses[:-1], 0.71])).answer == "no"  # the lowest was before
+
+
 def test_still_learning_needs_enough_scores() -> None:
     assert still_learning([]).answer == "unclear"
     assert still_learning(made_history([0.9, 0.6, 0.4])).answer == "unclear"

@@ -176,6 +176,13 @@ def still_learning(history: Sequence[Record]) -> Verdict:
             f"{tail[-1]:.3f}, steadily enough not to be jitter: more epochs would probably help.",
         )
     best = int(np.nanargmin(losses))
+    if best == len(losses) - 1 and _is_much(tail[0] - tail[-1], tail):
+        return Verdict(
+            question,
+            "unclear",
+            f"Over the last {epochs} epochs of stage {name!r} the validation loss went from {tail[0]:.3f} to "
+            f"{tail[-1]:.3f}, its lowest, but by no more than it jitters: more epochs may help.",
+        )
     return Verdict(
         question,
         "no",
@@ -195,7 +202,11 @@ def clear_fall(losses: NDArray[np.float64]) -> float | None:
     slope, error = _trend(tail)
     drop = -slope * epochs
     is_trend = drop > _T95[min(len(tail) - 2, len(_T95)) - 1] * error * epochs
-    return drop if is_trend and drop > max(LEARNING_DROP * tail.mean(), LEARNING_DROP_NATS) else None
+    return drop if is_trend and _is_much(drop, tail) else None
+
+
+def _is_much(drop: float, losses: NDArray[np.float64]) -> bool:
+    return bool(drop > max(LEARNING_DROP * losses.mean(), LEARNING_DROP_NATS))
 
 
 def _trend(values: NDArray[np.float64]) -> tuple[float, float]:
