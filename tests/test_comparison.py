@@ -16,7 +16,7 @@ from headstart import Budget, CheckpointError, ModelError, RecipeError, compare,
 from headstart.cli import main
 from headstart.comparison import named_recipe, run_name
 from headstart.metrics import holm, paired_difference
-from headstart.recipe import RECIPES
+from headstart.recipe import RECIPES, load_recipe
 
 MACHINE: dict[str, Any] = {
     "backbone": "test_resnet", "weights": "none", "device": "cpu", "precision": "fp32", "workers": 1,
@@ -180,8 +180,12 @@ def test_budgets_are_read(text: str, epochs: tuple[int, ...], size: int | None) 
 def test_the_command_prints_the_tables(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--recipes", "head", "--budget", "head=1@32", "--backbone", "test_resnet", "--weights", "none"]
     machine = ["--device", "cpu", "--precision", "fp32", "--workers", "1", "--quiet"]
-    assert main(["compare", str(folder), "--out", str(tmp_path / "out"), *arguments, *machine]) == 0
+    own = ["--lr", "0.02", "--augment", "light", "--hidden", "8:relu", "--head-dropout", "0.1"]
+    assert main(["compare", str(folder), "--out", str(tmp_path / "out"), *arguments, *own, *machine]) == 0
     out = capsys.readouterr().out
+    recipe = load_recipe(tmp_path / "out" / "head-seed0" / "recipe.json")
+    assert (recipe.lr, recipe.augment, recipe.head.dropout) == (0.02, "light", 0.1)
+    assert [layer.width for layer in recipe.head.hidden] == [8]
     assert "1 epochs at 32 px" in out
     assert (tmp_path / "out" / "compare.html").is_file()
 

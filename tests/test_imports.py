@@ -18,6 +18,7 @@ ROOMS = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init
 LAYERS = (
     ("errors", "recipe"),
     (
+        *("tuned", "owners"),
         *("folders", "manifest", "groups", "prepared", "archives", "named_sets", "sources", "arrays", "sizes"),
         *("decode", "isolate", "order", "threads", "dataset", "transforms", "augment"),
         *("metrics", "modelfile", "run", "runtime", "store", "terminal"),
@@ -50,11 +51,12 @@ LAYERS = (
     ),
     (
         *("cli", "cli_audit", "cli_cache", "cli_transforms", "cli_options", "cli_overrides"),
-        *("cli_compare", "cli_tuning"),
+        *("cli_compare", "cli_recipe", "cli_tuning"),
     ),
 )
 SIDEWAYS = {
     ("recipe", "errors"),
+    ("tuned", "run"),
     ("manifest", "folders"),
     ("manifest", "run"),
     ("arrays", "dataset"),
@@ -193,6 +195,8 @@ SIDEWAYS = {
     ("train", "schedule"),
     ("train", "stage_result"),
     ("transforms", "threads"),
+    ("cli", "cli_recipe"),
+    ("cli_tuning", "cli_recipe"),
 }
 TORCH_FREE = (
     *("errors", "recipe", "dataset", "metrics", "run", "store", "terminal", "verdicts"),

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 import headstart
 from headstart import Recipe, RecipeError, Space, Stage, find_lr, fine_tune, load_images, split, sweep
@@ -17,9 +22,11 @@ from headstart.bench import Bench
 from headstart.cli import main
 from headstart.features import make_source
 from headstart.lr_finder import range_test, smoothed, suggestions
+from headstart.owners import is_gone, this_process
 from headstart.recipe import HeadSpec, load_recipe
 from headstart.runtime import make_runtime
 from headstart.sweeps import COURSE, COURSE_SPACE, parse_point, parse_values, trial_recipe
+from headstart.tuned import tuned_on
 from tiny import SPEC, TinyNet
 
 NET: dict[str, Any] = {"backbone": "test_resnet", "weights": "none", "spec_overrides": {"image_size": 32}}
@@ -178,6 +185,64 @@ def test_a_hopeless_trial_is_ended_early(photos: Path, tmp_path: Path) -> None:
     space = Space(points=({"lr": 0.01}, {"lr": 0.012}, {"lr": 0.008}, {"lr": 0.011}, {"lr": 1e-7}))
     result = sweep(bench_of(photos), space=space, recipe=recipe, out=tmp_path / "out", **NET)
     assert [t["state"] for t in result.results["trials"]] == ["complete"] * 4 + ["pruned"]
+
+
+def test_a_killed_trial_leaves_its_point_to_others_at_once(photos: Path, tmp_path: Path) -> None:
+    bench, call = bench_of(photos), {"recipe": HEAD, "out": tmp_path / "out", **NET}
+    sweep(bench, space=GRID, trials=1, **call)
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait()
+    study = optuna.load_study(
+        study_name="out", storage=JournalStorage(JournalFileBackend(str(tmp_path / "out" / "journal.log")))
+    )
+    for point, owner in zip(GRID.grid()[1:3], ({"pid": dead.pid}, {}), strict=True):
+        trial = study.ask()
+        trial.set_user_attr("process", {**this_process(), **owner})  # the second one is in hand, by this process
+        trial.set_user_attr("asked", point)
+    done = sweep(bench, space=GRID, **call).results["trials"]
+    assert [t["values"] for t in done] == [GRID.grid()[i] for i in (0, 1, 3)]
+
+
+def test_only_a_process_known_to_have_ended_is_gone() -> None:
+    mine = this_process()
+    assert not is_gone(mine)
+    assert is_gone({**mine, "started": "another process of that number"}) == bool(mine["started"])
+    assert not is_gone({**mine, "host": "elsewhere", "pid": 2**22 + 1})
+    assert is_gone({**mine, "pid": 2**22 + 1})  # beyond the largest number of a process
+    assert not is_gone({})
+
+
+def test_fit_repeats_what_was_tuned_with_its_backbone_weights_and_pictures(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = fine_tune(bench_of(photos), recipe=HEAD, out=tmp_path / "base", **NET).run_path
+    overrides = {"image_size": 32, "mean": (0.4, 0.5, 0.6), "interpolation": "bilinear"}
+    space = Space(points=({"lr": 0.02},))
+    result = sweep(
+        photos, space=space, recipe=HEAD, backbone="test_resnet", weights=base, spec_overrides=overrides,
+        out=tmp_path / "out", **MACHINE,
+    )  # fmt: skip
+    best = tmp_path / "out" / "best.json"
+    assert load_recipe(best) == result.best
+    assert tuned_on(best) == {"backbone": "test_resnet", "weights": str(base), "spec_overrides": overrides}
+    machine = ["--device", "cpu", "--precision", "fp32", "--workers", "1"]
+    assert main(["fit", str(photos), "--recipe", str(best), "--out", str(tmp_path / "run"), *machine]) == 0
+    assert f"backbone test_resnet, weights {base}" in capsys.readouterr().err
+    run = headstart.read_run(tmp_path / "run")
+    assert run.metrics["val"]["log_loss"] == pytest.approx(result.results["trials"][0]["val"]["log_loss"], abs=1e-6)
+    assert run.model["preprocessing"]["mean"] == [0.4, 0.5, 0.6]
+    other = ["--backbone", "test_vit", "--weights", "none", "--epochs", "1"]
+    assert main(["fit", str(photos), "--recipe", str(best), "--out", str(tmp_path / "vit"), *other, *machine]) == 0
+    assert "was found on test_resnet; here it trains test_vit" in capsys.readouterr().err
+
+
+def test_what_a_recipe_was_found_on_is_read_strictly(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.json"
+    assert tuned_on("head") == {}
+    for wrong in ([], {"net": "resnet"}, {"backbone": 1}, {"pictures": {"size": 3}}):
+        file.write_text(json.dumps({**HEAD.to_dict(), "tuned_on": wrong}))
+        with pytest.raises(RecipeError, match="tuned_on is"):
+            tuned_on(file)
 
 
 def _one_process(photos: Path, out: Path) -> None:

@@ -40,6 +40,7 @@ from .cli_options import (
     short_path,
 )
 from .cli_overrides import apply_overrides, override_head, picture_overrides
+from .cli_recipe import follow_tuned
 from .cli_transforms import add_transforms_option, run_transforms
 from .errors import HeadstartError, Interrupted, RecipeError, near_matches
 from .recipe import HeadSpec, load_recipe
@@ -115,6 +116,7 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
 def _fit(args: argparse.Namespace) -> int:
     options = vars(args)
     refuse_beside_from_run(options)
+    follow_tuned(args)
     recipe = apply_overrides(load_recipe(args.recipe or DEFAULT_RECIPE), options)
     spec_overrides = picture_overrides(options)
     backbone = args.backbone or DEFAULT_BACKBONE

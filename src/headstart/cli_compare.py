@@ -9,16 +9,19 @@ from . import terminal
 from .cli_options import (
     DEFAULT_BACKBONE,
     PHOTOS_HELP,
+    RECIPE_OPTIONS,
     Command,
+    add_augment_option,
     add_cache_option,
     add_data_options,
+    add_head_options,
     add_machine_options,
     add_picture_options,
     default_run_path,
     given,
     short_path,
 )
-from .cli_overrides import picture_overrides
+from .cli_overrides import apply_overrides, picture_overrides
 from .errors import RecipeError
 from .recipe import RECIPES
 
@@ -67,6 +70,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weights", metavar="WHICH", help="hub, none, a weights file, or a run folder; a recipe from "
                        "scratch leaves it out (default: hub)")  # fmt: skip
     add_picture_options(parser)
+    add_head_options(parser)
+    group = parser.add_argument_group("recipes", "Put into every recipe that is compared.")
+    for option in RECIPE_OPTIONS:
+        if option.name != "seed":  # --seeds
+            group.add_argument(option.flag, metavar=option.metavar, help=option.help)
+    add_augment_option(group)
     add_machine_options(parser)
 
 
@@ -90,7 +99,10 @@ def run(args: argparse.Namespace) -> int:
 
     result = comparison.compare(
         args.photos,
-        recipes=words(args.recipes or DEFAULT_RECIPES),
+        recipes=[
+            apply_overrides(comparison.named_recipe(name), vars(args))
+            for name in words(args.recipes or DEFAULT_RECIPES)
+        ],
         seeds=seeds,
         budgets={name: comparison.Budget.parse(text) for name, text in budgets.items()},
         backbone=backbone,

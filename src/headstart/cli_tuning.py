@@ -21,6 +21,7 @@ from .cli_options import (
     short_path,
 )
 from .cli_overrides import apply_overrides, picture_overrides
+from .cli_recipe import follow_tuned
 from .errors import RecipeError
 from .recipe import Recipe, load_recipe
 
@@ -48,7 +49,8 @@ def given_work(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def recipe_of(args: argparse.Namespace, default: str) -> Recipe:
-    """The recipe that the options describe."""
+    """The recipe that the options describe; what its file was found on goes into `args`."""
+    follow_tuned(args)
     return apply_overrides(load_recipe(args.recipe or default), vars(args))
 
 

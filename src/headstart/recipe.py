@@ -24,6 +24,8 @@ AUTO_POLICIES = ("none", "randaugment", "trivial")
 SCHEDULES = ("constant", "cosine", "one-cycle")
 ON_COLLAPSE = ("retry", "stop", "ignore")
 
+TUNED_ON = "tuned_on"  # what a recipe in a file was found on; no part of the recipe (see the room `tuned`)
+
 
 def _choice(owner: str, name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
@@ -425,4 +427,6 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RecipeError(f"Recipe {path}: not a JSON file ({error}).") from None
+    if isinstance(data, dict):
+        data.pop(TUNED_ON, None)
     return Recipe.from_dict(data, where=str(path))

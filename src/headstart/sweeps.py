@@ -17,17 +17,20 @@ from typing import Any
 
 from .bench import Bench, data_digest, make_bench, settle
 from .errors import HeadstartError, RecipeError, SetupError
+from .owners import is_gone, this_process
 from .plots import plot_parallel
 from .recipe import Recipe, load_recipe
-from .recipes import fine_tune
+from .recipes import fine_tune, weights_of
 from .run import to_json, write_atomic
 from .runtime import make_runtime
 from .terminal import say
+from .tuned import write_tuned
 
 FILE = "sweep.json"
 JOURNAL = "journal.log"
 PARAMETERS = ("lr", "weight_decay", "head_dropout", "freeze_line", "backbone")
 TPE_TRIALS = 20
+GIVEN_UP = timedelta(hours=1)
 
 # The course notebook's table: epochs of the head on a frozen EfficientNet-B0, Stanford Dogs; its own accuracies.
 COURSE: tuple[tuple[float, float, float], ...] = (
@@ -117,7 +120,8 @@ def sweep(
             `sqlite:///study.db`, which several processes or machines may share.
         prune: end a trial that is worse, after as many epochs, than the median of the others.
         share: keep decoded pictures and stored features between trials.
-        out: folder of sweep.json, best.json (for `fit --recipe`) and the parallel-coordinates picture.
+        out: folder of sweep.json, best.json (for `fit --recipe`; it names the backbone and weights too) and the
+            parallel-coordinates picture.
         data_options: val, test, val_folder, test_folder, root, bad_files, limit and cache, as in `fine_tune`.
     Raises:
         SetupError: Optuna is not installed. RecipeError: options that cannot be used.
@@ -150,6 +154,7 @@ def sweep(
         if not left or (limit is not None and len(taken) >= limit):
             break
         trial = study.ask()
+        trial.set_user_attr("process", this_process())
         point = left[0] if method == "grid" else _draw(trial, space.values or {})
         trial.set_user_attr("asked", point)
         _try(optuna, study, trial, point, plan, bench, backbone, weights, dict(spec_overrides or {}), prune, progress)
@@ -163,16 +168,22 @@ def _key(point: Mapping[str, Any]) -> str:
 
 
 def _taken(optuna: Any, study: Any) -> list[str]:
-    """The trials that are done or that another process has in hand; one begun an hour ago counts as given up."""
+    """The trials that are done or that a living process has in hand."""
     states = optuna.trial.TrialState
-    now = datetime.now()
     return [
         _key(trial.user_attrs["asked"])
         for trial in study.get_trials(deepcopy=False)
         if "asked" in trial.user_attrs
         and trial.state != states.FAIL
-        and not (trial.state == states.RUNNING and now - trial.datetime_start > timedelta(hours=1))
+        and not (trial.state == states.RUNNING and _is_given_up(trial))
     ]
+
+
+def _is_given_up(trial: Any) -> bool:
+    """Its process was killed; on another machine, where nobody can tell, it was begun an hour ago."""
+    if is_gone(trial.user_attrs.get("process", {})):
+        return True
+    return bool(datetime.now() - trial.datetime_start > GIVEN_UP)
 
 
 def _optuna() -> Any:
@@ -287,20 +298,27 @@ def _scored(optuna: Any, trial: Any) -> bool:
 def _row(trial: Any, space: Space) -> dict[str, Any]:
     asked, attrs = trial.user_attrs["asked"], trial.user_attrs
     row = {"number": trial.number, "values": asked, "state": trial.state.name.lower(), **attrs}
-    row.pop("asked")
+    for name in ("asked", "process"):
+        row.pop(name, None)
     if space.published and asked in [dict(point) for point in space.points]:
         row["published"] = space.published[[dict(point) for point in space.points].index(asked)]
     return row
 
 
 def _finish(results: dict[str, Any], plan: Recipe, folder: Path) -> Sweep:
-    """Write the table, the best recipe and the picture."""
+    """Write the table, the best recipe with what it was found on, and the picture."""
     done = [row for row in results["trials"] if row["state"] == "complete"]
     best = min(done, key=lambda row: row["val"]["log_loss"], default=None)
     recipe = None
     if best:
         recipe = replace(trial_recipe(plan, best["values"]), name="best")
-        write_atomic(folder / "best.json", to_json(recipe.to_dict(), indent=1) + b"\n")
+        settings = results["settings"]
+        backbone = str(best["values"].get("backbone", settings["backbone"]))
+        weights = settings["weights"] if backbone == settings["backbone"] and settings["weights"] != "hub" else None
+        write_tuned(
+            folder / "best.json", recipe, backbone=backbone, weights=weights_of(plan, weights),
+            pictures=settings["pictures"],
+        )  # fmt: skip
         results["best"] = best["number"]
     write_atomic(folder / FILE, to_json(results, indent=1) + b"\n")
     if len(done) > 1:

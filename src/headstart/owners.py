@@ -1,0 +1,43 @@
+"""Which process has something in hand, and whether that process is gone: for work that several processes share."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def this_process() -> dict[str, Any]:
+    """What this process is known by: the machine (or container), its number there, and when it was started."""
+    return {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def is_gone(owner: Mapping[str, Any]) -> bool:
+    """Whether the process is known to have ended; False for one of another machine, and where nobody can tell."""
+    # Windows has no harmless signal to ask with.
+    if os.name != "posix" or owner.get("host") != _host():
+        return False
+    try:
+        os.kill(int(owner["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # somebody else's process
+        return False
+    return bool(owner["started"] and owner["started"] != _started(int(owner["pid"])))
+
+
+def _host() -> str:
+    try:
+        return f"{platform.node()} {Path('/proc/self/ns/pid').readlink()}"  # each container counts its own processes
+    except OSError:
+        return platform.node()
+
+
+def _started(pid: int) -> str:
+    """When a process was started, in ticks since the machine was; '' where it cannot be known."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
