@@ -40,18 +40,18 @@ LAYERS = (
         *("verdicts", "cautions"),
         *("pixels", "pixelstore", "rowstore"),
     ),
-    ("features", "evaluation", "harm", "averaging", "linear", "schedule", "stage_result", "train"),
+    ("features", "evaluation", "probing", "harm", "averaging", "linear", "schedule", "stage_result", "train"),
     (
         *("layers", "plots", "svg", "report", "report_charts", "report_page", "report_results", "report_audit"),
         *("comparison_page", "audit_sheet", "auditing", "audit_page", "review_script"),
     ),
     (
         *("bench", "diary", "stage_run", "closing", "recipes", "demo"),
-        *("comparison", "lr_finder", "sweeps"),
+        *("advising", "comparison", "lr_finder", "sweeps"),
     ),
     (
         *("cli", "cli_audit", "cli_cache", "cli_transforms", "cli_options", "cli_overrides"),
-        *("cli_compare", "cli_recipe", "cli_tuning"),
+        *("cli_advise", "cli_compare", "cli_recipe", "cli_tuning"),
     ),
 )
 SIDEWAYS = {
@@ -196,6 +196,14 @@ SIDEWAYS = {
     ("train", "stage_result"),
     ("transforms", "threads"),
     ("cli", "cli_recipe"),
+    ("cli", "cli_advise"),
+    ("cli_advise", "cli_options"),
+    ("cli_advise", "cli_overrides"),
+    ("cli_advise", "cli_tuning"),
+    ("probing", "features"),
+    ("probing", "linear"),
+    ("advising", "bench"),
+    ("advising", "recipes"),
     ("cli_tuning", "cli_recipe"),
 }
 TORCH_FREE = (

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _ROOMS = {
+    "advising": ("Advice", "advise"),
     "auditing": ("audit",),
     "arrays": ("images_from_arrays",),
     "checkpoint": ("load", "save"),

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cli_compare, cli_tuning, terminal
+from . import cli_advise, cli_compare, cli_tuning, terminal
 from .cli_audit import AUDIT
 from .cli_cache import add_cache_options, run_cache
 from .cli_options import (
@@ -88,6 +88,7 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--out", metavar="RUN", help="run folder (default: runs/PHOTOS-BACKBONE, numbered if taken)")
     group.add_argument("--overwrite", action="store_true", help="replace an existing run folder")
+    group.add_argument("--auto", action="store_true", help="train by what `headstart advise` proposes for the pictures")
     group.add_argument("--limit", type=int, metavar="N", help="dry run on N pictures")
     add_cache_option(group)
     add_audit_option(group)
@@ -117,7 +118,8 @@ def _fit(args: argparse.Namespace) -> int:
     options = vars(args)
     refuse_beside_from_run(options)
     follow_tuned(args)
-    recipe = apply_overrides(load_recipe(args.recipe or DEFAULT_RECIPE), options)
+    advice = cli_advise.follow_advice(args) if args.auto else None
+    recipe = apply_overrides(advice.recipe if advice else load_recipe(args.recipe or DEFAULT_RECIPE), options)
     spec_overrides = picture_overrides(options)
     backbone = args.backbone or DEFAULT_BACKBONE
     came_from = f"from-{Path(args.from_run).resolve().name}" if args.from_run else backbone
@@ -138,6 +140,8 @@ def _fit(args: argparse.Namespace) -> int:
     )
     if result.run_path is None:  # one of several processes: another one writes and prints
         return 0
+    if advice:
+        advice.write_facts(result.run_path)
     print(terminal.closing_table(result.metrics))
     print(terminal.notes(cautions(result.history, result.metrics)), end="")
     print(f"\nrun     {short_path(result.run_path)}\nreport  {short_path(result.report_path)}")
@@ -312,6 +316,7 @@ COMMANDS: dict[str, Command] = {
         _fit,
     ),
     "audit": AUDIT,
+    "advise": cli_advise.COMMAND,
     "compare": cli_compare.COMMAND,
     "lr": cli_tuning.LR,
     "sweep": cli_tuning.SWEEP,

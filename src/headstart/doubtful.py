@@ -44,6 +44,19 @@ def why_not(table: ImageTable) -> str | None:
     return None
 
 
+def folds_of(labels: Ints, groups: Sequence[str] = (), *, seed: int = 0) -> list[tuple[Ints, Ints]]:
+    """Places (train, held out) of each fold: every picture is held out once, groups and classes are kept together.
+
+    Args:
+        groups: per picture, '' for one by itself; () for none.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    together = [group or str(i) for i, group in enumerate(groups or ("",) * len(labels))]
+    splitter = StratifiedGroupKFold(min(FOLDS, len(set(together))), shuffle=True, random_state=seed)
+    return list(splitter.split(labels, labels, np.unique(together, return_inverse=True)[1]))
+
+
 def out_of_fold(features: Floats, labels: Ints, groups: Sequence[str] = (), *, seed: int = 0) -> Floats:
     """Class probabilities [N, C] of each picture by logistic regressions that saw neither it nor its group.
 
@@ -52,16 +65,13 @@ def out_of_fold(features: Floats, labels: Ints, groups: Sequence[str] = (), *, s
         groups: per picture, '' for one by itself; () for none.
     """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedGroupKFold
     from sklearn.preprocessing import StandardScaler
 
     scaled = StandardScaler().fit_transform(
         features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-9)
     )
-    together = [group or str(i) for i, group in enumerate(groups or ("",) * len(labels))]
     probs = np.zeros((len(labels), int(labels.max()) + 1))
-    folds = StratifiedGroupKFold(min(FOLDS, len(set(together))), shuffle=True, random_state=seed)
-    for train, held in folds.split(scaled, labels, np.unique(together, return_inverse=True)[1]):
+    for train, held in folds_of(labels, groups, seed=seed):
         model = LogisticRegression(C=STRENGTH, max_iter=500).fit(scaled[train], labels[train])
         probs[np.ix_(held, model.classes_)] = model.predict_proba(scaled[held])
     return probs
