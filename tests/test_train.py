@@ -191,6 +191,15 @@ class TestCollapse:
         assert result.epochs == 6
         assert result.best.loss <= result.history[0]["val"]["loss"]
 
+    def test_a_running_average_is_judged_where_there_is_one(self) -> None:
+        def alarms(ema: float, lr: float) -> int:
+            stage = replace(self.STAGE, on_collapse="stop", ema=ema)
+            return len(fit(self.trained(), DATA, stage, lr=lr, runtime=CPU, starts_trained=True).events)
+
+        assert alarms(ema=0.0, lr=13.0) == 1  # single steps go over the threshold
+        assert alarms(ema=0.9, lr=13.0) == 0
+        assert alarms(ema=0.9, lr=30.0) == 1
+
     def test_no_alarm_at_a_sensible_rate_or_for_an_untrained_head(self) -> None:
         assert fit(self.trained(), DATA, self.STAGE, lr=1e-3, runtime=CPU, starts_trained=True).events == []
         assert fit(model_at(), DATA, self.STAGE, lr=30.0, runtime=CPU).events == []

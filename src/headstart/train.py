@@ -268,7 +268,8 @@ def _attempt(
         if report:
             report(Progress(stage.name, epoch, run.step, run.steps, run.pictures, last.val))
         if watch and run.step % check_every == 0 and run.step <= COLLAPSE_EPOCHS * run.steps_per_epoch:
-            now = run.score_val(COLLAPSE_SUBSET)
+            with run.in_shown_state():  # a running average forgives single steps, as it does in what is kept
+                now = run.score_val(COLLAPSE_SUBSET)
             if not now.loss <= limit:
                 raise _CollapseError(
                     f"A learning rate of {run.lr:g} wrecked the trained head: validation loss {now.loss:.3f} after"
