@@ -15,6 +15,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 import headstart
 from headstart.audit_copies import find_copies, leaked
+from headstart.bench import make_bench
 from headstart.clean import clean_rows, counts_of
 from headstart.cli import main
 from headstart.dataset import ImageTable, load_images
@@ -25,6 +26,7 @@ from headstart.findings import AuditResult, DoubtfulLabel, read_audit
 from headstart.groups import join_groups
 from headstart.inspection import look, look_at, thumbs_of
 from headstart.run import read_csv
+from headstart.runtime import make_runtime
 from headstart.shortcuts import find_shortcuts
 from headstart.terminal import closing_table
 from tiny import SPEC, TinyNet
@@ -52,6 +54,20 @@ def trees(tmp_path: Path) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             scene(100 * c + i).save(folder / f"{name}_{i * 7}.jpg", quality=90)
     return root
+
+
+def test_where_copies_cannot_be_kept_together_the_data_are_not_blamed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in CLASSES:
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            scene(i).save(tmp_path / name / f"{i}.png")
+    make_bench(tmp_path, runtime=make_runtime(device="cpu"), cache=False, progress=True)
+    told = capsys.readouterr().err
+    assert "copies stand in several splits" in told
+    assert "in several splits (group" in told
+    assert "Leave the split to headstart" not in told  # it made the split itself
 
 
 def kinds(result: AuditResult) -> dict[str, str]:

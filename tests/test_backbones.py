@@ -318,8 +318,11 @@ class Harmful:
 def test_pickled_code_is_not_run(tmp_path: Path) -> None:
     trap = tmp_path / "ran"
     torch.save({"state_dict": {"a": torch.zeros(1)}, "extra": Harmful(trap)}, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=r"x.pth: refused by PyTorch's weights-only reader \(.*\).*\.safetensors"):
+    with pytest.raises(
+        CheckpointError, match=r"x.pth: refused by PyTorch's weights-only reader \(.*\).*\.safetensors"
+    ) as e:
         create(SMALL, weights=tmp_path / "x.pth")
+    assert "safe_globals" not in str(e.value)  # PyTorch's advice on how to run it all the same
     assert not trap.exists()
     with (tmp_path / "x.pth").open("rb") as stream:  # and the trap works: an open reader would have run it
         torch.load(stream, weights_only=False)

@@ -118,10 +118,37 @@ def test_fit_names_a_broken_picture_before_training(
     assert "green/cut.jpg" in err
     assert "--bad-files skip" in err
     assert not out.exists()
-    code, _, _ = command(capsys, "fit", photos, "--out", out, *QUICK, "--bad-files", "skip")
+    loud = [option for option in QUICK if option != "--quiet"]
+    code, _, err = command(capsys, "fit", photos, "--out", out, *loud, "--bad-files", "skip")
     assert code == 0
+    assert "1 unreadable file is left out:\n  green/cut.jpg: damaged or cut off" in err
+    assert "could not be read" not in err  # said once
     ((path, _),) = json.loads((out / "metrics.json").read_bytes())["data"]["bad_files"]
     assert path.endswith("green/cut.jpg")
+    code, _, err = command(capsys, "evaluate", out, photos, *MACHINE, "--bad-files", "skip")
+    assert code == 0
+    assert "green/cut.jpg" in err
+
+
+def test_without_network_a_broken_picture_is_named_before_the_weights(
+    folder: Path,
+    broken: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    photos = shutil.copytree(folder, tmp_path / "photos")
+    wanted = ["fit", photos, "--backbone", "test_resnet.r160_in1k", "--out", tmp_path / "run", *MACHINE]
+    code, _, err = command(capsys, *wanted)
+    assert code == 2
+    assert "--weights FILE" in err
+    shutil.copy(broken, photos / "green" / "cut.jpg")
+    code, _, err = command(capsys, *wanted)
+    assert code == 2
+    assert "green/cut.jpg: damaged" in err
+    assert "--weights" not in err
 
 
 @pytest.mark.parametrize(

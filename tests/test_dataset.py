@@ -563,7 +563,7 @@ def test_a_share_of_nothing_leaves_a_split_empty(table) -> None:  # type: ignore
 @pytest.mark.parametrize(("n", "needed"), [(1, 3), (2, 3)])
 def test_too_few_pictures(tmp_path: Path, n: int, needed: int) -> None:
     table = load_images(fill(tmp_path, {"many": 9, "few": n}))
-    with pytest.raises(DataError, match=rf"class 'few' has {n}; one each for train and val and test makes {needed}"):
+    with pytest.raises(DataError, match=rf"class 'few' has {n}; one each for train, val and test makes {needed}"):
         split(table)
 
 

@@ -283,7 +283,7 @@ def test_a_group_on_both_sides_of_brought_splits_is_found_and_told(
     tiny = ["--backbone", "test_resnet", "--weights", "none", "--image-size", "32", "--recipe", "head", "--epochs", "1"]
     out = tmp_path / "run"
     assert main(["fit", str(file), "--out", str(out), "--device", "cpu", "--workers", "1", *tiny]) == 0
-    assert "1 groups of pictures stand on both sides" in capsys.readouterr().err
+    assert "1 group of pictures stands in several splits" in capsys.readouterr().err
     assert json.loads((out / "metrics.json").read_text())["data"]["shared_groups"] == {"burst": ["train", "test"]}
     assert "stand in several splits" in (out / "report.html").read_text()
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -160,6 +162,21 @@ def test_a_file_that_strikes_the_decoder_is_named_and_not_remembered(
         assert len(seen) == 36
     assert reasons == [None if path != slow else "its decoding takes more than 0.05 seconds" for path in paths]
     assert PixelStore(cache, SPEC).fill(paths, root=photos) == [None] * 37
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_named_pipe_is_a_bad_file_and_is_not_waited_for(cache: Cache, photos: Path) -> None:
+    pipe = photos / "pipe.jpg"
+    os.mkfifo(pipe)
+    done: list[str | None] = []
+    filling = threading.Thread(
+        target=lambda: done.extend(PixelStore(cache, SPEC).fill([pipe], root=photos)), daemon=True
+    )
+    filling.start()
+    filling.join(20)
+    if filling.is_alive():  # let the thread end
+        pipe.open("wb").close()
+    assert done == ["not a regular file"]
 
 
 def test_what_is_missing_of_a_picture_is_added(cache: Cache, photos: Path) -> None:

@@ -80,13 +80,9 @@ def left_out_findings(table: ImageTable) -> list[Finding]:
         return []
     n = len(table.bad_files)
     title = f"{_files(n)} could not be read and {'was' if n == 1 else 'were'} left out."
-    inside = [path.relative_to(table.root) if path.is_relative_to(table.root) else path for path, _ in table.bad_files]
-    return [
-        Finding(
-            "left-out", "warning", title, "Repair them, or remove them for good.",
-            tuple(path.as_posix() for path in inside), tuple(reason for _, reason in table.bad_files),
-        )
-    ]  # fmt: skip
+    advice = f"Repair {'it, or remove it' if n == 1 else 'them, or remove them'} for good."
+    files, reasons = zip(*table.left_out, strict=True)
+    return [Finding("left-out", "warning", title, advice, files, reasons)]
 
 
 def class_findings(table: ImageTable) -> list[Finding]:

@@ -22,7 +22,7 @@ from .audit_copies import is_copies
 from .audit_quick import quick_audit
 from .averaging import restore, snapshot
 from .classifier import Classifier
-from .dataset import ImageTable, Splits, check_images, load_images, split
+from .dataset import ImageTable, Splits, bad_file_lines, check_images, load_images, split
 from .errors import CheckpointError, DataError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_logits
 from .features import Advance, Placement, StageData, make_source
@@ -311,26 +311,33 @@ def require_validation(splits: Splits) -> None:
 
 def _say_findings(result: AuditResult | None, show: bool) -> None:
     for one in result.findings if result else ():
-        if one.severity != "note":
+        if one.severity != "note" and one.kind != "left-out":  # those have been named
             say(f"{one.severity.capitalize()}: {one.title} {one.advice}", enabled=show)
 
 
 def _say_data(splits: Splits, show: bool) -> None:
     counts = f"{len(splits.train):,} train, {len(splits.val):,} val, {len(splits.test):,} test"
     say(f"{len(splits.class_names)} classes; pictures: {counts}.", enabled=show)
-    bad = splits.train.bad_files
-    if bad:
-        say(f"{len(bad)} unreadable files are left out; the report lists them.", enabled=show)
+    say_left_out(splits.train, show)
     if splits.train.dropped:
         say(f"{len(splits.train.dropped):,} pictures are dropped by the manifest; the report lists them.", enabled=show)
     shared = splits.shared_groups()
     if shared:
         group, names = next(iter(shared.items()))
+        advice = " Leave the split to headstart to keep them together." if any(splits.train.split_names) else ""
         say(
-            f"{len(shared):,} groups of pictures stand on both sides of the splits the data bring (group {group!r} in"
-            f" {' and '.join(names)}): the scores are too good. Leave the split to headstart to keep them together.",
+            f"{len(shared):,} {'group of pictures stands' if len(shared) == 1 else 'groups of pictures stand'} in"
+            f" several splits (group {group!r} in {' and '.join(names)}): the scores are too good.{advice}",
             enabled=True,
         )
+
+
+def say_left_out(table: ImageTable, show: bool) -> None:
+    """Name the unreadable files that `bad_files="skip"` left out, with their reasons."""
+    n = len(table.left_out)
+    if n:
+        word = "unreadable file is" if n == 1 else "unreadable files are"
+        say(f"{n:,} {word} left out:{bad_file_lines(table.left_out)}", enabled=show)
 
 
 # ---- folders of several runs -----------------------------------------------------------------------------------

@@ -82,6 +82,14 @@ class ImageTable:
         """Paths relative to `root`, with forward slashes, as they are spelled on the disk."""
         return tuple(p.relative_to(self.root).as_posix() for p in self.paths)
 
+    @property
+    def left_out(self) -> tuple[tuple[str, str], ...]:
+        """`bad_files` by their paths relative to `root` where they lie in it."""
+        return tuple(
+            ((path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix(), reason)
+            for path, reason in self.bad_files
+        )
+
     def class_counts(self) -> npt.NDArray[np.int64]:
         """Pictures per class, int64 [C]; 0 for a class that has none here."""
         return np.bincount(self.labels, minlength=len(self.class_names)).astype(np.int64)
@@ -262,10 +270,9 @@ def check_images(
     if not bad:
         return table
     if bad_files == "error":
-        lines = "".join(f"\n  {table.relative_paths[i]}: {reason}" for i, reason in bad[:20])
-        more = f"\n  ... and {len(bad) - 20:,} more" if len(bad) > 20 else ""
+        lines = bad_file_lines([(table.relative_paths[i], reason) for i, reason in bad])
         raise DataError(
-            f"{len(bad):,} of {len(table):,} pictures in {table.root} cannot be read:{lines}{more}\n"
+            f"{len(bad):,} of {len(table):,} pictures in {table.root} cannot be read:{lines}\n"
             'Repair or remove them, or leave them out with --bad-files skip (bad_files="skip").'
         )
     kept = table.select([i for i, reason in enumerate(reasons) if reason is None])
@@ -277,6 +284,12 @@ def check_images(
             f"({table.relative_paths[bad[0][0]]}: {bad[0][1]}). Repair the pictures or remove the class."
         )
     return replace(kept, bad_files=table.bad_files + tuple((table.paths[i], reason) for i, reason in bad))
+
+
+def bad_file_lines(bad: Sequence[tuple[str, str]]) -> str:
+    """A line for each of the first 20 (file, reason), each after a line break, and how many more there are."""
+    more = f"\n  ... and {len(bad) - 20:,} more" if len(bad) > 20 else ""
+    return "".join(f"\n  {file}: {reason}" for file, reason in bad[:20]) + more
 
 
 def bad_reasons(
@@ -389,9 +402,10 @@ def _require_enough(table: ImageTable, of_class: dict[int, list[Unit]], missing:
     if len(short):
         named = ", ".join(f"{table.class_names[i]!r} has {counts[i]}" for i in short[:5])
         more = f" and {len(short) - 5} classes more" if len(short) > 5 else ""
+        sides = ("train", *sorted(missing, reverse=True))
         raise DataError(
             f"Too few training pictures in {table.root}: class {named}{more}; one each for "
-            f"{' and '.join(('train', *sorted(missing, reverse=True)))} makes {needed}"
+            f"{', '.join(sides[:-1])} and {sides[-1]} makes {needed}"
             f"{' (pictures of one group count as one)' if any(table.groups) else ''}. "
             "Add pictures, remove the class, or bring your own split folders (train, val, test)."
         )

@@ -124,7 +124,8 @@ def doubtful_findings(doubtful: Sequence[DoubtfulLabel], n: int) -> list[Finding
         Finding(
             "doubtful-labels", "warning" if len(flagged) >= 0.01 * n else "note",
             f"{len(flagged):,} label{'' if len(flagged) == 1 else 's'} of {n:,} may be wrong.",
-            "Go through them, most doubtful first; `headstart audit PHOTOS --write-clean FILE` writes a manifest that "
+            f"{'Look at it' if len(flagged) == 1 else 'Go through them, most doubtful first'}; "
+            "`headstart audit PHOTOS --write-clean FILE` writes a manifest that "
             "relabels the sure ones and leaves the others out.",
             files=tuple(one.file for one in flagged),
             details=tuple(f"{one.label}, rather {one.suggested} ({100 * one.suggested_prob:.0f} %)" for one in flagged),

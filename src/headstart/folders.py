@@ -137,7 +137,7 @@ def _split_folders(top: _Folder, shown: str, chosen: dict[str, str | None]) -> d
         if name in found:
             raise DataError(
                 f"{shown}: {found[name].name!r} and {path.name!r} both mean split {name!r}. Remove one, or name the "
-                f"right one (--{name}-folder NAME)."
+                f"right one (fit --{name}-folder NAME)."
             )
         found[name] = path
     stray = [p for p in free if p not in named and find_pictures(p)]

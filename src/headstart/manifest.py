@@ -174,13 +174,13 @@ def _column_names(header: Sequence[str], file: Path) -> list[str]:
     for needed in ("path", "label"):
         if needed not in names:
             raise DataError(
-                f"{file} has no column {needed!r}; its columns: {', '.join(header) or 'none'}."
+                f"no column {needed!r}; its columns: {', '.join(header) or 'none'}."
                 f"{near_matches(needed, list(header))} A manifest has the columns path and label, and if wanted "
-                "split, group and drop. Rename the column."
+                "split, group and drop. Rename the column. Several labels per picture (multi-label) are not supported."
             )
     twice = [name for name in COLUMNS if names.count(name) > 1]
     if twice:
-        raise DataError(f"{file} has two columns called {twice[0]!r}. Rename one.")
+        raise DataError(f"two columns called {twice[0]!r}. Rename one.")
     return names
 
 

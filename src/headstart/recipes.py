@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .bench import Bench, Data, find_data, make_bench, require_validation
+from .bench import Bench, Data, find_data, make_bench, require_validation, say_left_out
 from .checkpoint import load
 from .classifier import Classifier, create_classifier
 from .closing import FitResult, finish, leaked_rows, leave_usable, trained_on, write_plan
-from .dataset import ImageTable, Splits, load_images
+from .dataset import ImageTable, Splits, check_images, load_images
 from .diary import Diary
-from .errors import HeadstartError, Interrupted, ModelError, RecipeError
+from .errors import HeadstartError, Interrupted, ModelError, RecipeError, SetupError
 from .evaluation import evaluate, predict_probs, tta_views
 from .freezing import set_freeze_line
 from .handover import change_classes
@@ -117,11 +117,16 @@ def fine_tune(
             if from_run is not None:
                 model, plan = _go_on_from(from_run, found.class_names, plan, diary)
             else:
-                model = create_classifier(
-                    backbone, found.class_names, head=plan.head if not isinstance(head, nn.Module) else head,
-                    weights=str(weights), data_spec=data_spec, drop_rate=plan.drop_rate,
-                    drop_path_rate=plan.drop_path_rate, seed=plan.seed, **(spec_overrides or {}),
-                )  # fmt: skip
+                try:
+                    model = create_classifier(
+                        backbone, found.class_names, head=plan.head if not isinstance(head, nn.Module) else head,
+                        weights=str(weights), data_spec=data_spec, drop_rate=plan.drop_rate,
+                        drop_path_rate=plan.drop_path_rate, seed=plan.seed, **(spec_overrides or {}),
+                    )  # fmt: skip
+                except SetupError:  # no network: before anyone goes for the weights, bad pictures are named
+                    if bad_files == "error" and isinstance(data, (str, Path)) and isinstance(found, ImageTable):
+                        check_images(found, workers=runtime.workers)
+                    raise
             model.to(runtime.device)
         for stage in plan.stages:  # a line that selects nothing is found before hours are spent in front of it
             check_mixing(stage, set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm))
@@ -231,6 +236,7 @@ def evaluate_run(
     runtime = make_runtime(device=device, precision=precision, workers=workers)
     model = load(run, device=runtime.device)
     table = load_images(folder, root=root, bad_files=bad_files, class_names=model.class_names, workers=runtime.workers)
+    say_left_out(table, True)
     seen = int(trained_on(Path(run), table).sum())
     if seen:
         say(
@@ -264,6 +270,7 @@ def check_transforms(
     runtime = make_runtime(device=device, precision=precision, workers=workers)
     model = load(run, device=runtime.device)
     table = load_images(folder, root=root, bad_files=bad_files, class_names=model.class_names, workers=runtime.workers)
+    say_left_out(table, True)
     with ProgressBar(len(table) * (1 + len(single_changes(augment))), "Trying changes", enabled=progress) as bar:
         return transform_costs(model, table, augment, runtime=runtime, advance=bar.advance)
 

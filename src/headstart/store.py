@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import struct
 import sys
 import time
@@ -347,6 +348,8 @@ def content_hash(data: bytes) -> str:
 
 def _stamp(path: Path) -> list[int]:
     status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # to read a pipe would wait for its writer
+        raise OSError(f"{path} is not a regular file")
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 

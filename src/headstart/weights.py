@@ -88,7 +88,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 def _reason(error: Exception) -> str:
     """The line of PyTorch's long message that names the object, or else its first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "Unsupported" in line), lines[0] if lines else type(error).__name__)
+    line = next((line for line in lines if "Unsupported" in line), lines[0] if lines else type(error).__name__)
+    return line.partition(". Please use")[0]  # PyTorch goes on to say how to run the code all the same
 
 
 def _named_tensors(stored: Any, path: Path) -> dict[str, torch.Tensor]:
