@@ -15,6 +15,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 import headstart
 from headstart.audit_copies import find_copies, leaked
+from headstart.audit_quick import shortcut_findings
 from headstart.bench import make_bench
 from headstart.clean import clean_rows, counts_of
 from headstart.cli import main
@@ -27,7 +28,7 @@ from headstart.groups import join_groups
 from headstart.inspection import look, look_at, thumbs_of
 from headstart.run import read_csv
 from headstart.runtime import make_runtime
-from headstart.shortcuts import find_shortcuts
+from headstart.shortcuts import Shortcut, find_shortcuts
 from headstart.terminal import closing_table
 from tiny import SPEC, TinyNet
 
@@ -280,6 +281,12 @@ def test_real_sets_hold_what_is_known_of_them(shared: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- in fit
+
+
+@pytest.mark.parametrize(("name", "words"), [("size", "Size alone tells a"), ("format and mode", "mode alone tell a")])
+def test_a_shortcut_is_told_in_a_whole_sentence(name: str, words: str) -> None:
+    (found,) = shortcut_findings([Shortcut(name, 0.9, 0.5, "a", 0.9, 0.1, 0.7, True)])
+    assert words in found.title
 
 
 def fit_tiny(data: object, tmp_path: Path, **options: object) -> headstart.FitResult:

@@ -83,8 +83,8 @@ def shortcut_findings(shortcuts: list[Shortcut]) -> list[Finding]:
     return [
         Finding(
             "shortcut", "warning",
-            f"{one.name[0].upper()}{one.name[1:]} alone tells {one.told} in {100 * one.recall:.0f} % of its "
-            f"pictures, with {100 * one.false_alarms:.0f} % false alarms.",
+            f"{one.name[0].upper()}{one.name[1:]} alone {'tell' if ' and ' in one.name else 'tells'} {one.told} in "
+            f"{100 * one.recall:.0f} % of its pictures, with {100 * one.false_alarms:.0f} % false alarms.",
             "A network may learn this instead of what is shown: make the classes alike in it, or test on pictures "
             "from elsewhere.",
         )

@@ -25,6 +25,7 @@ def audit_section(run: RunRecord) -> str:
 
 def _finding(one: Mapping[str, Any], root: Path) -> str:
     kind = {"error": "bad", "warning": "open"}.get(one["severity"], "good")
+    n = len(one["files"])
     shown = (
         []
         if one["severity"] == "note"
@@ -35,7 +36,7 @@ def _finding(one: Mapping[str, Any], root: Path) -> str:
         f'<li class="{kind}"><h3>{esc(one["kind"].replace("-", " ").capitalize())}</h3><p><span class="answer">'
         f"{esc(one['severity'].capitalize())}.</span>{esc(one['title'])} {esc(one['advice'])}</p>"
         + (f'<ul class="mistakes">{images}</ul>' if images else "")
-        + (details(f"{len(one['files']):,} files", f"<ul>{_names(one)}</ul>") if one["files"] else "")
+        + (details(f"{n:,} file{'' if n == 1 else 's'}", f"<ul>{_names(one)}</ul>") if one["files"] else "")
         + "</li>"
     )
 

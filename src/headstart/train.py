@@ -273,7 +273,7 @@ def _attempt(
             if not now.loss <= limit:
                 raise _CollapseError(
                     f"A learning rate of {run.lr:g} wrecked the trained head: validation loss {now.loss:.3f} after"
-                    f" {run.step} steps, {part.loss:.3f} before."
+                    f" {run.step} step{'' if run.step == 1 else 's'}, {part.loss:.3f} before."
                 )
 
     pool = ThreadPoolExecutor(run.runtime.workers, thread_name_prefix="headstart-batch")
