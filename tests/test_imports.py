@@ -43,15 +43,15 @@ LAYERS = (
     ("features", "evaluation", "probing", "harm", "averaging", "linear", "schedule", "stage_result", "train"),
     (
         *("layers", "plots", "svg", "report", "report_charts", "report_page", "report_results", "report_audit"),
-        *("comparison_page", "audit_sheet", "auditing", "audit_page", "review_script"),
+        *("comparison_page", "shootout_page", "audit_sheet", "auditing", "audit_page", "review_script"),
     ),
     (
         *("bench", "diary", "stage_run", "closing", "recipes", "demo"),
-        *("advising", "comparison", "lr_finder", "sweeps"),
+        *("advising", "comparison", "contest", "lr_finder", "sweeps"),
     ),
     (
         *("cli", "cli_audit", "cli_cache", "cli_transforms", "cli_options", "cli_overrides"),
-        *("cli_advise", "cli_compare", "cli_recipe", "cli_tuning"),
+        *("cli_advise", "cli_compare", "cli_recipe", "cli_shootout", "cli_tuning"),
     ),
 )
 SIDEWAYS = {
@@ -203,6 +203,15 @@ SIDEWAYS = {
     ("probing", "features"),
     ("probing", "linear"),
     ("advising", "bench"),
+    ("contest", "bench"),
+    ("contest", "comparison"),
+    ("contest", "recipes"),
+    ("shootout_page", "report_page"),
+    ("shootout_page", "svg"),
+    ("cli", "cli_shootout"),
+    ("cli_shootout", "cli_compare"),
+    ("cli_shootout", "cli_options"),
+    ("cli_shootout", "cli_overrides"),
     ("advising", "recipes"),
     ("cli_tuning", "cli_recipe"),
 }

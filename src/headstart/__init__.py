@@ -13,6 +13,7 @@ _ROOMS = {
     "checkpoint": ("load", "save"),
     "classifier": ("Classifier", "create_classifier"),
     "comparison": ("Budget", "Comparison", "compare"),
+    "contest": ("Entrant", "Shootout", "shootout"),
     "dataset": ("ImageTable", "Splits", "load_images", "open_image", "split"),
     "errors": (
         "CheckpointError", "DataError", "HeadstartError", "Interrupted", "ModelError", "RecipeError", "SetupError",

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cli_advise, cli_compare, cli_tuning, terminal
+from . import cli_advise, cli_compare, cli_shootout, cli_tuning, terminal
 from .cli_audit import AUDIT
 from .cli_cache import add_cache_options, run_cache
 from .cli_options import (
@@ -318,6 +318,7 @@ COMMANDS: dict[str, Command] = {
     "audit": AUDIT,
     "advise": cli_advise.COMMAND,
     "compare": cli_compare.COMMAND,
+    "shootout": cli_shootout.COMMAND,
     "lr": cli_tuning.LR,
     "sweep": cli_tuning.SWEEP,
     "evaluate": Command(

@@ -153,7 +153,7 @@ def compare(
         for plan in plans:
             say(f"{plan.name}, seed {seed}", enabled=progress)
             runs[plan.name].append(
-                _run(
+                run_or_read(
                     bench, replace(plan, seed=seed), folder / run_name(plan.name, seed), backbone=backbone,
                     weights=weights if plan.pretrained else None, overrides=overrides[plan.name], size=sizes[plan.name],
                     progress=progress,
@@ -199,7 +199,7 @@ def image_size(run: RunRecord) -> int | None:
     return (run.model.get("preprocessing") or {}).get("image_size")
 
 
-def _run(
+def run_or_read(
     bench: Bench,
     plan: Recipe,
     path: Path,
@@ -210,12 +210,17 @@ def _run(
     size: int,
     progress: bool,
 ) -> RunRecord:
-    """Train, or read what an earlier call finished with the very same recipe and picture size."""
+    """Train, or read what an earlier call finished with the very same recipe and picture size.
+
+    The bench of both has the same test pictures, or none.
+    """
     if path.exists():
         try:
             earlier = read_run(path)
             same = earlier.recipe == json.loads(to_json(plan.to_dict()))
-            if same and image_size(earlier) == size and earlier.metrics.get("test"):
+            scored = [split for split in ("val", "test") if earlier.metrics.get(split)]
+            whole = scored == (["val", "test"] if len(bench.splits.test) else ["val"])
+            if same and image_size(earlier) == size and whole:
                 say("  done before; read from its folder", enabled=progress)
                 return earlier
         except HeadstartError:

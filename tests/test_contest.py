@@ -1,0 +1,155 @@
+"""The shoot-out: what takes part, what is never looked at, how the time is kept, and what the page shows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import make_picture
+from headstart import Entrant, RecipeError, Shootout, load_images, shootout, split
+from headstart.cli import main
+from headstart.contest import estimated_seconds, pareto_front
+from headstart.recipe import HEAD_STAGE, RECIPES, Recipe, Stage
+from headstart.run import read_run
+
+MACHINE: dict[str, Any] = {"device": "cpu", "precision": "fp32", "workers": 1, "spec_overrides": {"image_size": 32}}
+PLAN = Recipe(
+    name="tiny",
+    stages=(
+        Stage(epochs=2, views=1, batch_size=8),
+        Stage(name="fine-tune", freeze_line="last:2", epochs=1, batch_size=8, lr_scale=0.01, views=1),
+    ),
+    lr=0.01,
+)
+BACKBONES = ("test_resnet=none", "test_vit=none", "test_convnext=none")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "photos"
+    rng = np.random.default_rng(0)
+    for hue, name in enumerate(("blue", "green", "red")):
+        (root / name).mkdir(parents=True)
+        for i in range(10):
+            make_picture(rng, hue).save(root / name / f"{name}{i}.jpg", quality=95)
+    return root
+
+
+@pytest.fixture(scope="module")
+def shot(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Shootout:
+    out = tmp_path_factory.mktemp("out") / "shootout"
+    return shootout(folder, backbones=BACKBONES, recipe=PLAN, finalists=2, out=out, **MACHINE)
+
+
+def test_every_backbone_is_probed_and_the_best_two_are_fine_tuned(shot: Shootout) -> None:
+    results = json.loads((shot.path / "shootout.json").read_text())
+    assert results == json.loads(json.dumps(shot.results))
+    rows = sorted(results["entrants"], key=lambda row: row["probe"]["log_loss"])
+    assert ["fine_tuned" in row for row in rows] == [True, True, False]
+    assert rows[2]["why_not"] == "not among the 2 best probes"
+    assert all(row["ms_per_picture"] > 0 and row["megabytes"] > 0 for row in rows)
+    assert any(row["front"]["time"] for row in rows)
+    assert results["chosen"] == min(rows[:2], key=lambda row: row["fine_tuned"]["log_loss"])["label"]
+    assert [pair["n"] for pair in results["pairs"]] == [results["n"]["val"]]
+
+
+def test_finalists_have_never_seen_the_test_pictures_and_the_chosen_one_is_scored_once(shot: Shootout) -> None:
+    results = shot.results
+    runs = {row["label"]: read_run(shot.path / row["run"]) for row in results["entrants"] if "fine_tuned" in row}
+    assert len(runs) == 2
+    for label, run in runs.items():
+        assert run.metrics.get("test") is None
+        assert {row["split"] for row in run.splits} == {"train", "val"}
+        row = next(row for row in results["entrants"] if row["label"] == label)
+        assert run.metrics["val"]["log_loss"] == row["fine_tuned"]["log_loss"]
+    assert results["test"]["n"] == results["n"]["test"] > 0
+
+
+def test_the_same_call_takes_finished_runs_from_the_folder(shot: Shootout, folder: Path) -> None:
+    times = {path: path.stat().st_mtime_ns for path in shot.path.glob("*/model.safetensors")}
+    assert len(times) == 2
+    again = shootout(folder, backbones=BACKBONES, recipe=PLAN, finalists=2, out=shot.path, **MACHINE)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert again.results["chosen"] == shot.results["chosen"]
+    assert again.results["test"] == shot.results["test"]
+
+
+def test_no_time_is_no_fine_tuning(folder: Path, tmp_path: Path) -> None:
+    splits = split(load_images(folder))
+    found = shootout(splits, backbones=BACKBONES[:1], recipe=replace(PLAN, stages=(*PLAN.stages[:1], replace(
+        PLAN.stages[1], epochs=100_000))), minutes=2, out=tmp_path / "out", **MACHINE).results  # fmt: skip
+    assert "would take about" in found["entrants"][0]["why_not"]
+    assert (found["test"], found["pairs"]) == (None, [])
+    assert "no time to fine-tune" in (tmp_path / "out" / "shootout.html").read_text()
+
+
+def test_a_backbone_that_cannot_be_had_is_left_out_with_its_reason(folder: Path, tmp_path: Path) -> None:
+    found = shootout(
+        folder, backbones=("test_resnet=none", "test_resnot=none"), recipe=replace(PLAN, stages=PLAN.stages[:1]),
+        out=tmp_path / "out", **MACHINE,
+    ).results  # fmt: skip
+    assert "test_resnot" in found["entrants"][1]["why_not"]
+    assert found["chosen"] == "test_resnet (random)"
+    with pytest.raises(RecipeError, match="No backbone could be probed: test_resnot"):
+        shootout(folder, backbones=("test_resnot=none",), recipe=PLAN, out=tmp_path / "none", **MACHINE)
+
+
+def test_a_run_folder_takes_part_with_its_own_weights(shot: Shootout) -> None:
+    run = next(shot.path / row["run"] for row in shot.results["entrants"] if "fine_tuned" in row)
+    one = Entrant.parse(str(run))
+    assert one.backbone == read_run(run).model["backbone"]["name"]
+    assert one.weights == str(run)
+    assert Entrant.parse("resnet18") == Entrant("resnet18", "resnet18")
+    assert Entrant.parse("resnet18=none").label == "resnet18 (random)"
+    assert Entrant.parse("a=x/w.pth").folder != Entrant.parse("a=y/w.pth").folder
+    for wrong in ("=none", "resnet18="):
+        with pytest.raises(RecipeError, match="NAME=WEIGHTS"):
+            Entrant.parse(wrong)
+
+
+def test_wrong_settings_are_refused(folder: Path, tmp_path: Path) -> None:
+    for wrong, words in (
+        ({"backbones": ()}, "one or more"),
+        ({"backbones": BACKBONES[:1] * 2}, "each once"),
+        ({"backbones": BACKBONES, "minutes": 0}, "more than 0"),
+        ({"backbones": BACKBONES, "recipe": RECIPES["scratch"]}, "random weights"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            shootout(folder, out=tmp_path / "out", **{**MACHINE, **wrong})
+
+
+def test_the_front_is_what_nothing_cheaper_matches() -> None:
+    points = [(1.0, 0.5), (2.0, 0.4), (3.0, 0.9), (3.0, 0.8), (4.0, 0.9)]
+    assert pareto_front(points) == [True, False, True, False, False]
+    assert pareto_front([(1.0, 0.5), (1.0, 0.5)]) == [True, True]
+
+
+def test_an_estimate_counts_views_and_three_passes_a_step() -> None:
+    plan = Recipe(stages=(HEAD_STAGE, replace(RECIPES["fine-tune"].stages[1], epochs=5, views=4)))
+    assert estimated_seconds(plan, 100, 0.01) == pytest.approx((HEAD_STAGE.views + 4 + 15) * 100 * 0.01)
+
+
+def test_the_page_is_whole_and_loads_nothing(shot: Shootout) -> None:
+    page = shot.page_path.read_text()
+    assert "default-src 'none'" in page
+    assert page.count("<figure>") == 2
+    assert page.count('class="tuned"') == 2 * 2 + 1  # two finalists on two pictures, and the key
+    assert page.count('class="probe"') == 3 * 2 + 1
+    for row in shot.results["entrants"]:
+        assert row["label"] in page
+
+
+def test_the_command_prints_the_table(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = ["--image-size", "32", "--device", "cpu", "--precision", "fp32", "--workers", "1", "--quiet"]
+    arguments = ["--backbones", "test_resnet=none,test_vit=none", "--finalists", "1", "--epochs", "2,1", "--out",
+                 str(tmp_path / "out")]  # fmt: skip
+    assert main(["shootout", str(folder), *arguments, *machine]) == 0
+    printed = capsys.readouterr().out
+    assert "on the test pictures, scored once" in printed
+    assert "not among the 1 best probes" in printed
+    assert main(["shootout", str(folder), *machine]) == 2
