@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help install test quick check format docs demo soak clean
+.PHONY: help install test quick check format docs demo soak bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -50,6 +50,12 @@ demo: $(INSTALLED) ## transfer between scanned digits in two minutes, without ne
 soak: $(INSTALLED) ## read ten thousand mutated pictures and twenty thousand mutated model files
 	$(BIN)/python tools/soak.py pictures --n 10000
 	$(BIN)/python tools/soak.py models --n 20000
+
+bench: $(INSTALLED) ## train with other tools beside this one (hours; pictures and weights in HEADSTART_SHARED)
+	$(BIN)/python benchmarks/peers.py run
+	$(BIN)/python benchmarks/step.py run
+	$(BIN)/python benchmarks/size.py run
+	for script in peers step size; do $(BIN)/python benchmarks/$$script.py table --write > /dev/null; done
 
 clean: ## remove the virtual environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info

@@ -1,6 +1,7 @@
 """How quick and how good is headstart beside other tools that do the same, on the same pictures and weights?
 
     python benchmarks/peers.py run [--sets flowers5] [--seeds 0] [--peers keras,fastai] [--threads 1] [--lock FILE]
+    python benchmarks/peers.py run --epochs 2 --every 4   # the seconds alone, estimated from parts of the runs
     python benchmarks/peers.py table [--write]        # the tables in docs/benchmarks.md, from the records
     python benchmarks/peers.py setup                  # make the virtual environments now instead of on first use
 
@@ -33,7 +34,7 @@ import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -90,12 +91,40 @@ HEADS = {"keras": 20.0, "plain_bf16_head": 10.0}
 WHOLE_BAR = 5.0
 
 
-def records() -> list[dict[str, Any]]:
-    """Every record ever appended; of repeated runs the last one counts."""
+Record = dict[str, Any]
+
+
+def records() -> list[Record]:
+    """The records of whole runs, then estimates of those that have only been run in part.
+
+    Of repeated runs the last one counts, and a whole run before any estimate.
+    """
     lines = [
         line for path in sorted((HERE / "results").glob("peers-*.jsonl")) for line in path.read_text().splitlines()
     ]
-    return list({(r["set"], r["seed"], r["run"]): r for r in map(json.loads, lines)}.values())
+    found = list(map(json.loads, lines))
+    whole = {(r["set"], r["seed"], r["run"]): r for r in found if not r.get("part")}
+    parts = {(r["set"], r["seed"], r["run"]): estimate(r) for r in found if r.get("part")}
+    return list((parts | whole).values())
+
+
+def estimate(record: Record) -> Record:
+    """What the whole run would have taken: setup, and each phase's last epoch as often as planned, for all pictures.
+
+    The first epoch is for warming up. Scoring the test pictures is left out, in the peer's favour.
+    """
+    done = dict(record) | {"val_accuracy": None, "head_seconds": None, "head_processor_seconds": None}
+    for field in ("seconds", "processor_seconds"):
+        before = total = record[f"setup_{field}"]
+        epochs: dict[str, float] = {}
+        for entry in record["curve"]:
+            epochs[entry["phase"]], before = entry[field] - before, entry[field]
+        for phase, number in record["planned"].items():
+            total += number * epochs[phase] / record["part"]["share"]
+            if phase == "head":
+                done[f"head_{field}"] = round(total, 2)
+        done[field] = round(total, 2)
+    return done
 
 
 def make_environment(name: str) -> Path:
@@ -113,6 +142,14 @@ def make_environment(name: str) -> Path:
         subprocess.run([python, "-m", "pip", "install", "-q", *ENVIRONMENTS[name]], check=True)
         ready.write_text(json.dumps(ENVIRONMENTS[name]))
     return python
+
+
+def write_part(splits: Path, every: int) -> Path:
+    """A split list of every n-th picture."""
+    path = splits.with_name(f"{splits.stem}-every{every}.csv")
+    heading, *rows = splits.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text(heading + "".join(rows[::every]), encoding="utf-8")
+    return path
 
 
 def write_splits(name: str, seed: int) -> Path:
@@ -197,14 +234,18 @@ def holding(lock: Path) -> Iterator[None]:
         yield
 
 
-def start(run: Run, *, name: str, seed: int, threads: int, cache: Path | None = None) -> dict[str, Any]:
-    """Run one runner to its end; returns its record and what is known about the process."""
+def start(
+    run: Run, *, name: str, seed: int, threads: int, cache: Path | None = None, epochs: int = 0, every: int = 1
+) -> Record:
+    """Run one runner to its end, or `epochs` of each phase on every n-th picture; returns its record."""
     splits, root = write_splits(name, seed), SHARED / "data" / name
+    if every > 1:
+        splits = write_part(splits, every)
     python = make_environment(run.environment) if run.environment else Path(sys.executable)
     command = [
         str(python), str(HERE / "peers" / f"run_{run.runner}.py"), "--splits", str(splits), "--root", str(root),
         "--weights", str(WEIGHTS), "--reference", str(write_reference(splits, root)), "--seed", str(seed),
-        "--threads", str(threads), "--variant", run.variant,
+        "--threads", str(threads), "--variant", run.variant, "--epochs", str(epochs),
     ]  # fmt: skip
     surroundings = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
     surroundings |= {"HEADSTART_CACHE": str(cache)} if cache else {}
@@ -222,7 +263,8 @@ def start(run: Run, *, name: str, seed: int, threads: int, cache: Path | None = 
     record = json.loads(output.strip().splitlines()[-1])
     hits = record["test_hits"]
     return record | {
-        "test_ci95": list(wilson_interval(hits.count("1"), len(hits))),
+        "test_ci95": list(wilson_interval(hits.count("1"), len(hits))) if hits else None,
+        "part": {"epochs": epochs, "share": 1 / every} if epochs else None,
         "wall_seconds_with_imports": round(time.perf_counter() - started, 2),
         "peak_pss_mb": round(memory.peak / 1e6, 1),
         "peak_anonymous_mb": round(memory.anonymous / 1e6, 1),
@@ -246,35 +288,43 @@ def run_all(options: argparse.Namespace) -> None:
     for seed in map(int, options.seeds.split(",")):
         for name in options.sets.split(","):
             for key in order(seed, chosen):
-                run_one(key, name=name, seed=seed, threads=options.threads, lock=options.lock)
+                run_one(key, options, name=name, seed=seed)
 
 
-def run_one(key: str, *, name: str, seed: int, threads: int, lock: Path | None) -> None:
+def run_one(key: str, options: argparse.Namespace, *, name: str, seed: int) -> None:
     """One run, and headstart's again from the cache it has filled; what has a record is not run again."""
     keys = [key] + [f"{key}_cached"] * (f"{key}_cached" in RUNS)
-    if {(name, seed, key) for key in keys} <= {(r["set"], r["seed"], r["run"]) for r in records()}:
+    if {(name, seed, key) for key in keys} <= {(r["set"], r["seed"], r["run"]) for r in records() if not r.get("part")}:
         return
+    lock, threads, epochs = options.lock, options.threads, options.epochs
     with tempfile.TemporaryDirectory(prefix="headstart-bench-") as cache:
         for key in keys:
             with holding(lock) if lock else nullcontext():
-                record = start(RUNS[key], name=name, seed=seed, threads=threads, cache=Path(cache))
+                record = start(
+                    RUNS[key],
+                    name=name,
+                    seed=seed,
+                    threads=threads,
+                    cache=Path(cache),
+                    epochs=epochs,
+                    every=options.every,
+                )
             about = {"run": key, "set": name, "seed": seed, "threads": threads, "cpu_flags": cpu_flags()}
             about |= {"bfloat16_cpu": has_bfloat16(), "machine": environment()}
             about |= {"when": datetime.now(UTC).isoformat(timespec="seconds")}
             log = HERE / "results" / f"peers-{datetime.now(UTC):%Y-%m-%d}.jsonl"
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(about | record) + "\n")
-            head = record["head_seconds"]
-            print(f"{name} {seed} {key}: head {head}, all {record['seconds']} s, test {record['test_accuracy']:.4f}")
-            sys.stdout.flush()
+            seconds = [record[field] for field in ("head_seconds", "seconds", "processor_seconds")]
+            print(name, seed, key, "seconds: head, all, processor", seconds, record["test_accuracy"], flush=True)
 
 
-def reached(ours: dict[str, Any], val_accuracy: float) -> float | None:
+def reached(ours: Record, val_accuracy: float) -> float | None:
     """Seconds until a run's validation accuracy first reached this figure; None where it never did."""
     return next((e["seconds"] for e in ours["curve"] if e["val_accuracy"] >= val_accuracy - 1e-6), None)
 
 
-def by_key() -> dict[tuple[str, int, str], dict[str, Any]]:
+def by_key() -> dict[tuple[str, int, str], Record]:
     return {(r["set"], r["seed"], r["run"]): r for r in records()}
 
 
@@ -282,51 +332,62 @@ def _number(value: float | None, digits: int = 0) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def _median(values: Sequence[float | None]) -> float | None:
+def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 
 
 def run_rows(name: str) -> list[str]:
-    """The table of one set: medians over the seeds, mean accuracies with the mean interval."""
+    """The table of one set: medians over the seeds, mean accuracies with the mean interval; `~` is an estimate."""
     found = by_key()
     rows = [
-        "| run | seeds | seconds: head | in all | processor seconds | validation | headstart gets there in | "
-        "test accuracy | memory, MB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| run | seeds | processor seconds: head | in all | wall seconds: head | in all | validation | "
+        "headstart gets there in | test accuracy | memory, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, run in RUNS.items():
-        mine = {seed: r for (where, seed, what), r in found.items() if (where, what) == (name, key)}
+        mine = [r for (where, _, what), r in found.items() if (where, what) == (name, key)]
         if not mine:
             continue
-        there = [
-            reached(found[name, seed, "headstart"], r["val_accuracy"])
-            for seed, r in mine.items()
-            if (name, seed, "headstart") in found
+        scored = [r for r in mine if not r.get("part")]
+        about = "" if scored else "~"
+        times = [
+            _number(_median(r[field] for r in scored or mine))
+            for field in ("head_processor_seconds", "processor_seconds", "head_seconds", "seconds")
         ]
-        missed = sum(value is None for value in there)
-        got = _number(_median(there), 1) + (f" (not in {missed} of {len(there)})" if missed else "")
-        runs = list(mine.values())
-        low, high = (statistics.mean(r["test_ci95"][i] for r in runs) for i in (0, 1))
-        accuracy = f"{statistics.mean(r['test_accuracy'] for r in runs):.3f} ({low:.3f} - {high:.3f})"
-        cells = (
-            run.title, len(runs), _number(_median([r["head_seconds"] for r in runs])),
-            _number(_median([r["seconds"] for r in runs])), _number(_median([r["processor_seconds"] for r in runs])),
-            f"{statistics.mean(r['val_accuracy'] for r in runs):.3f}", "" if run.runner == "headstart" else got,
-            accuracy, _number(_median([r["peak_pss_mb"] for r in runs])),
-        )  # fmt: skip
+        times = [cell if cell == "-" else f"{about}{cell}" for cell in times]
+        cells = (run.title, len(scored or mine), *times, *_quality(scored, found, theirs=run.runner != "headstart"))
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return rows
 
 
-def ratios(theirs: str, field: str) -> list[float]:
-    """How many times longer a peer took than headstart's default run, for each set and seed that has both."""
+def _quality(scored: Sequence[Record], found: dict[tuple[str, int, str], Record], *, theirs: bool) -> list[str]:
+    """Validation accuracy, when headstart got there, test accuracy and memory of whole runs."""
+    if not scored:
+        return ["-"] * 4
+    validation = f"{statistics.mean(r['val_accuracy'] for r in scored):.3f}"
+    ours = [(found.get((r["set"], r["seed"], "headstart")), r) for r in scored]
+    there = [reached(mine, r["val_accuracy"]) for mine, r in ours if mine]
+    missed = sum(value is None for value in there)
+    got = _number(_median(there), 1) + (f" (not in {missed} of {len(there)})" if missed else "")
+    low, high = (statistics.mean(r["test_ci95"][i] for r in scored) for i in (0, 1))
+    accuracy = f"{statistics.mean(r['test_accuracy'] for r in scored):.3f} ({low:.3f} - {high:.3f})"
+    return [validation, got if theirs else "", accuracy, _number(_median(r["peak_pss_mb"] for r in scored))]
+
+
+def ratios(theirs: str, field: str, ours: Sequence[str] = ("headstart",)) -> list[float]:
+    """How many times longer a peer took than headstart, for each set and seed that has both.
+
+    Args:
+        ours: headstart's runs to compare with, the first that there is.
+    """
     found = by_key()
-    return [
-        r[field] / found[name, seed, "headstart"][field]
-        for (name, seed, key), r in found.items()
-        if key == theirs and r[field] and (name, seed, "headstart") in found
-    ]
+    pairs = []
+    for (name, seed, key), record in found.items():
+        mine = next((found[name, seed, one] for one in ours if (name, seed, one) in found), None)
+        if key == theirs and record[field] and mine:
+            pairs.append(record[field] / mine[field])
+    return pairs
 
 
 def verdict(values: Sequence[float], bar: float) -> str:
@@ -336,21 +397,22 @@ def verdict(values: Sequence[float], bar: float) -> str:
 
 
 def bar_rows() -> list[str]:
-    """Ratios by wall and by processor seconds, their medians over all sets and seeds, and whether each bar is held."""
+    """Ratios by processor and by wall seconds, their medians over all sets and seeds, and whether each bar is held."""
     rows = [
-        "| headstart's default against | bar | ratio, wall | ratio, processor | runs | |",
+        "| headstart's default against | bar | ratio, processor | ratio, wall | runs | by processor seconds |",
         "|---|---|---|---|---|---|",
     ]
-    wanted = [(key, "head stage", "head_", bar) for key, bar in HEADS.items()]
-    wanted += [(key, "whole run", "", WHOLE_BAR) for key in WHOLE]
-    for key, what, prefix, bar in wanted:
-        wall, processor = (ratios(key, f"{prefix}{field}") for field in ("seconds", "processor_seconds"))
-        if not wall:
+    wanted = [(key, "head stage", "head_", bar, ("headstart", "headstart_head")) for key, bar in HEADS.items()]
+    wanted += [(key, "whole run", "", WHOLE_BAR, ("headstart",)) for key in WHOLE]
+    for key, what, prefix, bar, ours in wanted:
+        wall, processor = (ratios(key, f"{prefix}{field}", ours) for field in ("seconds", "processor_seconds"))
+        if not processor:
             continue
-        spread = f" ({min(wall):.1f} - {max(wall):.1f})" if len(wall) > 1 else ""
+        estimated = any(r["run"] == key and r.get("part") for r in records())
+        spread = f" ({min(processor):.1f} - {max(processor):.1f})" if len(processor) > 1 else ""
         cells = (
-            f"{what}: {RUNS[key].title}", f"{bar:g}x", f"{statistics.median(wall):.1f}x{spread}",
-            f"{statistics.median(processor):.1f}x", len(wall), verdict(wall, bar),
+            f"{what}: {RUNS[key].title}", f"{bar:g}x", f"{'~' * estimated}{statistics.median(processor):.1f}x{spread}",
+            f"{'~' * estimated}{statistics.median(wall):.1f}x", len(processor), verdict(processor, bar),
         )  # fmt: skip
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return rows
@@ -358,7 +420,7 @@ def bar_rows() -> list[str]:
 
 def accuracy_rows() -> list[str]:
     """Paired differences of test accuracy, headstart's default minus each peer's, for each set, over the seeds."""
-    found = by_key()
+    found = {key: record for key, record in by_key().items() if not record.get("part")}
     rows = ["| set | against | seeds | difference in points | 95 % interval | |", "|---|---|---|---|---|---|"]
     for name in sorted({key[0] for key in found}):
         for peer in (*WHOLE, "plain_head", "plain_bf16_head"):
@@ -369,15 +431,8 @@ def accuracy_rows() -> list[str]:
             hits = [[list(map(int, found[name, s, key]["test_hits"])) for s in seeds] for key in ("headstart", peer)]
             test = paired_difference(*hits)
             said = "better" if test["low"] > 0 else "worse" if test["high"] < 0 else "no difference"
-            low, high = 100 * test["low"], 100 * test["high"]
-            cells = (
-                name,
-                RUNS[peer].title,
-                len(seeds),
-                f"{100 * test['difference']:+.1f}",
-                f"{low:+.1f} - {high:+.1f}",
-                said,
-            )
+            interval = f"{100 * test['low']:+.1f} to {100 * test['high']:+.1f}"
+            cells = (name, RUNS[peer].title, len(seeds), f"{100 * test['difference']:+.1f}", interval, said)
             rows.append(f"| {' | '.join(map(str, cells))} |")
     return rows
 
@@ -407,6 +462,8 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--peers", default="", help=f"all of {', '.join(RUNS)}")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=0, help="run only so many of each phase, and estimate the rest")
+    parser.add_argument("--every", type=int, default=1, help="with --epochs: take every n-th picture only")
     parser.add_argument("--lock", type=Path, help="a file that other heavy work locks, too")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
     options = parser.parse_args()

@@ -36,6 +36,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variant", default="", help="which of a runner's ways")
+    parser.add_argument(
+        "--epochs", type=int, default=0, help="only so many of each phase, nothing scored: for estimates"
+    )
     return parser.parse_args()
 
 
@@ -81,6 +84,7 @@ class Clock:
         self.curve: list[dict[str, Any]] = []
         self.head_seconds: float | None = None
         self.head_processor_seconds: float | None = None
+        self.setup_seconds = self.setup_processor_seconds = 0.0
 
     def seconds(self) -> float:
         return round(time.perf_counter() - self._started, 2)
@@ -90,7 +94,18 @@ class Clock:
 
     def epoch(self, phase: str, val_accuracy: float) -> None:
         """An epoch of this phase has ended with its validation."""
-        self.curve.append({"seconds": self.seconds(), "phase": phase, "val_accuracy": round(float(val_accuracy), 6)})
+        self.curve.append(
+            {
+                "phase": phase,
+                "seconds": self.seconds(),
+                "processor_seconds": self.processor_seconds(),
+                "val_accuracy": round(float(val_accuracy), 6),
+            }
+        )
+
+    def begins(self) -> None:
+        """The first epoch begins: what has passed is spent once, whatever the number of epochs."""
+        self.setup_seconds, self.setup_processor_seconds = self.seconds(), self.processor_seconds()
 
     def head_ends(self) -> None:
         """From here on more than the head is trained, or nothing any more."""
@@ -100,6 +115,7 @@ class Clock:
 def finish(
     clock: Clock,
     *,
+    planned: dict[str, int],
     val_accuracy: float,
     preds: Sequence[int],
     test: Pictures,
@@ -109,10 +125,11 @@ def finish(
     """Print the record: times, the accuracy of the model that is returned, and each test picture's verdict.
 
     Args:
+        planned: epochs of each phase in a whole run.
         val_accuracy: of the state that is returned, as this tool measures it.
-        preds: class ids of the test pictures, in the order of the list.
+        preds: class ids of the test pictures, in the order of the list; empty where only some epochs were run.
     """
-    hits = [int(int(pred) == label) for pred, (_, label) in zip(preds, test, strict=True)]
+    hits = [int(int(pred) == label) for pred, (_, label) in zip(preds, test, strict=True)] if preds else []
     record = {
         "seconds": clock.seconds(),
         "processor_seconds": clock.processor_seconds(),
@@ -120,7 +137,10 @@ def finish(
         "head_processor_seconds": clock.head_processor_seconds,
         "curve": clock.curve,
         "val_accuracy": round(float(val_accuracy), 6),
-        "test_accuracy": sum(hits) / len(hits),
+        "planned": planned,
+        "setup_seconds": clock.setup_seconds,
+        "setup_processor_seconds": clock.setup_processor_seconds,
+        "test_accuracy": sum(hits) / len(hits) if hits else None,
         "test_hits": "".join(map(str, hits)),
         "settings": settings,
         "versions": {name: metadata.version(name) for name in packages},

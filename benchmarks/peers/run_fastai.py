@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import pandas as pd
 import torch
-from common import BACKBONE, LOADERS, Clock, arguments, finish, read_splits
+from common import BACKBONE, LOADERS, Clock, Pictures, arguments, finish, read_splits
 from fastai.callback.core import Callback
 from fastai.metrics import accuracy
-from fastai.vision.all import ImageDataLoaders, Resize, aug_transforms, vision_learner
+from fastai.vision.all import ImageDataLoaders, Learner, Resize, aug_transforms, vision_learner
 from torch_common import overlay, prepare
 
 EPOCHS = 4
@@ -33,6 +33,11 @@ class Watch(Callback):
         self.seen += 1
 
 
+def predict(learner: Learner, pictures: Pictures) -> list[int]:
+    probs, _ = learner.get_preds(dl=learner.dls.test_dl([path for path, _ in pictures]))
+    return probs.argmax(1).tolist()
+
+
 def main() -> None:
     args = arguments()
     prepare(args)
@@ -50,11 +55,12 @@ def main() -> None:
     assert list(loaders.vocab) == class_names
     learner = vision_learner(loaders, BACKBONE, metrics=accuracy, pretrained_cfg_overlay=overlay(args))
     with learner.no_bar(), learner.no_logging():
-        learner.fine_tune(EPOCHS, cbs=[Watch(clock)])
-        test = learner.dls.test_dl([path for path, _ in splits["test"]])
-        probs, _ = learner.get_preds(dl=test)
+        clock.begins()
+        learner.fine_tune(args.epochs or EPOCHS, cbs=[Watch(clock)])
+        preds = [] if args.epochs else predict(learner, splits["test"])
     finish(
-        clock, val_accuracy=clock.curve[-1]["val_accuracy"], preds=probs.argmax(1).tolist(), test=splits["test"],
+        clock, planned={"head": 1, "all": EPOCHS},
+        val_accuracy=clock.curve[-1]["val_accuracy"], preds=preds, test=splits["test"],
         packages=("fastai", "fastcore", "torch", "torchvision", "timm", "pillow"),
         settings={"fine_tune": EPOCHS, "freeze_epochs": 1, "batch": loaders.bs},
     )  # fmt: skip

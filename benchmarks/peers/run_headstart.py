@@ -42,7 +42,8 @@ def main() -> None:
         decisions = json.dumps([stage["events"] for stage in result.metrics["stages"]])
     test = splits["test"]
     finish(
-        clock, val_accuracy=result.metrics["val"]["accuracy"],
+        clock, planned={stage.name: stage.epochs for stage in recipe.stages},
+        val_accuracy=result.metrics["val"]["accuracy"],
         preds=[names.index(rows[path.removeprefix(f"{args.root}/")]) for path, _ in test], test=test,
         packages=("torch", "torchvision", "timm", "pillow"),
         settings={"recipe": recipe.to_dict(), "events": decisions},

@@ -9,7 +9,7 @@ The flip is horizontal only, which is kinder to photographs than the example's. 
 
 The network computes what timm's does: the weights are carried over layer by layer, padding and BatchNorm's epsilon are
 timm's, and its features and logits are compared with timm's on real pictures before anything is trained.
-Variant `step`: seconds of `train_on_batch` with everything trained, for benchmarks/step.py.
+Variant `step N`: see `steps`; benchmarks/step.py asks for it.
 """
 
 from __future__ import annotations
@@ -161,7 +161,11 @@ def compile_model(model: keras.Model, rate: float) -> None:
 
 
 def steps(args: argparse.Namespace) -> None:
-    """Print the median seconds of `train_on_batch` for the batch in `args.variant` ("step 16"), and all of them."""
+    """Time `train_on_batch`, everything trained, for the batch size in `args.variant` ("step 16").
+
+    For each line with a number on standard input that many steps are made, so that those of several tools alternate;
+    their seconds, of the wall and of the processor, are printed.
+    """
     batch = int(args.variant.split()[1])
     base = create_base()
     carry_over(base, load_file(args.weights))
@@ -171,12 +175,12 @@ def steps(args: argparse.Namespace) -> None:
     images = rng.integers(0, 256, (batch, IMAGE_SIZE, IMAGE_SIZE, 3)).astype(np.float32)
     labels = np.arange(batch) % 10
     print("ready", flush=True)
-    for line in sys.stdin:  # one block of steps for each line that asks, so that blocks of several tools alternate
+    for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
-            started = time.perf_counter()
+            started, busy = time.perf_counter(), time.process_time()
             model.train_on_batch(images, labels)
-            seconds.append(time.perf_counter() - started)
+            seconds.append((time.perf_counter() - started, time.process_time() - busy))
         print(json.dumps(seconds), flush=True)
 
 
@@ -194,9 +198,12 @@ def main() -> None:
     model = create_model(base, len(class_names))
     data = {name: dataset(part, training=name == "train", seed=args.seed) for name, part in splits.items()}
 
+    quiet = {"validation_data": data["val"], "verbose": 0}
+    clock.begins()
+
     base.trainable = False
     compile_model(model, 1e-3)
-    model.fit(data["train"], validation_data=data["val"], epochs=EPOCHS, callbacks=[Watch(clock, "head")], verbose=0)
+    model.fit(data["train"], epochs=args.epochs or EPOCHS, callbacks=[Watch(clock, "head")], **quiet)
     clock.head_ends()
 
     base.trainable = True
@@ -204,10 +211,13 @@ def main() -> None:
         on_top = i >= len(base.layers) - TOP
         layer.trainable = on_top and not isinstance(layer, layers.BatchNormalization)
     compile_model(model, 1e-5)
-    model.fit(data["train"], validation_data=data["val"], epochs=TOP_EPOCHS, callbacks=[Watch(clock, "all")], verbose=0)
-    preds = model.predict(data["test"], verbose=0).argmax(1)
+    model.fit(
+        data["train"], epochs=args.epochs or TOP_EPOCHS, callbacks=[Watch(clock, "all")], **quiet
+    )  # fmt: skip
+    preds = [] if args.epochs else model.predict(data["test"], verbose=0).argmax(1).tolist()
     finish(
-        clock, val_accuracy=clock.curve[-1]["val_accuracy"], preds=preds.tolist(), test=splits["test"],
+        clock, planned={"head": EPOCHS, "all": TOP_EPOCHS},
+        val_accuracy=clock.curve[-1]["val_accuracy"], preds=preds, test=splits["test"],
         packages=("keras", "tensorflow-cpu", "numpy"),
         settings={
             "epochs": EPOCHS, "top_epochs": TOP_EPOCHS, "top_layers": TOP, "batch": BATCH, "agreement": agreement,

@@ -1,10 +1,11 @@
 """timm's train.py as a short loop of timm's own parts, fine-tuning at a tenth of its rate.
 
 https://github.com/huggingface/pytorch-image-models/blob/main/train.py, its defaults: SGD with Nesterov momentum 0.9,
-weight decay 2e-5, rate 0.1 * batch / 256, cosine schedule with 5 epochs of warm-up from 1e-5, label smoothing 0.1, random
-resized crop from 8 %, flip, colour jitter 0.4, random interpolation, last short batch dropped, best epoch by validation
-accuracy. A tenth of the rate is what timm's author advises for another data set (issue 25 of that repository). Fewer
-epochs than its default of 300, and batches of 32 instead of 128: 25 epochs as in PyTorch's tutorial.
+weight decay 2e-5, rate 0.1 * batch / 256, cosine schedule with 5 epochs of warm-up from 1e-5, label smoothing 0.1,
+random resized crop from 8 %, flip, colour jitter 0.4, random interpolation, last short batch dropped, best epoch by
+validation accuracy. A tenth of the rate is what timm's author advises for another data set (issue 25 of that
+repository). Fewer epochs than its default of 300, and batches of 32 instead of 128: 25 epochs as in PyTorch's
+tutorial.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def main() -> None:
     )
     criterion = LabelSmoothingCrossEntropy(0.1)
     best, best_state = -1.0, model.state_dict()
-    for epoch in range(epochs):
+    clock.begins()
+    for epoch in range(args.epochs or epochs):
         model.train()
         for inputs, labels in train:
             optimizer.zero_grad()
@@ -60,9 +62,10 @@ def main() -> None:
         if accuracy > best:
             best, best_state = accuracy, copy.deepcopy(model.state_dict())
     model.load_state_dict(best_state)
-    preds = predict(model, splits["test"], val_view, batch=BATCH)
+    preds = [] if args.epochs else predict(model, splits["test"], val_view, batch=BATCH).tolist()
     finish(
-        clock, val_accuracy=best, preds=preds.tolist(), test=splits["test"],
+        clock, planned={"all": epochs},
+        val_accuracy=best, preds=preds, test=splits["test"],
         packages=("timm", "torch", "torchvision", "pillow"),
         settings={"epochs": epochs, "warmup_epochs": WARMUP, "batch": BATCH, "lr": RATE},
     )  # fmt: skip

@@ -1,0 +1,147 @@
+"""The comparison with other tools: what is read from records, what the tables say of them, what runners are given."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+
+@pytest.fixture
+def peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module, with a results folder of its own."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
+    for name in ("peers", "common", "step", "size"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import peers as module
+
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    return module
+
+
+def record(run: str, *, seed: int = 0, seconds: float = 100.0, val: float = 0.9, hits: str = "1110") -> dict[str, Any]:
+    curve = [
+        {"seconds": seconds / 4, "phase": "head", "val_accuracy": val - 0.1},
+        {"seconds": seconds / 2, "phase": "all", "val_accuracy": val},
+    ]
+    return {
+        "set": "flowers5", "seed": seed, "run": run, "seconds": seconds, "processor_seconds": seconds,
+        "head_seconds": seconds / 4, "head_processor_seconds": seconds / 4, "curve": curve, "val_accuracy": val,
+        "test_accuracy": hits.count("1") / len(hits), "test_ci95": [0.3, 0.95], "test_hits": hits, "peak_pss_mb": 500.0,
+    }  # fmt: skip
+
+
+def write(peers: ModuleType, *records: dict[str, Any]) -> None:
+    text = "".join(json.dumps(one) + "\n" for one in records)
+    (peers.HERE / "results" / "peers-2026-01-01.jsonl").write_text(text)
+
+
+def test_of_repeated_runs_the_last_record_counts(peers: ModuleType) -> None:
+    write(peers, record("keras", seconds=900), record("keras", seed=1), record("keras", seconds=800))
+    assert sorted((r["seed"], r["seconds"]) for r in peers.records()) == [(0, 800), (1, 100)]
+
+
+def test_a_part_of_a_run_is_scaled_to_the_whole_and_gives_way_to_it(peers: ModuleType) -> None:
+    # 2 of 30 and 2 of 10 epochs on every fourth picture: the second of each counts, which takes 3 and 5 seconds.
+    times = [("head", 12.0), ("head", 15.0), ("all", 22.0), ("all", 27.0)]
+    part = record("keras") | {
+        "part": {"epochs": 2, "share": 0.25}, "planned": {"head": 30, "all": 10}, "setup_seconds": 4.0,
+        "setup_processor_seconds": 4.0, "test_accuracy": None, "test_ci95": None, "test_hits": "",
+        "curve": [{"phase": p, "seconds": s, "processor_seconds": s, "val_accuracy": 0.5} for p, s in times],
+    }  # fmt: skip
+    write(peers, part, record("headstart", seconds=100))
+    assert peers.ratios("keras", "head_seconds") == [(4 + 30 * 3 * 4) / 25]
+    assert peers.ratios("keras", "processor_seconds") == [(4 + 30 * 3 * 4 + 10 * 5 * 4) / 100]
+    row = next(row for row in peers.run_rows("flowers5") if "Keras" in row)
+    assert row.endswith("| 1 | ~364 | ~564 | ~364 | ~564 | - | - | - | - |")
+    assert len(peers.accuracy_rows()) == 2  # the heading alone
+    write(peers, record("keras", seconds=700), part, record("headstart", seconds=100))
+    assert peers.ratios("keras", "seconds") == [7.0]
+
+
+def test_ratios_are_within_a_set_and_seed_and_a_missed_bar_is_said(peers: ModuleType) -> None:
+    write(
+        peers, record("headstart", seconds=100), record("keras", seconds=800), record("fastai", seconds=250),
+        record("keras", seed=1, seconds=9999),
+    )  # fmt: skip
+    assert peers.ratios("keras", "seconds") == [8.0]
+    rows = {row.split(" | ")[0]: row for row in peers.bar_rows()}
+    assert rows["| whole run: Keras, head then top 20 layers"].endswith("| 8.0x | 8.0x | 1 | held |")
+    assert rows["| head stage: Keras, head then top 20 layers"].endswith("| 8.0x | 8.0x | 1 | missed: 8.0 of 20 |")
+    assert rows["| whole run: fastai `fine_tune(4)`"].endswith("| 2.5x | 2.5x | 1 | missed: 2.5 of 5 |")
+
+
+def test_the_table_tells_when_headstart_got_where_the_peer_ended(peers: ModuleType) -> None:
+    ours = record("headstart", seconds=100, val=0.9)
+    assert peers.reached(ours, 0.8) == 25
+    assert peers.reached(ours, 0.9) == 50
+    assert peers.reached(ours, 0.95) is None
+    write(peers, ours, record("keras", val=0.95), record("fastai", val=0.9))
+    rows = {row.split(" | ")[0]: row.split(" | ") for row in peers.run_rows("flowers5")}
+    assert rows["| fastai `fine_tune(4)`"][7] == "50.0"
+    assert rows["| Keras, head then top 20 layers"][7] == "- (not in 1 of 1)"
+
+
+def test_accuracies_are_compared_picture_by_picture(peers: ModuleType) -> None:
+    write(
+        peers, record("headstart", hits="1" * 40), record("keras", hits="10" * 20), record("timm", hits="1" * 39 + "0")
+    )
+    rows = [row for row in peers.accuracy_rows() if row.startswith("| flowers5")]
+    assert [row.split(" | ")[3] for row in rows] == ["+50.0", "+2.5"]
+    assert [row.split(" | ")[5] for row in rows] == ["better |", "no difference |"]
+
+
+def test_the_order_of_the_peers_is_turned_round(peers: ModuleType) -> None:
+    chosen = ["keras", "headstart", "headstart_cached", "fastai"]
+    assert peers.order(0, chosen) == ["headstart", "keras", "fastai"]
+    assert peers.order(1, chosen) == ["fastai", "keras", "headstart"]
+
+
+def test_every_runner_is_there_and_takes_the_common_arguments(peers: ModuleType) -> None:
+    assert len(peers.RUNS) >= 12
+    for run in peers.RUNS.values():
+        source = (BENCHMARKS / "peers" / f"run_{run.runner}.py").read_text(encoding="utf-8")
+        assert "arguments()" in source
+        assert run.environment in {"", *peers.ENVIRONMENTS}
+
+
+def test_runners_read_one_split_list(peers: ModuleType, tmp_path: Path) -> None:
+    with (tmp_path / "list.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "label", "split"), ("b/1.jpg", "b", "train"), ("a/1.jpg", "a", "test")])
+    names, splits = peers.read_splits(tmp_path / "list.csv", Path("/root"))
+    assert names == ["a", "b"]
+    assert splits == {"train": [("/root/b/1.jpg", 1)], "val": [], "test": [("/root/a/1.jpg", 0)]}
+
+
+def test_a_page_keeps_what_stands_around_its_table(peers: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- peers: made by x -->\nold\n<!-- end of peers -->\nafter\n")
+    peers.write_between(page, "peers", "new")
+    assert page.read_text() == "before\n<!-- peers: made by x -->\nnew\n<!-- end of peers -->\nafter\n"
+
+
+def test_a_line_is_laid_through_the_sizes(peers: ModuleType) -> None:
+    import size
+
+    assert size.slope([1000, 5000, 20000], [12.0, 20.0, 50.0]) == pytest.approx((0.002, 10.0))
+
+
+@pytest.mark.parametrize("script", ["peers", "step", "size"])
+def test_the_page_holds_the_tables_that_the_records_give(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / f"{script}.py", "table"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("|") > 10
+    assert done.stdout.strip() in PAGE.read_text(encoding="utf-8")
