@@ -48,7 +48,7 @@ from headstart.metrics import paired_difference, wilson_interval
 from headstart.run import environment
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from common import BACKBONE, cpu_flags, has_bfloat16, read_splits
+from runner_common import BACKBONE, cpu_flags, has_bfloat16, read_splits
 
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("HEADSTART_SHARED", HERE.parents[1] / "shared"))
@@ -179,7 +179,7 @@ def write_reference(splits: Path, root: Path) -> Path:
         import numpy as np
         import timm
         import torch
-        from torch_common import evaluation_view, overlay
+        from runner_torch import evaluation_view, overlay
 
         model = timm.create_model(
             BACKBONE, pretrained=True, pretrained_cfg_overlay=overlay(argparse.Namespace(weights=WEIGHTS))

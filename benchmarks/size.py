@@ -32,8 +32,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 sys.path.insert(0, str(Path(__file__).parent))
-from common import processor_seconds
 from peers import PAGE, write_between
+from runner_common import processor_seconds
 from stores import Anonymous
 
 HERE = Path(__file__).parent

@@ -32,8 +32,8 @@ from headstart.run import environment
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 sys.path.insert(0, str(Path(__file__).parent))
-from common import IMAGE_SIZE, cpu_flags
 from peers import PAGE, WEIGHTS, make_environment, write_between
+from runner_common import IMAGE_SIZE, cpu_flags
 
 HERE = Path(__file__).parent
 BACKBONES = ("mobilenetv2_100", "mobilenetv3_small_100", "efficientnet_b0")

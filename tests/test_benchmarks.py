@@ -22,7 +22,7 @@ def peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module, with a results folder of its own."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
-    for name in ("peers", "common", "step", "size"):
+    for name in ("peers", "runner_common", "step", "size"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import peers as module
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import pandas as pd
 import torch
-from common import BACKBONE, LOADERS, Clock, Pictures, arguments, finish, read_splits
 from fastai.callback.core import Callback
 from fastai.metrics import accuracy
 from fastai.vision.all import ImageDataLoaders, Learner, Resize, aug_transforms, vision_learner
-from torch_common import overlay, prepare
+from runner_common import BACKBONE, LOADERS, Clock, Pictures, arguments, finish, read_splits
+from runner_torch import overlay, prepare
 
 EPOCHS = 4
 

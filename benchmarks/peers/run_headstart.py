@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from common import BACKBONE, Clock, arguments, finish, read_splits
+from runner_common import BACKBONE, Clock, arguments, finish, read_splits
 
 import headstart
 from headstart.recipe import RECIPES

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import BACKBONE, LOADERS, Clock, Pictures, arguments, finish, read_splits
-from torch_common import TRAIN_VIEW, Files, create_network, evaluation_view, prepare
+from runner_common import BACKBONE, LOADERS, Clock, Pictures, arguments, finish, read_splits
+from runner_torch import TRAIN_VIEW, Files, create_network, evaluation_view, prepare
 from transformers import (
     TimmWrapperConfig,
     TimmWrapperForImageClassification,

@@ -26,8 +26,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import numpy as np
 import tensorflow as tf
-from common import IMAGE_SIZE, LOADERS, MEAN, STD, Clock, Pictures, arguments, finish, read_splits
 from keras import layers
+from runner_common import IMAGE_SIZE, LOADERS, MEAN, STD, Clock, Pictures, arguments, finish, read_splits
 from safetensors.numpy import load_file
 
 EPOCHS, TOP_EPOCHS, TOP, BATCH = 30, 10, 20, 32

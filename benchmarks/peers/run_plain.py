@@ -12,10 +12,10 @@ from __future__ import annotations
 import copy
 
 import torch
-from common import LOADERS, Clock, arguments, finish, has_bfloat16, read_splits
+from runner_common import LOADERS, Clock, arguments, finish, has_bfloat16, read_splits
+from runner_torch import TRAIN_VIEW, Files, create_network, evaluation_view, predict, prepare
 from torch import nn, optim
 from torch.optim import lr_scheduler
-from torch_common import TRAIN_VIEW, Files, create_network, evaluation_view, predict, prepare
 
 EPOCHS = 25
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 import copy
 
 import torch
-from common import LOADERS, Clock, arguments, finish, read_splits
+from runner_common import LOADERS, Clock, arguments, finish, read_splits
+from runner_torch import Files, create_network, predict, prepare
 from timm.data import create_transform, resolve_model_data_config
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from torch_common import Files, create_network, predict, prepare
 
 EPOCHS, WARMUP, BATCH = 25, 5, 32
 RATE = 0.1 * 0.1 * BATCH / 256

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from common import BACKBONE, IMAGE_SIZE, MEAN, STD, Pictures
 from PIL import Image
+from runner_common import BACKBONE, IMAGE_SIZE, MEAN, STD, Pictures
 from torch import Tensor, nn
 from torchvision import transforms
 
