@@ -16,6 +16,7 @@ from headstart import AugmentSpec, HeadSpec, HiddenLayer, Recipe, Stage
 parser = options("vgg16_180", backbone="vgg16", image_size=180)
 parser.add_argument("--features-from", help="an earlier block of another backbone, so that its map is not too wide")
 parser.add_argument("--last-block", default="block5", help="where fine-tuning begins; VGG has Keras's names")
+parser.add_argument("--views", type=int, default=4, help="stored views of each picture")
 args = read(parser)
 
 # %% [markdown]
@@ -28,7 +29,7 @@ args = read(parser)
 book_head = HeadSpec(
     pool="flatten", hidden=(HiddenLayer(256, "none", dropout=0.5),), output="sigmoid", features_from=args.features_from
 )
-rmsprop = Stage(epochs=20, batch_size=32, optimizer="rmsprop", weight_decay=0, schedule="constant", views=4)
+rmsprop = Stage(epochs=20, batch_size=32, optimizer="rmsprop", weight_decay=0, schedule="constant", views=args.views)
 features = Recipe(name="features", lr=1e-3, head=book_head, augment="none", stages=(rmsprop,))
 
 # %% [markdown]
@@ -36,7 +37,7 @@ features = Recipe(name="features", lr=1e-3, head=book_head, augment="none", stag
 #
 # Keras's `RandomRotation(.1)` is a tenth of a full turn: 36 degrees either way; what comes in over the border is
 # reflected, as there. `RandomZoom(.2)` is a fifth in or out. Four views of each picture are stored in place of a new
-# one in every epoch; raise `views` for more.
+# one in every epoch; `--views` for more.
 
 # %%
 turned = AugmentSpec(hflip=0.5, rotation=36, zoom=0.2)

@@ -131,6 +131,14 @@ def test_notebooks_are_what_the_scripts_say(tmp_path: Path) -> None:
     assert run(tool, "--check") == 1  # a notebook without its script
 
 
+def test_the_tables_are_those_the_records_give() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "examples.py", "table"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("\n") > 4
+    assert done.stdout.strip() in (EXAMPLES / "README.md").read_text(encoding="utf-8")
+
+
 # Parameters as Keras and torchvision count them, running statistics left out: VGG16 without its top, with its two fully
 # connected layers, EfficientNet-B0 and -B4 without their tops, ResNet-18 without its last layer.
 EMOTION_HEAD = HeadSpec(pool="avg", hidden=(HiddenLayer(1024, batchnorm="after"), HiddenLayer(128)))

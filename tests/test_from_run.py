@@ -12,7 +12,20 @@ import pytest
 from PIL import Image
 
 from conftest import make_picture
-from headstart import HeadSpec, Recipe, RecipeError, Stage, fine_tune, load, load_images, split
+from headstart import (
+    HeadSpec,
+    Recipe,
+    RecipeError,
+    Stage,
+    create_classifier,
+    evaluate,
+    fine_tune,
+    fit,
+    load,
+    load_images,
+    set_freeze_line,
+    split,
+)
 from headstart.checkpoint import read_card
 from headstart.cli import default_run_path, main
 from headstart.run import read_run
@@ -20,6 +33,16 @@ from headstart.run import read_run
 MACHINE: dict[str, Any] = {"precision": "fp32", "device": "cpu"}
 NET: dict[str, Any] = {"backbone": "test_resnet", "weights": "none", "spec_overrides": {"image_size": 32}}
 HEAD = Recipe(stages=(Stage(epochs=6, batch_size=8, views=1),), lr=0.02, augment="none", head=HeadSpec(batchnorm=True))
+
+# As the default recipe fine-tunes: from stored activations, a running average, mixed with the start.
+TUNED = replace(
+    HEAD,
+    augment="light",
+    stages=(
+        replace(HEAD.stages[0], views=2),
+        Stage(name="tune", freeze_line="layer3", epochs=2, batch_size=8, views=2, lr_scale=0.1, ema=0.9, wise=True),
+    ),
+)
 
 
 @pytest.fixture
@@ -48,6 +71,50 @@ def test_the_same_classes_go_on_from_the_very_state(photos: Path, run: Path) -> 
     assert again.recipe.head == HEAD.head  # the run's own, and so it is written down
     assert again.model.spec == load(run).spec
     assert again.metrics["from_run"] == {"kept": again.model.class_names, "new": (), "left_out": ()}
+
+
+def test_the_finished_run_fitted_again_is_the_same_run(photos: Path, tmp_path: Path) -> None:
+    """What the first call left in the cache folder changes nothing, nor does the run that is replaced."""
+    out = tmp_path / "run"
+    files = ("predictions.csv", "splits.csv", "recipe.json", "model.json", "model.safetensors")
+    kept = []
+    for overwrite in (False, True):
+        fine_tune(photos, out=out, recipe=TUNED, overwrite=overwrite, **NET, **MACHINE)
+        kept.append([(out / name).read_bytes() for name in files])
+        kept[-1] += [[{**record, "seconds": 0} for record in read_run(out).history]]
+    assert kept[0] == kept[1]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["photos", "run"]  # nothing of the older one is left
+
+
+def test_a_fine_tuned_model_fine_tuned_again_starts_from_where_it_ended(photos: Path, tmp_path: Path) -> None:
+    plan = replace(TUNED, head=HeadSpec())  # the run brings its own head
+    earlier = fine_tune(photos, out=tmp_path / "0", recipe=TUNED, **NET, **MACHINE)
+    for number in (1, 2):
+        again = fine_tune(
+            photos, from_run=tmp_path / str(number - 1), out=tmp_path / str(number), recipe=plan, **MACHINE
+        )
+        before, after = earlier.metrics["val"], again.metrics["val"]
+        assert again.history[0]["val"]["loss"] == pytest.approx(before["log_loss"], abs=1e-5)
+        assert after["log_loss"] <= before["log_loss"] + 1e-5
+        assert (again.splits.test.paths, again.splits.val.paths) == (
+            earlier.splits.test.paths,
+            earlier.splits.val.paths,
+        )
+        assert again.metrics["data"]["leaked"] == []  # the same seed holds out the same test pictures
+        earlier = again
+
+
+def test_features_stored_before_a_fine_tuning_are_not_taken_for_those_after_it(photos: Path) -> None:
+    splits = split(load_images(photos))
+    model = create_classifier("test_resnet", splits.class_names, weights="none", image_size=32)
+    head = replace(HEAD.stages[0], epochs=1)
+    everything = Stage(name="all", freeze_line="all", batchnorm="train", epochs=1, batch_size=8, on_collapse="ignore")
+    for stage in (head, everything, head, replace(everything, freeze_line="layer3"), head):
+        set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
+        before = evaluate(model, splits.val).metrics
+        result = fit(model, splits, stage, lr=0.01, augment="none", starts_trained=stage.name == "all")
+        assert result.history[0]["val"]["loss"] == pytest.approx(before["log_loss"], abs=1e-5)
+        assert evaluate(model, splits.val).metrics["log_loss"] == pytest.approx(result.best.loss, abs=1e-5)
 
 
 def test_a_class_is_added_and_the_old_ones_are_still_known(photos: Path, run: Path, tmp_path: Path) -> None:

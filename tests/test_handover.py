@@ -114,6 +114,25 @@ class TestChangeClasses:
         again, _ = change_classes(model, ("a", "b", "c"))
         assert torch.equal(logits(again), logits(model))
 
+    def test_classes_added_one_by_one_leave_every_row_that_was_there(self) -> None:
+        model = trained(head=HIDDEN)
+        before, rows = logits(model), dict(zip("abc", model.head.classifier.weight, strict=True))
+        for names in (("a", "b", "c", "d"), ("a", "aa", "b", "c", "d"), ("a", "aa", "b", "c", "d")):
+            model, handover = change_classes(model, names, seed=len(names))
+            assert handover.left_out == ()
+            now = dict(zip(names, model.head.classifier.weight, strict=True))
+            assert all(torch.equal(now[name], row) for name, row in rows.items())
+            rows = now
+        assert torch.allclose(logits(model)[:, [0, 2, 3]], before, atol=1e-6)  # another width sums in another order
+
+    def test_a_new_head_after_training_is_the_head_the_backbone_would_have_got_at_first(self) -> None:
+        model = model_at()
+        fresh = new_head(model_at(), ("x", "y"), seed=4).state_dict()
+        fit(model, DATA, QUICK, lr=0.05, runtime=CPU)
+        again = new_head(model, ("x", "y"), seed=4).state_dict()
+        assert list(again) == list(fresh)
+        assert all(torch.equal(value, fresh[name]) for name, value in again.items())
+
     def test_one_sigmoid_output_stays_one_or_becomes_a_softmax(self) -> None:
         two = HeadSpec(output="sigmoid")
         before = logits(trained(("a", "b"), two))
