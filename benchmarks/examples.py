@@ -49,7 +49,7 @@ RUNS = {
     "emotions": Example(
         "emotions3",
         "a three-class emotion set, EfficientNet at 256 px; validation",
-        ("--image-size", "96", "--limit", "1500", "--budget", "same rate=20,3", "--budget", "rate / 100=20,3",
+        ("--image-size", "64", "--limit", "900", "--budget", "same rate=20,3", "--budget", "rate / 100=20,3",
          "--budget", "training mode=20,3"),
         published={"head": "about 70 %", "rate / 100": "72.2 %"},
         pairs=(("rate / 100", "head"), ("rate / 100", "training mode"), ("same rate", "rate / 100")),
@@ -63,7 +63,7 @@ RUNS = {
     "vgg16_180": Example(
         "cats_dogs_128",
         "Deep Learning with Python, 2,000 pictures of cats and dogs, VGG16; test, first / second edition",
-        ("--features-from", "blocks.6", "--last-block", "blocks.6", "--views", "2", "--limit", "1000",
+        ("--features-from", "blocks.6", "--last-block", "blocks.6", "--views", "2", "--limit", "400",
          "--budget", "augmented=20", "--budget", "fine-tuned=20,10"),
         published={"fine-tuned": "96.8 / 98.5 %"},
         pairs=(("augmented", "features"), ("fine-tuned", "augmented")),
@@ -72,14 +72,14 @@ RUNS = {
         "dogs10",
         "Stanford Dogs, 120 breeds, EfficientNet-B0; the Keras example (it validates on the test set and drops its last"
         " batch), the head without augmentation: the course notebook",
-        ("--image-size", "128", "--budget", "scratch=10@64"),
+        ("--image-size", "96", "--limit", "1000", "--budget", "scratch=5@64"),
         published={"scratch": "21.5 %", "head": "74.6 %", "head, not augmented": "about 60 %", "fine-tuned": "77.0 %"},
         pairs=(("head", "head, not augmented"), ("fine-tuned", "head")),
     ),
     "hotdog": Example(
         "hotdog",
         "Dive into Deep Learning, 2,000 pictures, ResNet-18 at 224 px; test, which also chose",
-        ("--image-size", "96"),
+        ("--image-size", "64", "--limit", "1000"),
         published={"joint": "94.0 %", "scratch": "85.0 %"},
         pairs=(("joint", "scratch"),),
     ),

@@ -95,9 +95,12 @@ def test_a_budget_for_one_recipe_and_one_for_none(
     space, line = run_notebook("hotdog", photos, tmp_path / "runs", monkeypatch, "--budget", "scratch=2@24")
     assert [entry["budget"] for entry in line["recipes"]] == [
         {"epochs": [1], "image_size": 32},
+        {"epochs": [1], "image_size": 32},
         {"epochs": [2], "image_size": 24},
     ]
-    with pytest.raises(SystemExit, match=r"--budget nothing: no such recipe\. There are: joint, scratch"):
+    with pytest.raises(
+        SystemExit, match=r"--budget nothing: no such recipe\. There are: joint, joint, rate as printed, scratch"
+    ):
         run_notebook("hotdog", photos, tmp_path / "more", monkeypatch, "--budget", "nothing=2")
     # In a notebook the command line is the kernel's own: the defaults are taken.
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
