@@ -158,7 +158,7 @@ def test_imposed_class_map(tmp_path: Path) -> None:
     table = load_images(tmp_path, class_names=("zebra", "dog", "ant"))
     assert table.class_names == ("zebra", "dog", "ant")
     assert sorted(table.labels.tolist()) == [1, 1, 2]
-    with pytest.raises(DataError, match=r"'ant' .* not among the 2 classes of the imposed class map: dogs, cat"):
+    with pytest.raises(DataError, match=r"'ant' .* not among the 2 classes of the class names given: dogs, cat"):
         load_images(tmp_path, class_names=("dogs", "cat"))
     test_only = fill(tmp_path / "t", {"test/dog": 2})
     assert load_images(test_only, class_names=("cat", "dog")).labels.tolist() == [1, 1]

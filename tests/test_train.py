@@ -191,6 +191,18 @@ class TestCollapse:
         assert result.epochs == 6
         assert result.best.loss <= result.history[0]["val"]["loss"]
 
+    def test_statistics_of_the_head_that_still_move_are_not_blamed_on_the_rate(self) -> None:
+        model = model_at(head=HeadSpec(batchnorm=True))
+        fit(model, DATA, QUICK, lr=0.05, runtime=CPU)
+        moved = StageData(FeatureSource(DATA.train.features + 5.0, DATA.train.labels), DATA.val)
+        result = fit(model, moved, self.STAGE, lr=1e-5, runtime=CPU, starts_trained=True)
+        first, second = (event["message"] for event in result.events)
+        assert "wrecked the trained head" in first
+        assert "the rate is not what moves it, but the head's BatchNorm" in second
+        assert "Going on at 1e-05 without the alarm" in second
+        assert result.lr == pytest.approx(1e-5)
+        assert result.epochs == self.STAGE.epochs
+
     def test_a_running_average_is_judged_where_there_is_one(self) -> None:
         def alarms(ema: float, lr: float) -> int:
             stage = replace(self.STAGE, on_collapse="stop", ema=ema)

@@ -126,6 +126,7 @@ def _facts(model: Classifier, diary: Diary, splits: Splits, *, interrupted: bool
             "shared_groups": {group: list(names) for group, names in splits.shared_groups().items()},
         },
         "backbone": model.backbone_name or type(model.backbone).__name__,
+        "weights": str(diary.earlier) if isinstance(diary.earlier, (str, Path)) else None,
         "from_run": None if diary.handover is None else asdict(diary.handover),
         "interrupted": interrupted,
     }

@@ -365,7 +365,7 @@ def _class_map(
     """The class names in label order, after checking every split's folders against them."""
     if class_names is not None:
         names = tuple(class_names)
-        owner = "the imposed class map"
+        owner = "the class names given"
     elif "train" in splits or "" in splits:
         names = tuple(sorted(splits.get("train", splits.get("", {})), key=natural_key))
         owner = "the training pictures"

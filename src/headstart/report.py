@@ -107,6 +107,7 @@ def _facts(run: RunRecord) -> str:
     created = f"{created[:16]} UTC" if created.endswith("+00:00") else created
     pairs = [
         ("Backbone", esc(run.metrics["backbone"])) if run.metrics.get("backbone") else None,
+        ("Weights", esc(run.metrics["weights"])) if run.metrics.get("weights") else None,
         ("Classes", f"{len(names):,}") if names else None,
         ("Pictures", ", ".join(counts)) if counts else None,
         ("Stages", ", ".join(esc(s["name"]) for s in stages)) if stages else None,

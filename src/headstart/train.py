@@ -32,11 +32,21 @@ COLLAPSE_CHECKS_PER_EPOCH = 4
 COLLAPSE_EPOCHS = 2
 COLLAPSE_SUBSET = 256
 RETRY_DIVISOR = 10.0
+SAME_LOSS = 0.01  # a tenth of the rate that leads to the same loss, to 1 %, shows that the rate is not its cause
 MAX_RETRIES = 3
 
 
+def has_batchnorm(module: nn.Module) -> bool:
+    """Does any of its layers learn batch statistics in training mode?"""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+
+
 class _CollapseError(Exception):
-    """The first steps wrecked what the stage started from."""
+    """The first steps wrecked what the stage started from; `loss` is the validation loss they led to."""
+
+    def __init__(self, message: str, loss: float) -> None:
+        super().__init__(message)
+        self.loss = loss
 
 
 class _Stage:
@@ -64,7 +74,7 @@ class _Stage:
 
     def _refuse_batches_of_one(self) -> None:
         """BatchNorm in training mode has no variance to take from one picture."""
-        learns = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.head.modules())
+        learns = has_batchnorm(self.model.head)
         learns |= self.stage.batchnorm == "train" and not self.model.backbone_is_frozen
         if learns and min(self.stage.batch_size, len(self.data.train.labels)) == 1:
             raise ModelError(
@@ -227,6 +237,7 @@ def fit(
             log(record)
 
     watch = starts_trained and stage.on_collapse != "ignore"
+    loss_before = math.inf
     for attempt in range(MAX_RETRIES + 1):
         run = _Stage(model, data, stage, lr=lr, seed=seed, runtime=runtime)
         try:
@@ -235,6 +246,16 @@ def fit(
             break
         except _CollapseError as collapse:
             restore(model, entry_state)
+            if abs(collapse.loss - loss_before) < SAME_LOSS * loss_before and attempt < MAX_RETRIES:
+                lr, watch = lr * RETRY_DIVISOR, False
+                norm = ", but the head's BatchNorm, which is still learning its statistics" * has_batchnorm(model.head)
+                message = (
+                    f"The validation loss is {collapse.loss:.3f} at a tenth of the rate too: the rate is not what moves"
+                    f" it{norm}. Going on at {lr:g} without the alarm."
+                )
+                write(_event_record(run, {"kind": "rollback", "message": message}))
+                continue
+            loss_before = collapse.loss
             give_up = stage.on_collapse == "stop" or attempt == MAX_RETRIES
             then = "kept the state before it" if give_up else f"retrying at {lr / RETRY_DIVISOR:g}"
             message = f"{collapse} Rolled back to the state the stage started from; {then}."
@@ -273,7 +294,8 @@ def _attempt(
             if not now.loss <= limit:
                 raise _CollapseError(
                     f"A learning rate of {run.lr:g} wrecked the trained head: validation loss {now.loss:.3f} after"
-                    f" {run.step} step{'' if run.step == 1 else 's'}, {part.loss:.3f} before."
+                    f" {run.step} step{'' if run.step == 1 else 's'}, {part.loss:.3f} before.",
+                    now.loss,
                 )
 
     pool = ThreadPoolExecutor(run.runtime.workers, thread_name_prefix="headstart-batch")
@@ -370,7 +392,7 @@ def _wise(run: _Stage, entry: Candidate, best: Candidate, last: Candidate, write
 def _not_finite(run: _Stage, watch: bool, epoch: int) -> None:
     text = f"A learning rate of {run.lr:g} drove the loss out of bounds in epoch {epoch} (not a finite number)."
     if watch:
-        raise _CollapseError(text)
+        raise _CollapseError(text, math.inf)
     raise ModelError(f"{text} Lower it: stage {run.stage.name!r}, --lr or --lr-scale.")
 
 

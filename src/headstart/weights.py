@@ -182,7 +182,7 @@ def load_strictly(
     own = net.state_dict()
     problems = {
         "missing": [k for k in own if k not in tensors and not _may_miss(k)],
-        "unexpected": [k for k in tensors if k not in own and k not in also_known],
+        "unexpected": [k for k in tensors if k not in own and k not in also_known and not _may_miss(k)],
         "of another shape": [
             f"{k} ({tuple(tensors[k].shape)}, expected {tuple(own[k].shape)})"
             for k in own
