@@ -279,7 +279,7 @@ def _stages(facts: Facts) -> tuple[tuple[Any, ...], HeadSpec, list[str]]:
         )
         return (HEAD_STAGE,), head, [*([why] if why else []), few]
     stage = FINE_TUNE_STAGE if facts.is_similar else FAR_STAGE
-    steps = max(1, -(-facts.train // stage.batch_size))
+    steps = max(1, -(-facts.train // stage.batch_pictures))
     stage = replace(stage, epochs=max(2, min(stage.epochs, LONG_STEPS // steps)))
     rate = RECIPES["fine-tune"].lr * stage.lr_scale
     if facts.is_similar:

@@ -41,6 +41,10 @@ def read_whole(flag: str, text: str) -> int:
         raise RecipeError(f"{flag} is {text!r}; it takes a whole number.") from None
 
 
+def read_batch_size(flag: str, text: str) -> int | str:
+    return text if text == "auto" else read_whole(flag, text)
+
+
 def read_number(flag: str, text: str) -> float:
     try:
         return float(text)
@@ -82,7 +86,12 @@ STAGE_OPTIONS = (
     ),
     Option("batchnorm", read_word, "MODE", "the backbone's BatchNorm behind the line: fixed, frozen or train"),
     Option("epochs", read_whole, "N", "passes over the training pictures"),
-    Option("batch_size", read_whole, "N", "pictures per batch"),
+    Option(
+        "batch_size",
+        read_batch_size,
+        "N|auto",
+        "pictures per batch; auto: a default batch, as much at once as memory holds",
+    ),
     Option("accumulate", read_whole, "N", "batches per optimiser step"),
     Option(
         "optimizer", read_word, "NAME", "adamw (adam is the same), rmsprop, sgd (momentum 0.9); lbfgs for a linear head"

@@ -13,6 +13,7 @@ from .classifier import Classifier
 from .dataset import ImageTable
 from .errors import DataError, RecipeError
 from .features import Advance, Source, fast_kernels
+from .memory import in_portions
 from .metrics import evaluate_probs, softmax
 from .pixels import Pixels
 from .recipe import POLICIES
@@ -73,10 +74,16 @@ def predict_logits(
     model.to(runtime.device)
     was_training = model.training
     model.eval()
+
+    def compute(batch: Tensor) -> Tensor:
+        batch = batch.to(runtime.device)
+        logits: Tensor = model(batch.flip(-1) if mirrored else batch)
+        return logits.float()
+
     with fast_kernels(model, runtime), torch.inference_mode(), runtime.autocast():
         for part in mine.split(BATCH_SIZE):
-            batch = pixels.batch(part.tolist(), [view] * len(part)).to(runtime.device)
-            rows.append(model(batch.flip(-1) if mirrored else batch).float())
+            batch = pixels.batch(part.tolist(), [view] * len(part))
+            rows.append(in_portions(compute, batch, runtime.portion, doing="while scoring"))
             if advance:
                 advance(len(part))
     model.train(was_training)
@@ -185,10 +192,14 @@ def source_logits(
     rows = []
     was_training = model.training
     model.eval()
+
+    def compute(inputs: Tensor) -> Tensor:
+        return source.forward(model, inputs.to(runtime.device)).float()
+
     with torch.inference_mode(), runtime.autocast():
         for part in mine.split(batch_size):
-            inputs = source.batch(part.tolist(), [0] * len(part)).to(runtime.device)
-            rows.append(source.forward(model, inputs).float())
+            inputs = source.batch(part.tolist(), [0] * len(part))
+            rows.append(in_portions(compute, inputs, runtime.portion, doing="while scoring"))
     model.train(was_training)
     logits = torch.cat(rows) if rows else torch.zeros(0, len(model.class_names), device=runtime.device)
     return runtime.gather(logits, len(indices)).cpu()

@@ -21,6 +21,7 @@ from .backbones import backbone_output
 from .classifier import Classifier
 from .cut import Cut, cut_or_reason
 from .fastops import fast_training
+from .memory import in_portions
 from .pixels import Pixels
 from .recipe import AugmentSpec
 from .rowstore import RowStore, row_store
@@ -402,6 +403,9 @@ def _compute(
     def prepare(mine: Tensor) -> Tensor | None:
         return pixels.batch((mine // views).tolist(), (mine % views).tolist()) if len(mine) else None
 
+    def compute(batch: Tensor) -> Tensor:
+        return part.compute(batch.to(runtime.device, non_blocking=True))
+
     with ThreadPoolExecutor(runtime.workers, thread_name_prefix="headstart-batch") as pool:
         # Decoding and augmenting go on while the network computes.
         threads = pool if PixelSource(pixels).in_background else None
@@ -411,7 +415,7 @@ def _compute(
                 if batch is None:
                     out = torch.zeros(0, *part.shape, device=runtime.device)
                 else:
-                    out = part.compute(batch.to(runtime.device, non_blocking=True))
+                    out = in_portions(compute, batch, runtime.portion, doing="in the frozen layers")
                 made = out.dtype
                 out = runtime.gather(out.to(part.dtype), len(chunk))
             if stored is None:

@@ -23,6 +23,7 @@ WARM_STARTS = ("none", "ridge")
 AUTO_POLICIES = ("none", "randaugment", "trivial")
 SCHEDULES = ("constant", "cosine", "one-cycle")
 ON_COLLAPSE = ("retry", "stop", "ignore")
+HEAD_BATCH, FINE_TUNE_BATCH = 64, 32
 
 TUNED_ON = "tuned_on"  # what a recipe in a file was found on; no part of the recipe (see the room `tuned`)
 
@@ -220,10 +221,12 @@ class Stage(_Spec):
     lr_scale: the stage's rate is `recipe.lr * lr_scale`. head_lr_multiplier: the head's rate over the backbone's.
     layer_decay: the rate of each backbone block over that of the next deeper one, 1 is the same for all.
     views: how many views of each picture are stored when the stage trains from stored features (1 is the plain
-    picture alone). warmup: share of the steps in which the rate rises from 0. early_stop: epochs without a better
-    score before the stage ends, 0 is off. clip_norm: largest gradient norm, 0 is off. accumulate: batches per
-    optimiser step. class_weights: `none`, `balanced` or one number per class. collapse_ratio: the alarm goes off
-    when the validation loss of the first steps exceeds the entry loss by this factor and `collapse_margin` nats.
+    picture alone). batch_size: pictures per batch; `auto` puts all pictures of an optimiser step into one batch (the
+    default size times `accumulate`) and computes as many at once as memory holds. warmup: share of the steps in which
+    the rate rises from 0. early_stop: epochs without a better score before the stage ends, 0 is off.
+    clip_norm: largest gradient norm, 0 is off. accumulate: batches per optimiser step.
+    class_weights: `none`, `balanced` or one number per class. collapse_ratio: the alarm goes off when the validation
+    loss of the first steps exceeds the entry loss by this factor and `collapse_margin` nats.
     ema: decay of a running average of what is trained, which is then scored and kept in place of the weights
     themselves, 0 is off. mixup, cutmix: each batch is mixed with a shuffled copy of itself, the share drawn from
     Beta(x, x), 0 is off. wise: at the end, mix what the stage started from with what it came to, the share chosen on
@@ -236,7 +239,7 @@ class Stage(_Spec):
     freeze_line: str = "head"
     batchnorm: str = "fixed"
     epochs: int = 30
-    batch_size: int = 64
+    batch_size: int | str = HEAD_BATCH
     accumulate: int = 1
     optimizer: str = "adamw"
     lr_scale: float = 1.0
@@ -271,7 +274,11 @@ class Stage(_Spec):
             )
         _choice(owner, "batchnorm", self.batchnorm, BATCHNORM_MODES)
         _number(owner, "epochs", self.epochs, 1, 100_000, whole=True)
-        _number(owner, "batch_size", self.batch_size, 1, 1_000_000, whole=True)
+        if isinstance(self.batch_size, str):
+            if self.batch_size != "auto":
+                raise RecipeError(f"{owner}: batch_size is {self.batch_size!r}; it takes a whole number or auto.")
+        else:
+            _number(owner, "batch_size", self.batch_size, 1, 1_000_000, whole=True)
         _number(owner, "accumulate", self.accumulate, 1, 10_000, whole=True)
         _choice(owner, "optimizer", self.optimizer, OPTIMIZERS)
         _number(owner, "lr_scale", self.lr_scale, 0, 1e6, above=True)
@@ -306,6 +313,13 @@ class Stage(_Spec):
         if self.optimizer == "lbfgs":
             self._refuse_beside_lbfgs(owner)
 
+    @property
+    def batch_pictures(self) -> int:
+        """Pictures per batch as a number; for `auto` all of an optimiser step, `accumulate` default batches."""
+        if isinstance(self.batch_size, int):
+            return self.batch_size
+        return (HEAD_BATCH if self.freeze_line == "head" else FINE_TUNE_BATCH) * self.accumulate
+
     def _refuse_beside_lbfgs(self, owner: str) -> None:
         for name in ("accumulate", "balanced_sampling", "clip_norm", "mixup", "cutmix", "ema"):
             value = getattr(self, name)
@@ -321,7 +335,7 @@ FINE_TUNE_STAGE = Stage(
     name="fine-tune",
     freeze_line="last:80%",
     epochs=5,
-    batch_size=32,
+    batch_size=FINE_TUNE_BATCH,
     lr_scale=0.01,
     warmup=0.2,
     views=4,

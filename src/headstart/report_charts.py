@@ -165,6 +165,8 @@ _EVENTS = {
     "interrupted": "stopped",
     "wise": "mixed",
     "warm-start": "ridge",
+    "out-of-memory": "smaller batches",
+    "batch-size": "batch size",
 }
 
 

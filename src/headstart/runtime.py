@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from .errors import RecipeError, SetupError
+from .memory import Portion
 from .numerics import bf16_works, keep_freed_memory
+from .terminal import say
 
 # How launchers say how many processes they start: torchrun and accelerate, then the MPIs that accelerate knows.
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -27,13 +29,18 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Runtime:
-    """One process's means. `dtype` is what convolutions and matrix products compute in; weights stay float32."""
+    """One process's means. `dtype` is what convolutions and matrix products compute in; weights stay float32.
+
+    portion: how many pictures go through a network at once where no gradients are computed; all runtimes made from this
+    one by `dataclasses.replace` share it.
+    """
 
     device: torch.device
     dtype: torch.dtype = torch.float32
     workers: int = 2
     rank: int = 0
     world: int = 1
+    portion: Portion = field(default_factory=lambda: Portion(tell=say), compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:

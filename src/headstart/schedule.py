@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -40,6 +41,13 @@ def _cosine(start: float, end: float, at: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * at)) / 2
 
 
+def in_numbers(stage: Stage) -> Stage:
+    """The stage with its batch size as a number; `auto` is all pictures of an optimiser step in one batch."""
+    if stage.batch_size != "auto":
+        return stage
+    return replace(stage, batch_size=stage.batch_pictures, accumulate=1)
+
+
 def batches_of_epoch(n: int, labels: Tensor, stage: Stage, *, seed: int, epoch: int) -> list[Tensor]:
     """The picture indices of each batch: a pure function of (seed, epoch).
 
@@ -53,7 +61,7 @@ def batches_of_epoch(n: int, labels: Tensor, stage: Stage, *, seed: int, epoch: 
         order = rng.choice(n, size=n, p=chances / chances.sum())
     else:
         order = epoch_order(n, seed=seed, epoch=epoch)
-    batches = list(torch.from_numpy(order).split(stage.batch_size))
+    batches = list(torch.from_numpy(order).split(stage.batch_pictures))
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches

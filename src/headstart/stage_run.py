@@ -56,7 +56,7 @@ def run_stage(
             "trained": list(line.trained),
             "lr": result.lr,
             "views": None if isinstance(done.source.train, PixelSource) else done.source.train.num_views,
-            "events": result.events,
+            "events": [*bench.runtime.portion.take(), *result.events],
         }
     )
     return done.source

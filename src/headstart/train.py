@@ -19,12 +19,14 @@ from .errors import ModelError
 from .evaluation import Score, score
 from .features import FeatureSource, StageData
 from .freezing import Contract
+from .gradients import Batch, Gradients
 from .linear import check_linear, lbfgs_epoch, set_ridge
-from .mixing import Mix, check_mixing, draw_mix, mix_inputs
+from .memory import Portion
+from .mixing import Mix, check_mixing, draw_mix
 from .order import epoch_order
 from .recipe import Stage
 from .runtime import Runtime, prefetch
-from .schedule import batches_of_epoch, class_weight_vector, learning_rate, make_optimizer, views_of_epoch
+from .schedule import batches_of_epoch, in_numbers, learning_rate, make_optimizer, views_of_epoch
 from .stage_result import Log, Progress, Record, Report, StageResult
 
 TRAIN_SCORE_LIMIT = 256  # training pictures scored in evaluation mode each epoch; enough for a +-6 point interval
@@ -53,17 +55,24 @@ class _Stage:
     """The state of one attempt at a stage."""
 
     def __init__(
-        self, model: Classifier, data: StageData, stage: Stage, *, lr: float, seed: int, runtime: Runtime
+        self,
+        model: Classifier,
+        data: StageData,
+        stage: Stage,
+        *,
+        lr: float,
+        seed: int,
+        runtime: Runtime,
+        portion: Portion,
     ) -> None:
         self.model, self.data, self.stage, self.lr, self.seed, self.runtime = model, data, stage, lr, seed, runtime
         self.optimizer = make_optimizer(model, stage, lr=lr)
         self.contract = Contract(model, self.optimizer)
         self.average = RunningAverage(model, stage.ema) if stage.ema else None
-        weights = class_weight_vector(stage, data.train.labels, len(model.class_names))
+        self.gradients = Gradients(model, data.train, stage, runtime=runtime, portion=portion)
         self._refuse_batches_of_one()
         check_mixing(stage, model.freeze_line)
         check_linear(model, data, stage)
-        self.class_weights = None if weights is None else weights.to(runtime.device)
         n = len(data.train.labels)
         self.train_subset = torch.from_numpy(epoch_order(n, seed=0, epoch=0)[:TRAIN_SCORE_LIMIT])
         self.steps_per_epoch = -(
@@ -74,9 +83,7 @@ class _Stage:
 
     def _refuse_batches_of_one(self) -> None:
         """BatchNorm in training mode has no variance to take from one picture."""
-        learns = has_batchnorm(self.model.head)
-        learns |= self.stage.batchnorm == "train" and not self.model.backbone_is_frozen
-        if learns and min(self.stage.batch_size, len(self.data.train.labels)) == 1:
+        if self.gradients.portion.least > min(self.stage.batch_pictures, len(self.data.train.labels)):
             raise ModelError(
                 f"stage {self.stage.name!r}: BatchNorm cannot learn its statistics from batches of one picture."
                 " Take a batch size of 2 or more, and at least two training pictures."
@@ -87,7 +94,7 @@ class _Stage:
         model, runtime, stage = self.model, self.runtime, self.stage
         train = self.data.train
         if isinstance(train, FeatureSource) and stage.optimizer == "lbfgs":
-            loss = lbfgs_epoch(self.optimizer, model, train, self._mean_loss, weight_decay=stage.weight_decay)
+            loss = lbfgs_epoch(self.optimizer, model, train, self.gradients.mean_loss, weight_decay=stage.weight_decay)
             self.step, self.pictures = self.step + self.steps_per_epoch, self.pictures + len(train.labels)
             after_step()
             return loss
@@ -105,20 +112,10 @@ class _Stage:
         for first in range(0, len(batches), stage.accumulate):
             group = range(first, min(first + stage.accumulate, len(batches)))
             # One divisor for the whole step, however it is cut into batches and processes.
-            weight = sum(self._weight(train.labels[batches[i]]) for i in group)
-            for i in group:
-                batch = next(inputs)
-                if len(shares[i]):
-                    mix = draw_mix(
-                        len(shares[i]),
-                        mixup=stage.mixup,
-                        cutmix=stage.cutmix,
-                        rng=np.random.default_rng([self.seed, epoch, 2, i, runtime.rank]),
-                    )
-                    total += self._backward(
-                        batch.to(runtime.device, non_blocking=True), train.labels[shares[i]], weight, mix
-                    )
-                self.pictures += len(batches[i])
+            weight = sum(self.gradients.weight(train.labels[batches[i]]) for i in group)
+            drawn = [Batch(next(inputs), train.labels[shares[i]], self._mix(len(shares[i]), epoch, i)) for i in group]
+            total += self.gradients.add([batch for batch in drawn if len(batch.labels)], weight)
+            self.pictures += sum(len(batches[i]) for i in group)
             count += weight
             self._optimizer_step()
             self.step += 1
@@ -126,34 +123,9 @@ class _Stage:
         # The sum of per-step means times weights, over all weights: exact also with a short last batch.
         return self._sum_over_processes(total) / count
 
-    def _weight(self, labels: Tensor) -> float:
-        if self.class_weights is None:
-            return float(len(labels))
-        return float(self.class_weights.cpu()[labels].sum())
-
-    def _backward(self, inputs: Tensor, labels: Tensor, weight: float, mix: Mix | None) -> Tensor:
-        share = 1.0
-        if mix:
-            inputs, share = mix_inputs(inputs, mix)
-        with self.runtime.autocast():
-            logits = self.data.train.forward(self.model, inputs)
-        loss = self._loss(logits, labels)
-        if mix:
-            loss = share * loss + (1 - share) * self._loss(logits, labels[mix.partners])
-        (loss / weight).backward()
-        return loss.detach()
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(
-            logits.float(),
-            labels.to(logits.device),
-            weight=self.class_weights,
-            label_smoothing=self.stage.label_smoothing,
-            reduction="sum",
-        )
-
-    def _mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return self._loss(logits, labels) / self._weight(labels.cpu())
+    def _mix(self, n: int, epoch: int, batch: int) -> Mix | None:
+        rng = np.random.default_rng([self.seed, epoch, 2, batch, self.runtime.rank])
+        return draw_mix(n, mixup=self.stage.mixup, cutmix=self.stage.cutmix, rng=rng)
 
     def _optimizer_step(self) -> None:
         stage = self.stage
@@ -238,10 +210,14 @@ def fit(
 
     watch = starts_trained and stage.on_collapse != "ignore"
     loss_before = math.inf
+    finds_size, stage = stage.batch_size == "auto", in_numbers(stage)
+    portion = Portion(least=_least_at_once(model, stage))
     for attempt in range(MAX_RETRIES + 1):
-        run = _Stage(model, data, stage, lr=lr, seed=seed, runtime=runtime)
+        run = _Stage(model, data, stage, lr=lr, seed=seed, runtime=runtime, portion=portion)
         try:
             with data.train.kernels(model, runtime):
+                if finds_size and attempt == 0:
+                    run.gradients.fit_to_memory()
                 best, epochs = _attempt(run, entry_state, watch=watch, write=write, report=report)
             break
         except _CollapseError as collapse:
@@ -281,6 +257,7 @@ def _attempt(
         entry, event = _ridge(run, entry)
     best = last = entry
     seconds = time.perf_counter() - started
+    event = _joined([*run.gradients.portion.take(), *([event] if event else [])])
     write(_record(run, epoch=0, train_loss=None, val=entry.val, best=True, seconds=seconds, event=event))
     check_every = max(1, run.steps_per_epoch // COLLAPSE_CHECKS_PER_EPOCH)
     epoch = 0
@@ -312,10 +289,10 @@ def _attempt(
                 last = Candidate(snapshot(model) if better or stage.wise else {}, val, epoch)
                 best = last if better else best
                 stop = bool(stage.early_stop) and epoch - best.epoch >= stage.early_stop and epoch < stage.epochs
-                event = None
+                happened = run.gradients.portion.take()
                 if stop:
                     text = f"No better validation score for {stage.early_stop} epochs."
-                    event = {"kind": "early-stop", "message": text}
+                    happened.append({"kind": "early-stop", "message": text})
                 write(
                     _record(
                         run,
@@ -324,7 +301,7 @@ def _attempt(
                         val=val,
                         best=better,
                         seconds=time.perf_counter() - started,
-                        event=event,
+                        event=_joined(happened),
                     )
                 )
             if stop:
@@ -339,6 +316,18 @@ def _attempt(
     restore(model, best.state)
     run.contract.finish()
     return best, epoch
+
+
+def _least_at_once(model: Classifier, stage: Stage) -> int:
+    """BatchNorm that learns its statistics takes no variance from one picture."""
+    learns = has_batchnorm(model.head)
+    learns |= stage.batchnorm == "train" and not model.backbone_is_frozen
+    return 2 if learns else 1
+
+
+def _joined(events: list[Record]) -> Record | None:
+    """What happened as one event: the last one's kind, the words of all."""
+    return {**events[-1], "message": " ".join(event["message"] for event in events)} if events else None
 
 
 def _ridge(run: _Stage, entry: Candidate) -> tuple[Candidate, Record]:

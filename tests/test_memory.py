@@ -1,0 +1,270 @@
+"""Memory that runs out halves what is computed at once, and nothing else changes; a batch size found by measuring."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from headstart import (
+    HeadSpec,
+    ImageTable,
+    RecipeError,
+    SetupError,
+    Stage,
+    create_classifier,
+    load_images,
+    make_runtime,
+    set_freeze_line,
+)
+from headstart.averaging import snapshot
+from headstart.classifier import Classifier
+from headstart.evaluation import source_logits
+from headstart.features import FeatureSource, PixelSource, StageData, store_features
+from headstart.gradients import Batch, Gradients
+from headstart.memory import Portion, is_out_of_memory, peak_bytes
+from headstart.pixels import Pixels
+from headstart.runtime import Runtime
+from headstart.train import fit
+from tiny import SPEC, TinyNet
+
+
+@pytest.fixture
+def table(photos: Path) -> ImageTable:
+    return load_images(photos)
+
+
+def runtime() -> Runtime:
+    return make_runtime(device="cpu", precision="fp32", workers=1)  # its portion is its own
+
+
+def ask_for_too_much() -> None:
+    """What the CPU allocator really raises."""
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+class _HungryBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, most: int) -> Tensor:
+        ctx.most = most
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if len(grad) > ctx.most:
+            ask_for_too_much()
+        return grad, None
+
+
+class Hungry(nn.Module):
+    """Two layers; more pictures than `most` at once are too many for it, forward or (between the layers) backward."""
+
+    def __init__(self, most: int, *, backward: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.first, self.last = nn.Linear(8, 8, dtype=dtype), nn.Linear(8, 3, dtype=dtype)
+        self.most, self.in_backward = most, backward
+        self.sizes: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_meta:
+            return self.last(self.first(x))
+        if torch.is_grad_enabled():
+            self.sizes.append(len(x))
+        if len(x) > self.most and not self.in_backward:
+            ask_for_too_much()
+        x = self.first(x)
+        return self.last(_HungryBackward.apply(x, self.most) if self.in_backward else x)
+
+
+def features(n: int, seed: int) -> FeatureSource:
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 3
+    return FeatureSource(torch.eye(3, 8)[labels][:, None] + 0.3 * torch.randn(n, 1, 8, generator=g), labels)
+
+
+DATA = StageData(features(53, 0), features(9, 1))
+STAGE = Stage(epochs=2, batch_size=16, optimizer="sgd", weight_decay=0.0, class_weights="balanced", schedule="constant")
+
+
+def trained(head: Hungry, stage: Stage) -> tuple[Classifier, list[dict[str, Any]], list[Tensor]]:
+    model = create_classifier(TinyNet(), ["a", "b", "c"], head=head, data_spec=SPEC)
+    set_freeze_line(model, "head")
+    after: list[Tensor] = []
+    result = fit(
+        model, DATA, stage, lr=0.1, runtime=runtime(),
+        report=lambda _: after.append(torch.cat([p.detach().flatten() for p in head.parameters()])),
+    )  # fmt: skip
+    return model, result.events, after
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("stage", [STAGE, replace(STAGE, batch_size=8, accumulate=2), replace(STAGE, mixup=0.4)])
+def test_a_step_that_ran_out_of_memory_ends_where_one_that_did_not_ends(stage: Stage, backward: bool) -> None:
+    plenty = trained(Hungry(1000), stage)
+    head = Hungry(5, backward=backward)
+    scarce = trained(head, stage)
+    assert len(plenty[2]) == len(scarce[2])  # the optimiser takes the same steps
+    for one, other in zip(plenty[2], scarce[2], strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    assert plenty[1] == []
+    assert [event["kind"] for event in scarce[1]] == ["out-of-memory"]
+    assert scarce[1][0]["at_once"] == 4
+    assert "4 pictures at once from now on" in scarce[1][0]["message"]
+    assert max(head.sizes[-8:]) <= 5  # the next batches do not run into the wall again
+
+
+def test_memory_that_is_short_for_one_picture_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(SetupError, match=r"Out of memory in stage 'head', with 1 picture at once.*--image-size"):
+        trained(Hungry(0, backward=True), STAGE)
+
+
+def test_an_error_that_is_not_about_memory_is_raised_as_it_is() -> None:
+    class Broken(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            if input.is_meta or not torch.is_grad_enabled():
+                return super().forward(input)
+            raise RuntimeError("shape mismatch")
+
+    model = create_classifier(TinyNet(), ["a", "b", "c"], head=Broken(8, 3), data_spec=SPEC)
+    set_freeze_line(model, "head")
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        fit(model, DATA, STAGE, lr=0.1, runtime=runtime())
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as found:
+        ask_for_too_much()
+    assert is_out_of_memory(found.value)
+    assert is_out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate")
+    )
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_out_of_memory(ValueError("not enough memory cards"))
+
+
+def test_scoring_and_the_frozen_pass_go_on_in_smaller_parts(
+    table: ImageTable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class HungryNet(TinyNet):
+        most = 1000
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > self.most:
+                ask_for_too_much()
+            return super().forward(x)
+
+    net = HungryNet()
+    model = create_classifier(net, table.class_names, head=None, data_spec=SPEC)
+    set_freeze_line(model, "head")
+    pixels = Pixels(table, SPEC, workers=1)
+    whole = store_features(model, pixels, runtime=runtime())
+    net.most = 3
+    how = runtime()
+    assert torch.allclose(store_features(model, pixels, runtime=how), whole, atol=1e-6)
+    assert how.portion.size is not None
+    assert how.portion.size <= 3
+    told = capsys.readouterr().err
+    assert told.count("Out of memory in the frozen layers") >= 1
+    scores = source_logits(model, features(20, 3), indices=torch.arange(20), runtime=how)
+    assert scores.shape == (20, len(table.class_names))
+    assert capsys.readouterr().err == ""  # what was learned once is not tried again
+
+
+def test_parts_are_equal_and_none_is_smaller_than_the_least() -> None:
+    assert Portion().parts(33) == [33]
+    assert Portion(16).parts(33) == [11, 11, 11]
+    assert Portion(2, least=2).parts(5) == [3, 2]
+    assert Portion(2, least=2).parts(3) == [3]
+    assert Portion(4).parts(0) == [0]
+    assert all(sum(Portion(k).parts(n)) == n for k in range(1, 7) for n in range(1, 20))
+
+
+def test_batchnorm_that_learns_is_never_given_one_picture() -> None:
+    portion = Portion(least=2)
+    portion.halve(5, MemoryError("no more"), doing="here")
+    assert portion.parts(5) == [3, 2]
+    with pytest.raises(SetupError, match="with 3 pictures at once"):
+        portion.halve(3, MemoryError("no more"), doing="here")
+
+
+def test_the_peak_of_a_computation_is_that_of_its_tensors() -> None:
+    def compute() -> None:
+        a = torch.zeros(1000, dtype=torch.uint8)
+        del a
+        b, c = torch.zeros(3000, dtype=torch.uint8), torch.zeros(4000, dtype=torch.uint8)
+        b[:5] = c[:5]  # a view is no memory of its own
+
+    assert peak_bytes(compute, torch.device("cpu")) == 7000
+
+
+def pixel_gradients(table: ImageTable, stage: Stage) -> Gradients:
+    model = create_classifier(TinyNet(dropout=0.1), table.class_names, head=HeadSpec(batchnorm=True), data_spec=SPEC)
+    set_freeze_line(model, "all", batchnorm="train")
+    return Gradients(model, PixelSource(Pixels(table, SPEC, workers=1)), stage, runtime=runtime())
+
+
+AUTO = Stage(name="all", freeze_line="all", batchnorm="train", batch_size="auto")
+
+
+def test_measuring_a_step_changes_nothing_and_grows_with_the_pictures(table: ImageTable) -> None:
+    gradients = pixel_gradients(table, AUTO)
+    before, random = snapshot(gradients.model), torch.get_rng_state()
+    two, four, eight = (gradients.step_bytes(n) for n in (2, 4, 8))
+    assert eight - four == pytest.approx(2 * (four - two), rel=0.05)
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(gradients.model).items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None for p in gradients.model.parameters())
+
+
+def test_auto_takes_the_largest_power_of_two_that_memory_holds(table: ImageTable) -> None:
+    gradients = pixel_gradients(table, AUTO)
+    each = (gradients.step_bytes(4) - gradients.step_bytes(2)) // 2
+    gradients.fit_to_memory(10**12)
+    assert gradients.portion.size is None  # the whole batch
+    base = gradients.step_bytes(2) - 2 * each + 10**4  # with what Adam keeps
+    gradients.fit_to_memory(int((base + 9 * each) / 0.6))
+    assert gradients.portion.size == 8
+    gradients.fit_to_memory(0)
+    assert gradients.portion.size == 1
+    assert [event["kind"] for event in gradients.portion.take()] == ["batch-size"] * 3
+
+
+def test_auto_is_one_batch_per_optimiser_step() -> None:
+    assert replace(AUTO, accumulate=3).batch_pictures == 96
+    assert replace(AUTO, freeze_line="head").batch_pictures == 64
+    assert Stage(batch_size=7, accumulate=3).batch_pictures == 7
+    with pytest.raises(RecipeError, match=r"batch_size is 'atuo'; it takes a whole number or auto"):
+        replace(AUTO, batch_size="atuo")
+    found = fit(create_and_freeze(), DATA, Stage(epochs=1, batch_size="auto", accumulate=2), lr=0.1, runtime=runtime())
+    assert (found.stage.batch_size, found.stage.accumulate) == (128, 1)
+
+
+def create_and_freeze() -> Classifier:
+    model = create_classifier(TinyNet(), ["a", "b", "c"], data_spec=SPEC)
+    set_freeze_line(model, "head")
+    return model
+
+
+def test_gradients_in_parts_are_those_of_the_whole_in_float64() -> None:
+    g = torch.Generator().manual_seed(3)
+    x, labels = torch.randn(11, 1, 8, generator=g), torch.arange(11) % 3
+    found = []
+    for size in (None, 4, 1):
+        model = create_classifier(TinyNet(), ["a", "b", "c"], head=Hungry(99), data_spec=SPEC)
+        set_freeze_line(model, "head")
+        gradients = Gradients(model, FeatureSource(x, labels), STAGE, runtime=runtime(), portion=Portion(size))
+        total = gradients.add([Batch(x[:, 0], labels)], 11.0)
+        found.append(
+            (float(total), torch.cat([p.grad.flatten() for p in model.head.parameters() if p.grad is not None]))
+        )
+    for total, grad in found[1:]:
+        assert total == pytest.approx(found[0][0], rel=1e-6)
+        assert torch.allclose(grad, found[0][1], atol=1e-7)
