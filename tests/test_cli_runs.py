@@ -333,6 +333,22 @@ def test_preview_writes_a_sheet(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert "png" in err
 
 
+def test_preview_leaves_out_bad_files_where_it_may(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(folder, photos)
+    classes = sorted(path for path in photos.iterdir() if path.is_dir())
+    for path in [file for file in classes[0].iterdir()][1:]:
+        path.write_bytes(b"no picture")  # all but one: some are drawn
+    words = ["preview", photos, "--backbone", "test_resnet", "--image-size", "32", "--out", tmp_path / "sheet.png"]
+    code, _, err = command(capsys, *words)
+    assert (code, (tmp_path / "sheet.png").exists()) == (2, False)
+    code, out, err = command(capsys, *words, "--bad-files", "skip")
+    assert (code, out) == (0, f"{tmp_path / 'sheet.png'}\n")
+    assert "left out" in err
+
+
 def wait_for(path: Path, text: bytes, process: subprocess.Popen[str], seconds: float = 60) -> None:
     """Until the file holds the text; a process that ends before that fails the test."""
     until = time.monotonic() + seconds

@@ -269,6 +269,7 @@ def _preview_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", metavar="NAME", help=f"for its preparation (default: {DEFAULT_BACKBONE})")
     parser.add_argument("--seed", type=int, metavar="N", help="which pictures, and how they are changed")
     add_root_option(parser)
+    add_bad_files_option(parser)
     add_augment_option(parser)
     add_picture_options(parser)
 
@@ -281,11 +282,14 @@ def _preview(args: argparse.Namespace) -> int:
 
     check_target(out)
     from .backbones import create_backbone, override_spec
+    from .bench import say_left_out
     from .dataset import load_images
     from .plots import preview_sheet
 
     _, spec = create_backbone(args.backbone or DEFAULT_BACKBONE, weights="none", image_size=overrides.get("image_size"))
-    table = load_images(args.photos, root=args.root, check=False)
+    skips = args.bad_files == "skip"  # otherwise only the pictures of the sheet are decoded
+    table = load_images(args.photos, root=args.root, check=skips, **given(args, "bad_files"))
+    say_left_out(table, skips)
     spec = override_spec(spec, **overrides)
     print(preview_sheet(table, spec, recipe.augment, out, **given(args, "seed")))
     return 0
