@@ -339,7 +339,7 @@ def test_preview_leaves_out_bad_files_where_it_may(
     photos = tmp_path / "photos"
     shutil.copytree(folder, photos)
     classes = sorted(path for path in photos.iterdir() if path.is_dir())
-    for path in [file for file in classes[0].iterdir()][1:]:
+    for path in list(classes[0].iterdir())[1:]:
         path.write_bytes(b"no picture")  # all but one: some are drawn
     words = ["preview", photos, "--backbone", "test_resnet", "--image-size", "32", "--out", tmp_path / "sheet.png"]
     code, _, err = command(capsys, *words)
