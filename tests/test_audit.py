@@ -14,7 +14,9 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 import headstart
+from headstart import duplicates
 from headstart.audit_copies import find_copies, leaked
+from headstart.audit_files import chance_of_shares
 from headstart.audit_quick import shortcut_findings
 from headstart.bench import make_bench
 from headstart.clean import clean_rows, counts_of
@@ -142,6 +144,49 @@ def test_near_copies_are_found_and_nothing_else(tmp_path: Path) -> None:
     for pair, name in zip(pairs.values(), CHANGES, strict=True):
         assert not pair.exact
         assert pair.mirrored == ("mirrored" in name)
+
+
+@pytest.mark.parametrize("n", [2, 40, 700])
+def test_neighbours_are_those_of_scikit_learn(n: int) -> None:
+    from sklearn.neighbors import NearestNeighbors
+
+    rng = np.random.default_rng(n)
+    rows, among = (duplicates._unit(rng.normal(size=(n, 4, 8)).astype(np.float32)) for _ in range(2))
+    found, correlation = duplicates._nearest(rows, among)
+    twin = NearestNeighbors(n_neighbors=min(duplicates.NEIGHBOURS + 1, n), algorithm="brute").fit(among)
+    distance, expected = twin.kneighbors(rows)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(correlation, 1 - distance**2 / 2, atol=1e-6)
+
+
+def test_smoothing_and_interpolation_are_those_of_scipy() -> None:
+    from scipy import ndimage
+
+    pictures = np.random.default_rng(0).normal(0, 60, (3, 24, 24)).astype(np.float32)
+    fine = ndimage.gaussian_filter(pictures, (0, 0.7, 0.7))
+    expected = fine - ndimage.gaussian_filter(fine, (0, 2.5, 2.5))
+    np.testing.assert_allclose(duplicates._local_contrast(pictures, 0.7, 2.5), expected, atol=1e-4)
+    at = np.linspace(-0.7, 23.2, 24, dtype=np.float32)
+    x, y = np.broadcast_to(at, (3, 1, 24)), np.broadcast_to(at[::-1, None] / 2, (3, 24, 1))
+    value, dx, dy = duplicates._bilinear(pictures, x, y)
+    for picture, mine in zip(pictures, value, strict=True):
+        grid = np.broadcast_arrays(np.clip(y[0], 0, 22.999), np.clip(x[0], 0, 22.999))
+        np.testing.assert_allclose(mine, ndimage.map_coordinates(picture, grid, order=1), atol=1e-3)
+    step = np.float32(0.01)  # far enough from a pixel's edge for the slope to be one
+    inner = (slice(None), slice(2, -2), slice(2, -2))
+    np.testing.assert_allclose(
+        (duplicates._bilinear(pictures, x + step, y)[0] - value)[inner] / step, dx[inner], atol=0.1
+    )
+    np.testing.assert_allclose(
+        (duplicates._bilinear(pictures, x, y + step)[0] - value)[inner] / step, dy[inner], atol=0.1
+    )
+
+
+@pytest.mark.parametrize("counts", [[[3, 20], [40, 50]], [[0, 9], [30, 21]], [[1, 2, 30], [20, 30, 40]]])
+def test_the_chance_of_uneven_turns_is_that_of_scipy(counts: list[list[int]]) -> None:
+    from scipy.stats import chi2_contingency
+
+    assert chance_of_shares(np.array(counts)) == pytest.approx(float(chi2_contingency(counts).pvalue), rel=1e-9)
 
 
 def test_equal_pixels_are_exact_copies_whatever_the_file() -> None:
@@ -331,6 +376,22 @@ def test_fit_scores_with_and_without_leaks(photos: Path, tmp_path: Path) -> None
     assert "With and without leaks" in (tmp_path / "run" / "report.html").read_text()
     assert "test without leaked pictures" in closing_table(result.metrics)
     assert "test_without_leaks" not in fit_tiny(root, tmp_path, audit=False, overwrite=True).metrics
+
+
+def test_a_second_fit_does_not_look_again(photos: Path, tmp_path: Path) -> None:
+    shutil.copy(photos / "red/red0.jpg", photos / "red/again.jpg")
+    splits = fit_tiny(photos, tmp_path).splits
+    first = read_audit(tmp_path / "run" / "audit.json")
+    again = fit_tiny(photos, tmp_path, overwrite=True).splits
+    second = read_audit(tmp_path / "run" / "audit.json")
+    assert second == replace(
+        first, seconds={**first.seconds, "labels": second.seconds["labels"]}
+    )  # how long it took, too
+    assert [table.groups for table in again.named().values()] == [table.groups for table in splits.named().values()]
+    assert any(again.train.groups + again.val.groups + again.test.groups)
+    (photos / "red/again.jpg").rename(photos / "blue/again.jpg")
+    fit_tiny(photos, tmp_path, overwrite=True)
+    assert read_audit(tmp_path / "run" / "audit.json").of_kind("exact-conflicts")
 
 
 def test_splits_made_beforehand_are_looked_at_too(photos: Path, tmp_path: Path) -> None:

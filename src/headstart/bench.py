@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .arrays import Labels, Pictures, images_from_arrays
 from .audit_copies import is_copies
+from .audit_kept import audit_key, keep_audit, kept_audit
 from .audit_quick import quick_audit
 from .averaging import restore, snapshot
 from .classifier import Classifier
@@ -285,12 +286,19 @@ def _looked_at(
     table = found.joined() if isinstance(found, Splits) else found
     if table is None or not len(table):
         return None, found
-    with ProgressBar(len(table), "Looking at pictures", enabled=show) as bar:
-        quick = quick_audit(
-            table, known=store.look if store else None, workers=workers, progress=lambda done, _: bar.move_to(done)
-        )
-    groups = join_groups(table.groups, quick.copies.names)
-    return quick.result, found.with_groups(dict(zip(table.paths, groups, strict=True)))
+    contents = store.contents(table.paths) if store else None
+    key = audit_key(table, contents) if contents else ""
+    known = kept_audit(store.cache, key) if store and key else None
+    if known is None:
+        with ProgressBar(len(table), "Looking at pictures", enabled=show) as bar:
+            quick = quick_audit(
+                table, known=store.look if store else None, workers=workers, progress=lambda done, _: bar.move_to(done)
+            )
+        known = quick.result, quick.copies.names
+        if store and key:
+            keep_audit(store.cache, key, quick)
+    result, copies = known
+    return result, found.with_groups(dict(zip(table.paths, join_groups(table.groups, copies), strict=True)))
 
 
 def _split(table: ImageTable, *, val: float, test: float, seed: int, show: bool) -> Splits:

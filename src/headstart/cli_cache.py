@@ -8,7 +8,12 @@ from datetime import datetime
 
 from . import terminal
 
-KINDS = {"pixels": "decoded pictures", "features": "stored features", "files": "hashes of files"}
+KINDS = {
+    "pixels": "decoded pictures",
+    "features": "stored features",
+    "audits": "looks at sets of pictures",
+    "files": "hashes of files",
+}
 SETS = "sets"  # folders of files that runs name: the size limit does not touch them, and they are cleared by name only
 SETS_TITLE = "sets of pictures"
 

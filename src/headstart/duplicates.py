@@ -21,6 +21,7 @@ Ints = npt.NDArray[np.int64]
 
 COARSE_PX = 16
 NEIGHBOURS = 3
+COMPARED_AT_ONCE = 512
 CANDIDATE = 0.4  # correlation of coarse pictures from which a pair is aligned
 LARGEST_CROP = 0.14  # of a side, in all
 STEPS, LARGEST_MOVE = 4, 0.03  # Gauss-Newton steps a level, and the most a side of the crop moves in one, as a share
@@ -77,6 +78,8 @@ def near_pairs(thumbs: npt.NDArray[np.uint8], *, leave_out: Sequence[int] = ()) 
 
 def groups_of(n: int, pairs: Sequence[Pair]) -> npt.NDArray[np.int64]:
     """Group number per picture, int64 [n]: pictures joined by pairs, directly or in a chain, share one; -1 for none."""
+    if not pairs:
+        return np.full(n, -1, dtype=np.int64)
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -98,39 +101,53 @@ _BOXES = ((0.0, 0.0, 1.0, 1.0), (0.05, 0.05, 0.9, 0.9), *((x, y, 0.9, 0.9) for x
 def _candidates(contrast: Floats) -> tuple[Ints, Ints, Ints]:
     """Pairs (a, b) and the view of a, each int64 [M]: that crop of picture a, or of its mirror image from view
     `len(_BOXES)` on, looks like the whole of picture b. Each two pictures come once, in their likest view."""
-    from sklearn.neighbors import NearestNeighbors
-
     whole = _unit(_sample(contrast, _BOXES[0], COARSE_PX))
-    index = NearestNeighbors(n_neighbors=min(NEIGHBOURS + 1, len(whole)), algorithm="brute").fit(whole)
-    rows = []
+    ends, views, correlations = [], [], []
     for view in range(2 * len(_BOXES)):
         seen = contrast[:, :, ::-1] if view >= len(_BOXES) else contrast
-        distance, neighbour = index.kneighbors(_unit(_sample(seen, _BOXES[view % len(_BOXES)], COARSE_PX)))
-        correlation = 1 - distance**2 / 2  # of unit vectors
+        neighbour, correlation = _nearest(_unit(_sample(seen, _BOXES[view % len(_BOXES)], COARSE_PX)), whole)
         a, column = np.nonzero(correlation >= CANDIDATE)
-        rows.append(np.stack([a, neighbour[a, column], np.full(len(a), view), correlation[a, column]]))
-    a, b, views, correlation = np.concatenate(rows, axis=1)
-    a, b, views = a.astype(np.int64), b.astype(np.int64), views.astype(np.int64)
-    chosen = _likeliest(np.stack([a, b], axis=1), correlation, len(whole))
-    return a[chosen], b[chosen], views[chosen]
+        ends.append(np.stack([a, neighbour[a, column]], axis=1))
+        views.append(np.full(len(a), view))
+        correlations.append(correlation[a, column])
+    a, b = np.concatenate(ends).T
+    chosen = _likeliest(np.stack([a, b], axis=1), np.concatenate(correlations), len(whole))
+    return a[chosen], b[chosen], np.concatenate(views)[chosen]
 
 
-def _likeliest(ends: Ints, correlation: Floats, n: int) -> list[int]:
+def _nearest(rows: Floats, among: Floats) -> tuple[Ints, Floats]:
+    """Of each unit row [N, D] the nearest `NEIGHBOURS` and one more (itself, maybe) `among` others [K, D], nearest first:
+    positions and correlations, [N, n]."""
+    n = min(NEIGHBOURS + 1, len(among))
+    positions, correlations = np.empty((len(rows), n), dtype=np.int64), np.empty((len(rows), n), dtype=np.float32)
+    for start in range(0, len(rows), COMPARED_AT_ONCE):
+        block = slice(start, start + COMPARED_AT_ONCE)
+        correlation = rows[block] @ among.T
+        each = np.arange(len(correlation))
+        for column in range(n):
+            best = correlation.argmax(axis=1)
+            positions[block, column], correlations[block, column] = best, correlation[each, best]
+            correlation[each, best] = -np.inf
+    return positions, correlations
+
+
+def _likeliest(ends: Ints, correlation: Floats, n: int) -> Ints:
     """Rows of `ends` [M, 2], each two pictures once, that are among the `NEIGHBOURS` likeliest of one of the two.
 
     Pictures of one scheme (aligned faces) all look alike from afar; the bound keeps the work in proportion to `n`.
     """
+    order = np.argsort(-correlation, kind="stable")
+    low, high = np.sort(ends[order], axis=1).T
+    first = np.sort(np.unique(low * n + high, return_index=True)[1])  # of each two pictures the likeliest row
+    first = first[low[first] != high[first]]
     taken = [0] * n
-    seen: set[tuple[int, int]] = set()
     chosen = []
-    for i in np.argsort(-correlation, kind="stable").tolist():
-        one, other = sorted(ends[i].tolist())
-        if one != other and (one, other) not in seen and min(taken[one], taken[other]) < NEIGHBOURS:
-            seen.add((one, other))
+    for i, one, other in zip(order[first].tolist(), low[first].tolist(), high[first].tolist(), strict=True):
+        if min(taken[one], taken[other]) < NEIGHBOURS:
             taken[one] += 1
             taken[other] += 1
             chosen.append(i)
-    return chosen
+    return np.array(chosen, dtype=np.int64)
 
 
 def _unit(pictures: Floats) -> Floats:
@@ -160,10 +177,19 @@ def _averaging(size: int, start: float, length: float, px: int) -> Floats:
 
 def _local_contrast(pictures: Floats, fine_px: float, coarse_px: float) -> Floats:
     """Pictures [N, P, P] with their noise smoothed and without their coarse brightness, which unlike ones share."""
-    from scipy.ndimage import gaussian_filter
+    smooth, blur = (_smoothing(pictures.shape[1], px) for px in (fine_px, coarse_px))
+    fine = smooth @ pictures @ smooth.T
+    return np.asarray(fine - blur @ fine @ blur.T)
 
-    fine = gaussian_filter(pictures, (0, fine_px, fine_px))
-    return np.asarray(fine - gaussian_filter(fine, (0, coarse_px, coarse_px)))
+
+def _smoothing(size: int, sigma_px: float) -> Floats:
+    """[size, size]: a Gaussian over four sigmas along a line of pixels that is mirrored at its ends."""
+    reach = np.arange(-int(4 * sigma_px + 0.5), int(4 * sigma_px + 0.5) + 1)
+    weights = np.exp(-0.5 * (reach / sigma_px) ** 2)
+    at = (np.arange(size)[:, None] + reach) % (2 * size)
+    matrix = np.zeros((size, size))
+    np.add.at(matrix, (np.arange(size)[:, None], np.minimum(at, 2 * size - 1 - at)), weights / weights.sum())
+    return np.asarray(matrix, dtype=np.float32)
 
 
 def _align(coarse: Floats, fine: Floats, a: Ints, b: Ints, view: Ints) -> Floats:
@@ -219,17 +245,21 @@ def _standard(pictures: Floats) -> Floats:
 def _bilinear(pictures: Floats, x: Floats, y: Floats) -> tuple[Floats, Floats, Floats]:
     """Values and slopes of pictures [M, P, P] at columns x [M, 1, P] and rows y [M, P, 1], clamped to the edge."""
     px = pictures.shape[1]
-    x = np.clip(x, 0, px - 1.001)
-    y = np.clip(y, 0, px - 1.001)
-    x0, y0 = x.astype(np.int32), y.astype(np.int32)
-    fx, fy = x - x0, y - y0
-    n = np.arange(len(pictures))[:, None, None]
-    p00, p01 = pictures[n, y0, x0], pictures[n, y0, x0 + 1]
-    p10, p11 = pictures[n, y0 + 1, x0], pictures[n, y0 + 1, x0 + 1]
-    top, bottom = p00 + fx * (p01 - p00), p10 + fx * (p11 - p10)
-    value = top + fy * (bottom - top)
-    dx = (1 - fy) * (p01 - p00) + fy * (p11 - p10)
-    return value, dx, bottom - top
+    across, step_across = (weights.transpose(0, 2, 1) for weights in _interpolating(x[:, 0], px))
+    down, step_down = _interpolating(y[:, :, 0], px)
+    rows = down @ pictures  # matrix products, since gathering four neighbours of every point takes twice as long
+    return rows @ across, rows @ step_across, (step_down @ pictures) @ across
+
+
+def _interpolating(at: Floats, size: int) -> tuple[Floats, Floats]:
+    """[M, P, size] each: the weights of the pixels on both sides of every place `at` [M, P], and of their difference."""
+    at = np.clip(at, 0, size - 1.001)
+    low = at.astype(np.int32)
+    m, place = np.arange(len(at))[:, None], np.arange(at.shape[1])[None]
+    weights, step = np.zeros((2, *at.shape, size), dtype=np.float32)
+    weights[m, place, low], weights[m, place, low + 1] = 1 - (at - low), at - low
+    step[m, place, low], step[m, place, low + 1] = -1, 1
+    return weights, step
 
 
 def likeness(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float:

@@ -35,7 +35,7 @@ try:
 except ImportError:  # Windows: a file that is open there cannot be removed, and two builders merely do the work twice
     fcntl = None
 
-KINDS = ("pixels", "features", "files")
+KINDS = ("pixels", "features", "audits", "files")
 DEFAULT_LIMIT_BYTES = 20 * 10**9
 
 _SUFFIX = ".entry"
