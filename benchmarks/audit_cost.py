@@ -1,7 +1,7 @@
 """What share of a fit does its look at the data cost?
 
     python benchmarks/audit_cost.py run [--sets flowers5,hotdog] [--recipes head,fine-tune]
-    python benchmarks/audit_cost.py table
+    python benchmarks/audit_cost.py table [--write]     # the table in docs/audit.md, from the records
 
 Needs the folder of real pictures and weights (HEADSTART_SHARED, else ../shared). Each fit (mobilenetv2_100, ImageNet
 weights, run folder and report written) runs in a process of its own: first with an empty cache, then again, where
@@ -113,6 +113,16 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def write_table(text: str) -> None:
+    """Replace what stands between the marks in docs/audit.md."""
+    path = HERE.parent / "docs" / "audit.md"
+    page = path.read_text(encoding="utf-8")
+    start, rest = page.split("<!-- cost:", 1)
+    note, rest = rest.split("-->", 1)
+    end = rest.split("<!-- end of cost -->", 1)[1]
+    path.write_text(f"{start}<!-- cost:{note}-->\n{text}\n<!-- end of cost -->{end}", encoding="utf-8")
+
+
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,7 +133,7 @@ def main() -> None:
     one = commands.add_parser("one")
     for word in ("set", "recipe", "out"):
         one.add_argument(word)
-    commands.add_parser("table")
+    commands.add_parser("table").add_argument("--write", action="store_true")
     args = parser.parse_args()
     if args.command == "one":
         print(json.dumps(fit_once(SHARED / "data" / args.set, args.recipe, Path(args.out))))
@@ -136,6 +146,8 @@ def main() -> None:
                     for record in measure(name, recipe):
                         file.write(json.dumps(record) + "\n")
     print(table())
+    if args.command == "table" and args.write:
+        write_table(table())
 
 
 if __name__ == "__main__":

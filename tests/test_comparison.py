@@ -56,6 +56,15 @@ def test_every_recipe_and_seed_has_its_run_on_the_same_splits(compared: Any) -> 
     assert [len(runs["last-3-seed1"].recipe["stages"]), runs["last-3-seed1"].recipe["stages"][1]["epochs"]] == [2, 1]
 
 
+def test_pictures_are_looked_at_unless_told_not_to(compared: Any, folder: Path, tmp_path: Path) -> None:
+    assert (compared.path / "head-seed0" / "audit.json").is_file()
+    options = ["--recipes", "head", "--budget", "head=1", "--image-size", "32", "--quiet", "--no-audit"]
+    machine = ["--backbone", "test_resnet", "--weights", "none", "--device", "cpu", "--precision", "fp32"]
+    assert main(["compare", str(folder), "--out", str(tmp_path / "out"), *options, *machine]) == 0
+    assert (tmp_path / "out" / "head-seed0" / "metrics.json").is_file()
+    assert not (tmp_path / "out" / "head-seed0" / "audit.json").exists()
+
+
 def test_figures_are_the_runs_own(compared: Any) -> None:
     for entry in compared.results["recipes"]:
         runs = [read_run(compared.path / run) for run in entry["runs"]]

@@ -13,8 +13,8 @@ from .findings import AuditResult
 from .store import Cache, code_hash, key_of
 
 _ROOMS = (
-    "audit_copies", "audit_files", "audit_quick", "dataset", "decode", "duplicates", "findings", "inspection", "metrics",
-    "shortcuts",
+    "audit_copies", "audit_files", "audit_quick", "dataset", "decode", "duplicates", "findings", "inspection",
+    "metrics", "shortcuts",
 )  # fmt: skip
 _LIBRARIES = ("numpy", "pillow", "scipy")
 

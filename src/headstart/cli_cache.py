@@ -11,7 +11,7 @@ from . import terminal
 KINDS = {
     "pixels": "decoded pictures",
     "features": "stored features",
-    "audits": "looks at sets of pictures",
+    "audits": "looks at sets",
     "files": "hashes of files",
 }
 SETS = "sets"  # folders of files that runs name: the size limit does not touch them, and they are cleared by name only

@@ -11,6 +11,7 @@ from .cli_options import (
     PHOTOS_HELP,
     RECIPE_OPTIONS,
     Command,
+    add_audit_option,
     add_augment_option,
     add_cache_option,
     add_data_options,
@@ -62,6 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                        "seed (default: runs/PHOTOS-BACKBONE-compare); the same command goes on there")  # fmt: skip
     group.add_argument("--overwrite", action="store_true", help="replace what other settings left there")
     group.add_argument("--limit", type=int, metavar="N", help="dry run on N pictures")
+    add_audit_option(group)
     add_cache_option(group)
     group.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add_data_options(parser)
@@ -111,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         spec_overrides=overrides,
         progress=not args.quiet,
         **given(args, "weights", "bad_files", "val", "test", "val_folder", "test_folder", "root", "limit"),
-        **given(args, "device", "precision", "workers", "cache"),
+        **given(args, "device", "precision", "workers", "cache", "audit"),
     )
     print(terminal.comparison_tables(result.results))
     print(f"\npage    {short_path(result.page_path)}")

@@ -106,6 +106,7 @@ def compare(
     precision: str = "auto",
     workers: int | None = None,
     cache: bool = True,
+    audit: bool = True,
     progress: bool = False,
 ) -> Comparison:
     """Train recipes side by side on the same splits and say what differs by more than chance.
@@ -131,7 +132,7 @@ def compare(
     bench = data if isinstance(data, Bench) else make_bench(
         data, runtime=make_runtime(device=device, precision=precision, workers=workers), seed=seeds[0], val=val,
         test=test, val_folder=val_folder, test_folder=test_folder, root=root, bad_files=bad_files, limit=limit,
-        cache=cache, progress=progress,
+        cache=cache, audit=audit, progress=progress,
     )  # fmt: skip
     if not len(bench.splits.test):
         raise RecipeError("The test split is empty, but a comparison is made on it. Hold some out: --test 0.15.")

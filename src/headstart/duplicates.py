@@ -116,8 +116,8 @@ def _candidates(contrast: Floats) -> tuple[Ints, Ints, Ints]:
 
 
 def _nearest(rows: Floats, among: Floats) -> tuple[Ints, Floats]:
-    """Of each unit row [N, D] the nearest `NEIGHBOURS` and one more (itself, maybe) `among` others [K, D], nearest first:
-    positions and correlations, [N, n]."""
+    """The nearest of each unit row [N, D] among others [K, D], `NEIGHBOURS` and one more (which may be itself), nearest
+    first: positions and correlations, [N, n]."""
     n = min(NEIGHBOURS + 1, len(among))
     positions, correlations = np.empty((len(rows), n), dtype=np.int64), np.empty((len(rows), n), dtype=np.float32)
     for start in range(0, len(rows), COMPARED_AT_ONCE):
@@ -247,12 +247,13 @@ def _bilinear(pictures: Floats, x: Floats, y: Floats) -> tuple[Floats, Floats, F
     px = pictures.shape[1]
     across, step_across = (weights.transpose(0, 2, 1) for weights in _interpolating(x[:, 0], px))
     down, step_down = _interpolating(y[:, :, 0], px)
-    rows = down @ pictures  # matrix products, since gathering four neighbours of every point takes twice as long
-    return rows @ across, rows @ step_across, (step_down @ pictures) @ across
+    # Matrix products, since gathering four neighbours of every point takes twice as long.
+    rows, falls = np.matmul(down, pictures), np.matmul(step_down, pictures)
+    return np.matmul(rows, across), np.matmul(rows, step_across), np.matmul(falls, across)
 
 
 def _interpolating(at: Floats, size: int) -> tuple[Floats, Floats]:
-    """[M, P, size] each: the weights of the pixels on both sides of every place `at` [M, P], and of their difference."""
+    """[M, P, size] each: weights of the pixels on both sides of every place `at` [M, P], and of their difference."""
     at = np.clip(at, 0, size - 1.001)
     low = at.astype(np.int32)
     m, place = np.arange(len(at))[:, None], np.arange(at.shape[1])[None]

@@ -107,7 +107,7 @@ def _out_of_fold(values: Floats, labels: Ints, classes: int, seed: int) -> Ints:
         counts = counts.reshape(FOLDS, CELLS**2, classes)
         others = counts.sum(axis=0) - counts
         scores += np.log((others + 1) / (others.sum(axis=1, keepdims=True) + CELLS**2))[fold, cell]
-    return scores.argmax(axis=1)
+    return np.asarray(scores.argmax(axis=1), dtype=np.int64)
 
 
 def _cells(values: Floats) -> Ints:
@@ -115,7 +115,7 @@ def _cells(values: Floats) -> Ints:
     known = np.unique(values)
     if len(known) > CELLS:
         known = np.append(known[0], np.unique(np.quantile(values, np.arange(1, CELLS) / CELLS)))
-    return np.searchsorted(known[1:], values, side="right")
+    return np.asarray(np.searchsorted(known[1:], values, side="right"), dtype=np.int64)
 
 
 def _folds(labels: Ints, seed: int) -> Ints:
@@ -153,7 +153,7 @@ def _borders(looks: Sequence[Look]) -> Floats:
 
 
 def _colours(looks: Sequence[Look]) -> Floats:
-    """Mean colour, spread, colourfulness, and the median and the highlights of grey, which clipping keeps from rising."""
+    """Mean colour, chroma, and of grey the spread, the median and the highlights, which clipping keeps from rising."""
     grey = np.stack([one.thumb for one in looks]).reshape(len(looks), -1)
     levels = np.percentile(grey, (50, 98), axis=1).T
     return np.column_stack([[(*one.mean, one.chroma) for one in looks], grey.std(axis=1), levels])
