@@ -34,7 +34,7 @@ WEIGHTS = SHARED / "weights" / "mobilenetv2_100.safetensors"
 PARTS = (
     ("pixelstore", "look_of_bytes", "looks", time.thread_time),
     ("bench", "quick_audit", "quick", time.process_time),
-    ("recipes", "look_at_labels", "labels", time.process_time),
+    ("stage_run", "look_at_labels", "labels", time.process_time),
 )
 
 
