@@ -111,20 +111,20 @@ def records() -> list[Record]:
 def estimate(record: Record) -> Record:
     """What the whole run would have taken: setup, and each phase's last epoch as often as planned, for all pictures.
 
-    The first epoch is for warming up. Scoring the test pictures is left out, in the peer's favour.
+    In processor seconds alone: what else ran during a short piece must not be multiplied. The first epoch is for
+    warming up. Scoring the test pictures is left out, in the peer's favour.
     """
-    done = dict(record) | {"val_accuracy": None, "head_seconds": None, "head_processor_seconds": None}
-    for field in ("seconds", "processor_seconds"):
-        before = total = record[f"setup_{field}"]
-        epochs: dict[str, float] = {}
-        for entry in record["curve"]:
-            epochs[entry["phase"]], before = entry[field] - before, entry[field]
-        for phase, number in record["planned"].items():
-            total += number * epochs[phase] / record["part"]["share"]
-            if phase == "head":
-                done[f"head_{field}"] = round(total, 2)
-        done[field] = round(total, 2)
-    return done
+    total = before = record["setup_processor_seconds"]
+    epochs: dict[str, float] = {}
+    for entry in record["curve"]:
+        epochs[entry["phase"]], before = entry["processor_seconds"] - before, entry["processor_seconds"]
+    head = None
+    for phase, number in record["planned"].items():
+        total += number * epochs[phase] / record["part"]["share"]
+        if phase == "head":
+            head = round(total, 2)
+    unknown = dict.fromkeys(("val_accuracy", "seconds", "head_seconds"))
+    return record | unknown | {"head_processor_seconds": head, "processor_seconds": round(total, 2)}
 
 
 def make_environment(name: str) -> Path:
@@ -408,11 +408,11 @@ def bar_rows() -> list[str]:
         wall, processor = (ratios(key, f"{prefix}{field}", ours) for field in ("seconds", "processor_seconds"))
         if not processor:
             continue
-        estimated = any(r["run"] == key and r.get("part") for r in records())
+        about = "~" * any(r["run"] == key and r.get("part") for r in records())
         spread = f" ({min(processor):.1f} - {max(processor):.1f})" if len(processor) > 1 else ""
         cells = (
-            f"{what}: {RUNS[key].title}", f"{bar:g}x", f"{'~' * estimated}{statistics.median(processor):.1f}x{spread}",
-            f"{'~' * estimated}{statistics.median(wall):.1f}x", len(processor), verdict(processor, bar),
+            f"{what}: {RUNS[key].title}", f"{bar:g}x", f"{about}{statistics.median(processor):.1f}x{spread}",
+            f"{statistics.median(wall):.1f}x" if wall else "-", len(processor), verdict(processor, bar),
         )  # fmt: skip
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return rows

@@ -62,10 +62,11 @@ def test_a_part_of_a_run_is_scaled_to_the_whole_and_gives_way_to_it(peers: Modul
         "curve": [{"phase": p, "seconds": s, "processor_seconds": s, "val_accuracy": 0.5} for p, s in times],
     }  # fmt: skip
     write(peers, part, record("headstart", seconds=100))
-    assert peers.ratios("keras", "head_seconds") == [(4 + 30 * 3 * 4) / 25]
+    assert peers.ratios("keras", "head_processor_seconds") == [(4 + 30 * 3 * 4) / 25]
+    assert peers.ratios("keras", "seconds") == []
     assert peers.ratios("keras", "processor_seconds") == [(4 + 30 * 3 * 4 + 10 * 5 * 4) / 100]
     row = next(row for row in peers.run_rows("flowers5") if "Keras" in row)
-    assert row.endswith("| 1 | ~364 | ~564 | ~364 | ~564 | - | - | - | - |")
+    assert row.endswith("| 1 | ~364 | ~564 | - | - | - | - | - | - |")
     assert len(peers.accuracy_rows()) == 2  # the heading alone
     write(peers, record("keras", seconds=700), part, record("headstart", seconds=100))
     assert peers.ratios("keras", "seconds") == [7.0]

@@ -46,7 +46,7 @@ def main() -> None:
         val_accuracy=result.metrics["val"]["accuracy"],
         preds=[names.index(rows[path.removeprefix(f"{args.root}/")]) for path, _ in test], test=test,
         packages=("torch", "torchvision", "timm", "pillow"),
-        settings={"recipe": recipe.to_dict(), "events": decisions},
+        settings={"recipe": recipe.to_dict(), "events": decisions, "phases": result.metrics["phases"]},
     )  # fmt: skip
 
 
