@@ -437,12 +437,34 @@ def accuracy_rows() -> list[str]:
     return rows
 
 
+def time_rows() -> list[str]:
+    """Where the processor seconds of headstart's default run go, by the ends of its epochs; medians over all runs."""
+    parts: dict[str, list[float]] = {}
+    for record in records():
+        if record["run"] != "headstart":
+            continue
+        later = [e["processor_seconds"] for e in record["curve"] if e["phase"] == "all"]
+        head, whole = record["head_processor_seconds"], record["processor_seconds"]
+        opening, last = (later[0], later[-1]) if later else (head, head)
+        each = {
+            "the head stage, with decoding, the look at the data and the frozen pass": head,
+            "the frozen part of the fine-tuning stage, and its first epoch": opening - head,
+            "its other epochs, with the mixing of states at the end": last - opening,
+            "scoring validation and test, and the report": whole - last,
+        }
+        for what, seconds in each.items():
+            parts.setdefault(what, []).append(seconds)
+    rows = ["| of the default run | processor seconds |", "|---|---|"]
+    return rows + [f"| {what} | {statistics.median(seconds):.0f} |" for what, seconds in parts.items()]
+
+
 def table() -> str:
     """Markdown: the bars, one table per set, and the accuracies compared."""
     sets = sorted({r["set"] for r in records()})
     parts = ["### Against the bars", "", *bar_rows()]
     for name in sets:
         parts += ["", f"### {name}", "", *run_rows(name)]
+    parts += ["", "### Where headstart's time goes", "", *time_rows()]
     parts += ["", "### Accuracy, on the same test pictures", "", *accuracy_rows()]
     return "\n".join(parts)
 

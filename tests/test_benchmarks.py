@@ -95,6 +95,14 @@ def test_the_table_tells_when_headstart_got_where_the_peer_ended(peers: ModuleTy
     assert rows["| Keras, head then top 20 layers"][7] == "- (not in 1 of 1)"
 
 
+def test_the_parts_of_the_default_run_add_up_to_it(peers: ModuleType) -> None:
+    ours = record("headstart", seconds=100)
+    times = [("head", 20), ("head", 25), ("all", 50), ("all", 70), ("all", 90)]
+    ours["curve"] = [{"phase": p, "seconds": s, "processor_seconds": s, "val_accuracy": 0.5} for p, s in times]
+    write(peers, ours)
+    assert [row.split(" | ")[1] for row in peers.time_rows()[2:]] == ["25 |", "25 |", "40 |", "10 |"]
+
+
 def test_accuracies_are_compared_picture_by_picture(peers: ModuleType) -> None:
     write(
         peers, record("headstart", hits="1" * 40), record("keras", hits="10" * 20), record("timm", hits="1" * 39 + "0")
