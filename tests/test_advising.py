@@ -144,6 +144,11 @@ def test_what_the_mirror_harms_is_not_mirrored() -> None:
     assert decide(replace(FACTS, mirrored=(0.86, 0.05)))[0].augment == "photo"
 
 
+def test_small_pictures_are_told() -> None:
+    assert any("shorter side of 48 px" in reason for reason in decide(replace(FACTS, side_px=48))[1])
+    assert not any("shorter side" in reason for reason in decide(FACTS)[1])
+
+
 # ---- the verb and the command ----------------------------------------------------------------------------------
 
 

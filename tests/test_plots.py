@@ -16,7 +16,7 @@ from PIL import Image
 from headstart.dataset import ImageTable, load_images
 from headstart.errors import DataError
 from headstart.metrics import evaluate_probs
-from headstart.plots import plot_confusion, plot_history, preview_sheet, show_batch, spread_indices
+from headstart.plots import _column, plot_confusion, plot_history, preview_sheet, show_batch, spread_indices
 from headstart.recipe import AugmentSpec, Recipe
 from headstart.run import open_run, read_run
 from headstart.transforms import DataSpec
@@ -264,3 +264,9 @@ def test_neither_pyplot_nor_matplotlib_before_it_is_needed() -> None:
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_close_numbers_of_a_parallel_axis_are_told_once() -> None:
+    heights, ticks = _column([0.6029, 0.6038, 0.812, 1.648])
+    assert [words for _, words in ticks] == ["0.603", "0.812", "1.65"]
+    assert heights.tolist() == sorted(heights.tolist())

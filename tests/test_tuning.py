@@ -109,6 +109,8 @@ def test_suggestions_of_a_curve_with_a_known_shape() -> None:
     assert steepest == pytest.approx(10**-2.5, rel=0.1)
     assert tenth == pytest.approx(10**-2, rel=0.3)
     assert 1e-4 < valley < 1e-1
+    losses[0] += 0.2  # the mean of one batch
+    assert suggestions(rates, losses)[0] == steepest
 
 
 def test_smoothing_begins_without_bias_and_stops_where_it_runs_away() -> None:

@@ -243,7 +243,7 @@ def decide(facts: Facts) -> tuple[Recipe, tuple[str, ...]]:
     stages, head, why = _stages(facts)
     augment, changes = _augment(facts)
     recipe = replace(RECIPES["fine-tune"], name="advised", stages=stages, head=head, augment=augment)
-    return recipe, (*reasons, *why, changes)
+    return recipe, (*reasons, *_small_sentence(facts), *why, changes)
 
 
 def _size_sentence(facts: Facts) -> str:
@@ -302,9 +302,13 @@ def _augment(facts: Facts) -> tuple[Any, str]:
             f"Augmentation photo without mirroring: of the mirror images {share:.1%} are right against"
             f" {facts.frozen:.1%} (p = {p:.2g}), so left and right mean something here."
         )
-    if facts.side_px < SMALL_SIDE * facts.input_px:
-        return "light", (
-            f"Augmentation light: the pictures' shorter side is {facts.side_px} px, scaled up to {facts.input_px} for"
-            f" the network; smaller cut-outs would leave too little. Mirrored, {share:.1%} are right."
-        )
     return "photo", f"Augmentation photo: mirror images cost nothing that counts ({share:.1%} of them are right)."
+
+
+def _small_sentence(facts: Facts) -> list[str]:
+    if facts.side_px >= SMALL_SIDE * facts.input_px:
+        return []
+    return [
+        f"The pictures are small: a shorter side of {facts.side_px} px, scaled up to {facts.input_px}, so that the"
+        " network sees less detail than it was trained on. Larger ones would help first of all."
+    ]

@@ -379,6 +379,9 @@ def _picture_path(what: str, out_path: str | Path) -> tuple[Path, str]:
     return path, ending
 
 
+TICKS_APART = 0.04  # of the height of an axis: a line of words
+
+
 def plot_parallel(rows: Sequence[Mapping[str, Any]], out_path: str | Path) -> Path:
     """Write trials as lines across one axis per parameter; the last column colours them, low is good.
 
@@ -432,4 +435,8 @@ def _column(values: Sequence[Any]) -> tuple[NDArray[np.float64], list[tuple[floa
     shown = list(ticks.items())
     if len(shown) > 6:
         shown = [shown[round(k * (len(shown) - 1) / 5)] for k in range(6)]
-    return heights, [(at, words) for words, at in shown]
+    apart: list[tuple[float, str]] = []
+    for text, at in shown:  # of numbers so close that their words would lie on each other the lowest is told
+        if not apart or at - apart[-1][0] >= TICKS_APART:
+            apart.append((at, text))
+    return heights, apart
