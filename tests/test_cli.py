@@ -139,7 +139,7 @@ def test_every_stage_option_reaches_its_field() -> None:
         "warmup": "0.3", "label_smoothing": "0.15", "class_weights": "balanced", "balanced_sampling": "on",
         "early_stop": "4", "clip_norm": "1.5", "select": "accuracy", "views": "6", "on_collapse": "stop",
         "layer_decay": "0.75", "ema": "0.99", "wise": "on", "mixup": "0.2", "cutmix": "0.5",
-        "warm_start": "ridge",
+        "warm_start": "ridge", "checkpointing": "on",
     }  # fmt: skip
     assert set(given) == {option.name for option in STAGE_OPTIONS}
     (stage,) = apply_overrides(RECIPES["head"], given).stages

@@ -22,7 +22,7 @@ LAYERS = (
         *("folders", "manifest", "groups", "prepared", "archives", "named_sets", "sources", "arrays", "sizes"),
         *("decode", "isolate", "order", "threads", "dataset", "transforms", "augment"),
         *("metrics", "modelfile", "run", "runtime", "store", "terminal", "memory"),
-        *("autoaugment", "heads", "tracing", "cut", "fastops", "numerics", "frozenpass"),
+        *("autoaugment", "heads", "tracing", "cut", "fastops", "numerics", "frozenpass", "checkpointing"),
         *(
             "findings",
             "inspection",
@@ -118,6 +118,7 @@ SIDEWAYS = {
     ("audit_quick", "inspection"),
     ("audit_quick", "shortcuts"),
     ("fastops", "cut"),
+    ("checkpointing", "cut"),
     ("backbones", "weights"),
     ("classifier", "backbones"),
     ("freezing", "backbones"),

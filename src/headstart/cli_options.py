@@ -125,6 +125,7 @@ STAGE_OPTIONS = (
     Option(
         "warm_start", read_word, "HOW", "none, or ridge: a linear head on stored features starts from its closed form"
     ),
+    Option("checkpointing", read_switch, "on|off", "compute activations again instead of keeping them: less memory"),
     Option("on_collapse", read_word, "WHAT", "when the rate wrecks the trained head: retry lower, stop, or ignore"),
 )
 

@@ -164,9 +164,9 @@ def cut_or_reason(
     call = _method(forward) if isinstance(forward, str) else forward
     names = (behind,) if isinstance(behind, str) else tuple(behind)
     try:
-        at_eval = _record(net, call, training=False)
-        at_train = _record(net, call, training=True, but=kept_in_eval)
-        shapes = _shapes(at_eval, net, example_shape)
+        at_eval = record(net, call, training=False)
+        at_train = record(net, call, training=True, but=kept_in_eval)
+        shapes = tensor_shapes(at_eval, net, example_shape)
         place, place_train = _choose(at_eval, at_train, names, shapes, max_bytes)
     except Uncuttable as reason:
         return str(reason)
@@ -209,7 +209,7 @@ def _touches(target: str, names: Iterable[str]) -> bool:
     return any(target == name or target.startswith(f"{name}.") or name.startswith(f"{target}.") for name in names)
 
 
-class _Recording:
+class Recording:
     """One traced forward, and what can be asked of it."""
 
     def __init__(self, whole: nn.Module, graph: fx.Graph) -> None:
@@ -292,29 +292,36 @@ class _Recording:
 
     def split(self, at: fx.Node) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Prefix and suffix as modules over the shared layers."""
-        position = self.place[at]
-        copied: dict[fx.Node, fx.Node] = {}
-        head = fx.Graph()
-        for node in self.graph.nodes:
-            if self.place.get(node, -1) <= position and node is not self.output:
-                copied[node] = head.node_copy(node, copied.__getitem__)
-        head.output(copied[at])
-        head.eliminate_dead_code(is_impure_node=_keeps_input)
+        return self.piece(None, at), self.piece(at, None)
 
-        tail = fx.Graph()
-        entry = tail.placeholder("x")
-        copied = {at: self._guard(tail, entry, at)}
+    def piece(self, start: fx.Node | None, end: fx.Node | None) -> fx.GraphModule:
+        """What lies behind `start` up to and with `end`, over the shared layers; None is the input, and the output.
+
+        Both must be single tensors; see `single_tensors`.
+        """
+        first = -1 if start is None else self.place[start]
+        last = len(self.chain) if end is None else self.place[end]
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        if start is not None:
+            copied[start] = self._guard(graph, graph.placeholder("x"), start)
         for node in self.graph.nodes:
-            if node not in self.place or self.place[node] > position:
-                copied[node] = tail.node_copy(node, copied.__getitem__)
-        tail.eliminate_dead_code(is_impure_node=_keeps_input)
-        return fx.GraphModule(self.whole, head), fx.GraphModule(self.whole, tail)
+            if node not in self.place or first < self.place[node] <= last:
+                copied[node] = graph.node_copy(node, copied.__getitem__)
+        if end is not None:
+            graph.output(copied[end])
+        graph.eliminate_dead_code(is_impure_node=_keeps_input)
+        return fx.GraphModule(self.whole, graph)
 
     def _guard(self, graph: fx.Graph, entry: fx.Node, at: fx.Node) -> fx.Node:
         """A copy of the stored tensor where something behind the cut would change it in place."""
-        if any(self._changes(user, at) for user in at.users):
+        if self.is_written_to(at):
             return graph.call_method("clone", (entry,))
         return entry
+
+    def is_written_to(self, node: fx.Node) -> bool:
+        """Would what follows write into this result?"""
+        return any(self._changes(user, node) for user in node.users)
 
     def _changes(self, user: fx.Node, node: fx.Node) -> bool:
         if not user.args or user.args[0] is not node:
@@ -341,17 +348,17 @@ def _plain(node: fx.Node) -> str:
     return str(node.target).removeprefix("net.")
 
 
-def _record(net: nn.Module, forward: Forward, *, training: bool, but: Iterable[nn.Module] = ()) -> _Recording:
+def record(net: nn.Module, forward: Forward, *, training: bool, but: Iterable[nn.Module] = ()) -> Recording:
     try:
         with _mode(net, training, but):
-            return _Recording(*trace(net, forward))
+            return Recording(*trace(net, forward))
     except Exception as error:  # whatever a foreign forward raises under tracing
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise Uncuttable(f"{type(net).__name__} cannot be traced: {first}") from error
 
 
-def _shapes(
-    recording: _Recording, net: nn.Module, example_shape: tuple[int, ...]
+def tensor_shapes(
+    recording: Recording, net: nn.Module, example_shape: tuple[int, ...]
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape per picture and format of every float tensor with the batch in front, by node name, from one small run."""
     weight = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
@@ -376,8 +383,8 @@ def _shapes(
 
 
 def _choose(
-    at_eval: _Recording,
-    at_train: _Recording,
+    at_eval: Recording,
+    at_train: Recording,
     names: tuple[str, ...],
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]],
     max_bytes: int | None,

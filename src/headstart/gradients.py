@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .averaging import restore, snapshot
+from .backbones import backbone_output
+from .checkpointing import segments
 from .classifier import Classifier
-from .features import FeatureSource, Source
+from .features import ActivationSource, FeatureSource, PixelSource, Source
 from .memory import Portion, is_out_of_memory, peak_bytes
 from .mixing import Mix, mix_inputs
 from .recipe import Stage
@@ -20,6 +23,8 @@ from .schedule import class_weight_vector, views_of_epoch
 
 # A step may take this share of the free memory, by a measurement that leaves out the kernels' scratch space.
 MEMORY_SHARE = 0.6
+
+Forward = Callable[[Classifier, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,13 @@ class Gradients:
     ) -> None:
         self.model, self.source, self.stage, self.runtime = model, source, stage, runtime
         self.portion = portion or Portion()
+        self._forward: Forward = source.forward
+        if stage.checkpointing:
+            found = checkpointed(source, model)
+            if isinstance(found, str):
+                self.portion.note("checkpointing", f"All activations are kept: {found}.")
+            else:
+                self._forward = found
         weights = class_weight_vector(stage, source.labels, len(model.class_names))
         self.class_weights = None if weights is None else weights.to(runtime.device)
 
@@ -91,7 +103,7 @@ class Gradients:
             inputs.split(sizes), batch.labels.split(sizes), partners.split(sizes), strict=True
         ):
             with self.runtime.autocast():
-                logits = self.source.forward(self.model, part)
+                logits = self._forward(self.model, part)
             loss = self._loss(logits, labels)
             if batch.mix:
                 loss = share * loss + (1 - share) * self._loss(logits, others)
@@ -156,3 +168,28 @@ class Gradients:
         """Adam's two averages and the running average of the weights."""
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         return trained * (2 + (self.stage.ema > 0))
+
+
+def checkpointed(source: Source, model: Classifier) -> Forward | str:
+    """The source's forward pass with activations computed again instead of kept, or why that cannot be."""
+    if isinstance(source, ActivationSource):
+        parts = segments(source.cut.suffix.train_graph, example_shape=source.cut.shape)
+    elif isinstance(source, PixelSource):
+        parts = segments(
+            model.backbone,
+            example_shape=(3, model.spec.image_size, model.spec.image_size),
+            forward=partial(backbone_output, pool=model.pool),
+            kept_in_eval=model.kept_in_eval,
+        )
+    else:
+        return source.forward  # a head alone keeps next to nothing
+    if isinstance(parts, str):
+        return parts
+
+    def forward(model: Classifier, inputs: Tensor) -> Tensor:
+        if isinstance(source, ActivationSource):
+            model.keep_frozen()
+            return model.finish(parts(inputs))
+        return model.finish(parts(model.enter(inputs)))
+
+    return forward

@@ -232,7 +232,8 @@ class Stage(_Spec):
     Beta(x, x), 0 is off. wise: at the end, mix what the stage started from with what it came to, the share chosen on
     validation. warm_start: `ridge` gives a linear head on stored features its solution in closed form first.
     optimizer `lbfgs` (the same case) fits all stored views at once: `weight_decay` is then a penalty on the mean loss,
-    weight_decay / 2 * |weight|^2, and rates and batches have no effect.
+    weight_decay / 2 * |weight|^2, and rates and batches have no effect. checkpointing: keep few activations
+    of a step and compute the others again for the backward pass: less memory, more time.
     """
 
     name: str = "head"
@@ -263,6 +264,7 @@ class Stage(_Spec):
     ema: float = 0.0
     wise: bool = False
     warm_start: str = "none"
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         owner = f"stage {self.name!r}"
@@ -309,6 +311,7 @@ class Stage(_Spec):
         _number(owner, "cutmix", self.cutmix, 0, 100)
         _number(owner, "ema", self.ema, 0, 0.99999)
         _flag(owner, "wise", self.wise)
+        _flag(owner, "checkpointing", self.checkpointing)
         _choice(owner, "warm_start", self.warm_start, WARM_STARTS)
         if self.optimizer == "lbfgs":
             self._refuse_beside_lbfgs(owner)
