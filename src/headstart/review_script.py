@@ -58,7 +58,7 @@ kbd { font: inherit; font-size: .8em; border: 1px solid currentColor; border-rad
 .decided li { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 4px 14px; align-items: center;
   border-bottom: 1px solid var(--rule); padding: 6px 0; font-size: .92rem; }
 .decided span { overflow-wrap: anywhere; } .decided button { min-height: 34px; padding: 3px 12px; font-weight: 500; }
-#decided-part { margin-top: 22px; } header .note { margin: 14px 0 0; }
+#decided-part { margin-top: 22px; } header p.note { margin: 14px 0 0; }
 .save { margin-top: 26px; } .save label { display: flex; gap: 10px; align-items: baseline; margin: 0 0 14px; }
 .save label span { overflow-wrap: anywhere; min-width: 0; }
 .save pre { white-space: pre-wrap; overflow-wrap: anywhere; }
