@@ -1,7 +1,7 @@
 """How quick and how good is headstart beside other tools that do the same, on the same pictures and weights?
 
     python benchmarks/peers.py run [--sets flowers5] [--seeds 0] [--peers keras,fastai] [--threads 1] [--lock FILE]
-    python benchmarks/peers.py run --epochs 2 --every 4   # the seconds alone, estimated from parts of the runs
+    python benchmarks/peers.py run --epochs 3 --every 8   # the seconds alone, estimated from parts of the runs
     python benchmarks/peers.py table [--write]        # the tables in docs/benchmarks.md, from the records
     python benchmarks/peers.py setup                  # make the virtual environments now instead of on first use
 
@@ -109,18 +109,19 @@ def records() -> list[Record]:
 
 
 def estimate(record: Record) -> Record:
-    """What the whole run would have taken: setup, and each phase's last epoch as often as planned, for all pictures.
+    """What the whole run would have taken: setup, and one epoch of each phase as often as planned, for all pictures.
 
-    In processor seconds alone: what else ran during a short piece must not be multiplied. The first epoch is for
-    warming up. Scoring the test pictures is left out, in the peer's favour.
+    In processor seconds alone: what else ran during a short piece must not be multiplied. The first epoch of a phase is
+    for warming up, and the quickest of the others counts. Scoring the test pictures is left out, in the peer's favour.
     """
     total = before = record["setup_processor_seconds"]
-    epochs: dict[str, float] = {}
+    epochs: dict[str, list[float]] = {}
     for entry in record["curve"]:
-        epochs[entry["phase"]], before = entry["processor_seconds"] - before, entry["processor_seconds"]
+        epochs.setdefault(entry["phase"], []).append(entry["processor_seconds"] - before)
+        before = entry["processor_seconds"]
     head = None
     for phase, number in record["planned"].items():
-        total += number * epochs[phase] / record["part"]["share"]
+        total += number * min(epochs[phase][1:] or epochs[phase]) / record["part"]["share"]
         if phase == "head":
             head = round(total, 2)
     unknown = dict.fromkeys(("val_accuracy", "seconds", "head_seconds"))
