@@ -24,6 +24,7 @@ from headstart.transforms import (
     load_views,
     normalise,
     working_image,
+    working_size,
 )
 
 
@@ -113,6 +114,19 @@ def test_every_view_is_square_uint8(fit: str, interpolation: str, size: tuple[in
     assert view.flags.writeable
     if fit != "letterbox":
         assert (view == (9, 80, 200)).all()
+
+
+@pytest.mark.parametrize(("size", "at_once"), [((400, 300), True), ((1600, 1200), False)])
+def test_a_large_picture_shrinks_to_the_same_working_image_within_two_grey_levels(
+    size: tuple[int, int], at_once: bool
+) -> None:
+    image, spec = photograph(*size), DataSpec(64, interpolation="bicubic")
+    made = working_image(image, spec).astype(int)
+    plain = np.asarray(image.resize(working_size(*size, spec), Image.Resampling.BICUBIC)).astype(int)
+    assert made.shape == plain.shape
+    assert np.abs(made - plain).max() <= 2
+    assert np.abs(made - plain).mean() < 0.5
+    assert bool((made == plain).all()) is at_once
 
 
 @pytest.mark.parametrize("size", [(1, 50_000), (50_000, 2)])
