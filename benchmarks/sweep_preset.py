@@ -47,7 +47,7 @@ def with_stored_features(photos: Path, limit: int | None) -> dict[str, Any]:
             out=Path(folder) / "sweep", prune=False, cache=False, limit=limit,
         )  # fmt: skip
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "val_loss": [row["val_loss"] for row in found.results["trials"]]}
+    return {"seconds": seconds, "val_loss": [row["val"]["log_loss"] for row in found.results["trials"]]}
 
 
 def with_pixels(photos: Path, limit: int | None) -> dict[str, Any]:

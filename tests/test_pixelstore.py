@@ -229,7 +229,7 @@ def test_without_the_cache_nothing_is_written_and_the_result_is_the_same(cache: 
     without = run(False)
     assert not cache.folder.exists()
     assert torch.equal(without, run(True))
-    assert [entry.kind for entry in cache.entries() if entry.kind != "files"] == ["pixels"]
+    assert [entry.kind for entry in cache.entries() if entry.kind != "files"] == ["pixels", "audits"]
 
 
 @pytest.mark.parametrize("trouble", ["room", "folder"])

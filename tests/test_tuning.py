@@ -26,7 +26,7 @@ from headstart.owners import is_gone, this_process
 from headstart.recipe import HeadSpec, load_recipe
 from headstart.runtime import make_runtime
 from headstart.sweeps import COURSE, COURSE_SPACE, parse_point, parse_values, trial_recipe
-from headstart.tuned import tuned_on
+from headstart.tuned import tuned_on, write_tuned
 from tiny import SPEC, TinyNet
 
 NET: dict[str, Any] = {"backbone": "test_resnet", "weights": "none", "spec_overrides": {"image_size": 32}}
@@ -297,3 +297,14 @@ def test_a_trials_values_go_to_their_places() -> None:
     recipe = trial_recipe(PLAN, {"lr": 1.0, "weight_decay": 0.5, "head_dropout": 0.3, "freeze_line": "last:2"})
     assert (recipe.lr, recipe.head.dropout) == (1.0, 0.3)
     assert [(s.weight_decay, s.freeze_line) for s in recipe.stages] == [(0.5, "head"), (0.5, "last:2")]
+
+
+def test_a_file_of_weights_is_named_by_its_path_and_a_word_stays_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("hub", "none", "weights.safetensors"):
+        (tmp_path / name).mkdir()  # a folder of that name changes nothing about the word
+        write_tuned(f"{name}.json", HEAD, backbone="test_resnet", weights=name, pictures={})
+    assert [tuned_on(f"{name}.json")["weights"] for name in ("hub", "none")] == ["hub", "none"]
+    assert tuned_on("weights.safetensors.json")["weights"] == str(tmp_path / "weights.safetensors")

@@ -10,6 +10,7 @@ from importlib import metadata
 from .audit_quick import QuickAudit
 from .dataset import ImageTable
 from .findings import AuditResult
+from .run import to_json
 from .store import Cache, code_hash, key_of
 
 _ROOMS = (
@@ -50,11 +51,12 @@ def kept_audit(cache: Cache, key: str) -> tuple[AuditResult, tuple[str, ...]] | 
 
 def keep_audit(cache: Cache, key: str, quick: QuickAudit) -> None:
     """Keep both for the next run; a cache folder that cannot be written, or is full, keeps nothing."""
+    kept = {"result": quick.result.to_dict(), "copies": quick.copies.names}
     with suppress(OSError):
-        if not cache.make_room(0):
+        if not cache.make_room(len(to_json(kept))):
             return
         writer = cache.write("audits", key)
         try:
-            writer.publish({"result": quick.result.to_dict(), "copies": quick.copies.names})
+            writer.publish(kept)
         finally:
             writer.discard()

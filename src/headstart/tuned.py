@@ -23,7 +23,8 @@ def write_tuned(
     Args:
         pictures: what replaced the backbone's own preprocessing, as `spec_overrides` of `fine_tune`.
     """
-    where = str(Path(weights).absolute()) if Path(weights).exists() else str(weights)
+    is_path = str(weights) not in ("hub", "none") and Path(weights).exists()
+    where = str(Path(weights).absolute()) if is_path else str(weights)
     found_on = {"backbone": backbone, "weights": where, "pictures": dict(pictures)}
     write_atomic(path, to_json({**recipe.to_dict(), TUNED_ON: found_on}, indent=1) + b"\n")
 
