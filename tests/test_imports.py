@@ -110,6 +110,7 @@ SIDEWAYS = {
     ("audit_kept", "audit_quick"),
     ("audit_kept", "dataset"),
     ("audit_kept", "findings"),
+    ("audit_kept", "run"),
     ("audit_kept", "store"),
     ("audit_quick", "audit_copies"),
     ("audit_quick", "audit_files"),
