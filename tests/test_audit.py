@@ -22,7 +22,7 @@ from headstart.bench import make_bench
 from headstart.clean import clean_rows, counts_of
 from headstart.cli import main
 from headstart.dataset import ImageTable, load_images
-from headstart.doubtful import doubtful_findings, doubtful_labels, out_of_fold, outlier_findings
+from headstart.doubtful import doubtful_findings, doubtful_labels, judgeable, out_of_fold, outlier_findings
 from headstart.duplicates import Pair, exact_pairs, groups_of, near_pairs
 from headstart.errors import DataError
 from headstart.findings import AuditResult, DoubtfulLabel, read_audit
@@ -465,7 +465,8 @@ def test_fit_says_why_labels_were_not_looked_at(
         monkeypatch.setitem(sys.modules, "cleanlab", None)
     elif trouble == "few pictures":
         for i in range(8):
-            (photos / "red" / f"red{i}.jpg").unlink()
+            for name in ("red", "green"):
+                (photos / name / f"{name}{i}.jpg").unlink()
     stage = headstart.Stage(epochs=1, views=1, freeze_line="all" if trouble == "no frozen stage" else "head")
     recipe = headstart.Recipe(stages=(stage,), augment="none")
     result = headstart.fine_tune(
@@ -481,6 +482,22 @@ def test_fit_says_why_labels_were_not_looked_at(
 
 
 # ------------------------------------------------------------------------------------------ doubtful labels, clean
+
+
+def test_a_thin_class_is_left_out_and_the_others_keep_their_labels() -> None:
+    paths = tuple(Path(f"/photos/{i}.jpg") for i in range(18))
+    table = ImageTable(
+        root=Path("/photos"), paths=paths, labels=np.array([1, 0] * 8 + [2, 2]), class_names=("a", "b", "rare"),
+        split_names=("",) * 18,
+    )  # fmt: skip
+    rows, part, why = judgeable(table)
+    assert why == "class rare has 2, fewer than 5 pictures that are no copies of each other"
+    assert rows.tolist() == list(range(16))
+    assert (part.class_names, part.labels.tolist()) == (("a", "b"), [1, 0] * 8)
+    first = replace(table, class_names=("rare", "a", "b"), labels=(table.labels + 1) % 3)
+    assert (judgeable(first)[1].class_names, judgeable(first)[1].labels.tolist()) == (("a", "b"), [1, 0] * 8)
+    copies = replace(table, groups=("", "same") * 8 + ("", ""))
+    assert len(judgeable(copies)[0]) == 0  # one class alone cannot be judged
 
 
 def two_clouds(n: int = 120, flips: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

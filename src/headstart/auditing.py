@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import numpy.typing as npt
 from .audit_quick import QuickAudit, quick_audit
 from .dataset import ImageTable, Splits, bad_reasons, load_images
 from .findings import AuditResult, Finding, by_severity
-from .terminal import ProgressBar, say
+from .terminal import ProgressBar
 
 MOST_IN_FIT = 5 * 10**9  # numbers in the features, times classes: some minutes of one core
 
@@ -54,18 +56,16 @@ def audit(
 def _with_labels(
     quick: QuickAudit, backbone: str, weights: str, *, device: str, workers: int, progress: bool
 ) -> AuditResult:
-    """The quick result with doubtful labels and outliers, from the readable pictures of classes that have two."""
-    readable = np.array([one.reason is None for one in quick.looks])
-    counts = np.bincount(quick.table.labels[readable], minlength=len(quick.table.class_names))
-    keep = np.flatnonzero(readable & (counts[quick.table.labels] > 1))
-    table = quick.table.select(keep)
-    if np.unique(table.labels).size < len(table.class_names):
-        say("A class has fewer than two readable pictures: labels are not looked at.", enabled=progress)
-        return quick.result
+    """The quick result with doubtful labels and outliers, from the readable pictures."""
+    readable = np.flatnonzero([one.reason is None for one in quick.looks])
+    copies = tuple(quick.copies.names[i] for i in readable)
+    table = dataclasses.replace(quick.table.select(readable), groups=copies)
     started = time.perf_counter()
-    features = _features(table, backbone, weights, device=device, workers=workers, progress=progress)
-    copies = tuple(quick.copies.names[i] for i in keep)
-    return _judged(quick.result, dataclasses.replace(table, groups=copies), features, started)
+
+    def features(part: ImageTable) -> npt.NDArray[np.float64]:
+        return _features(part, backbone, weights, device=device, workers=workers, progress=progress)
+
+    return _judged(quick.result, table, lambda rows, part: features(part), started)
 
 
 def look_at_labels(result: AuditResult, splits: Splits, features: npt.NDArray[np.float64]) -> AuditResult:
@@ -78,35 +78,53 @@ def look_at_labels(result: AuditResult, splits: Splits, features: npt.NDArray[np
         result: of all pictures of the splits, which lie under one root.
         features: pooled features of the plain views [N, D], those of the training pictures first.
     """
-    from .doubtful import why_not
-
     started = time.perf_counter()
     table = dataclasses.replace(splits, test=splits.test.select([])).joined()
     assert table is not None, "pictures under several roots are not looked at"
-    why = why_not(table)
+    if find_spec("cleanlab") is None:
+        return _with_note(result, "cleanlab is not installed (pip install 'headstart[audit]')", "Install it.")
     if features.size * len(table.class_names) > MOST_IN_FIT:
         why = f"{len(table):,} pictures of {len(table.class_names):,} classes take too long beside a fit"
-    if why is None:
-        return _judged(result, table, features, started)
-    note = Finding(
-        "labels-unseen", "note", f"Labels were not looked at: {why}.", "`headstart audit` is the other way to them."
-    )
-    return dataclasses.replace(
-        result, findings=by_severity([*result.findings, note]), seconds={**result.seconds, "labels": 0.0}
-    )
+        return _with_note(result, why, "`headstart audit` is the other way to them.")
+    return _judged(result, table, lambda rows, part: features[rows], started)
 
 
-def _judged(result: AuditResult, table: ImageTable, features: npt.NDArray[np.float64], started: float) -> AuditResult:
-    """The result with what the features say of these pictures; the table's groups hold copies together."""
-    from .doubtful import doubtful_findings, doubtful_labels, out_of_fold, outlier_findings
+def _judged(
+    result: AuditResult,
+    table: ImageTable,
+    features_of: Callable[[npt.NDArray[np.int64], ImageTable], npt.NDArray[np.float64]],
+    started: float,
+) -> AuditResult:
+    """The result with what the features say of these pictures; the table's groups hold copies together.
 
-    doubtful = doubtful_labels(table, out_of_fold(features, table.labels, table.groups))
-    found = [*doubtful_findings(doubtful, len(table)), *outlier_findings(table, features)]
+    Args:
+        features_of: features [n, D] of the pictures at these places, which the table beside them holds.
+    """
+    from .doubtful import doubtful_findings, doubtful_labels, judgeable, out_of_fold, outlier_findings
+
+    rows, part, why = judgeable(table)
+    if why is not None:
+        advice = "Add pictures to a class as small as that, or take it out."
+        result = _with_note(result, why, advice, some=len(rows) > 0)
+    if not len(rows):
+        return result
+    features = features_of(rows, part)
+    doubtful = doubtful_labels(part, out_of_fold(features, part.labels, part.groups))
+    found = [*doubtful_findings(doubtful, len(part)), *outlier_findings(part, features)]
     return dataclasses.replace(
         result,
         findings=by_severity([*result.findings, *found]),
         doubtful=doubtful,
         seconds={**result.seconds, "labels": round(time.perf_counter() - started, 3)},
+    )
+
+
+def _with_note(result: AuditResult, why: str, advice: str, *, some: bool = False) -> AuditResult:
+    """Labels, or `some` of them, were not looked at; `labels` among the seconds says that they have been asked for."""
+    title = f"{'Some labels' if some else 'Labels'} were not looked at: {why}."
+    note = Finding("labels-unseen", "note", title, advice)
+    return dataclasses.replace(
+        result, findings=by_severity([*result.findings, note]), seconds={**result.seconds, "labels": 0.0}
     )
 
 

@@ -7,7 +7,7 @@ label is to be trusted. References: Northcutt et al. 2021 (confident learning, b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -29,19 +29,26 @@ NEIGHBOURS = 5
 ODD = 6.0  # robust deviations of the distance to the neighbours from which a picture is an outlier
 
 
-def why_not(table: ImageTable) -> str | None:
-    """Why labels of these pictures cannot be judged, in bare words; None where they can.
+def judgeable(table: ImageTable) -> tuple[Ints, ImageTable, str | None]:
+    """The pictures whose labels can be judged: places in the table, a table of them, and in bare words why not all.
 
-    Each class needs a picture, or group of copies, for every fold.
+    Each class needs a picture, or group of copies, for every fold. A thinner class would be held for doubtful as a
+    whole, and lower what counts as sure of the others; it is left out, of the class map too.
     """
-    if find_spec("cleanlab") is None:
-        return "cleanlab is not installed (pip install 'headstart[audit]')"
-    for label, name in enumerate(table.class_names):
-        members = np.flatnonzero(table.labels == label)
-        units = {table.groups[i] or str(i) for i in members} if table.groups else members
-        if len(units) < FOLDS:
-            return f"class {name} has {len(units)} pictures that are no copies of each other, fewer than {FOLDS}"
-    return None
+    groups = table.groups or ("",) * len(table)
+    units = [
+        len({groups[i] or str(i) for i in np.flatnonzero(table.labels == label)})
+        for label in range(len(table.class_names))
+    ]
+    kept = np.flatnonzero(np.array(units) >= FOLDS)
+    thin = [f"class {name} has {n}" for name, n in zip(table.class_names, units, strict=True) if n < FOLDS]
+    why = f"{', '.join(thin)}, fewer than {FOLDS} pictures that are no copies of each other" if thin else None
+    if len(kept) < 2:
+        kept = kept[:0]
+    rows = np.flatnonzero(np.isin(table.labels, kept))
+    part = table.select(rows.tolist())
+    names = tuple(table.class_names[i] for i in kept)
+    return rows, replace(part, labels=np.searchsorted(kept, part.labels), class_names=names), why
 
 
 def folds_of(labels: Ints, groups: Sequence[str] = (), *, seed: int = 0) -> list[tuple[Ints, Ints]]:
