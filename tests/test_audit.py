@@ -301,6 +301,8 @@ def test_the_result_is_written_whole_and_read_back(
     assert main(["audit", str(trees), "--fast", "--out", str(out), "--quiet"]) == 0
     table = capsys.readouterr().out
     assert table.index("unreadable") < table.index("near-leaks") < table.index("few-pictures")
+    assert "\n    train/ash/empty.jpg\n" in table
+    assert "\n    train/ash/ash_21.jpg, test/ash/again.png\n" in table
     assert {path.name for path in out.iterdir()} == {"audit.json", "audit.html", "near-leaks.jpg"}
     with Image.open(out / "near-leaks.jpg") as sheet:
         assert sheet.width > 200

@@ -15,6 +15,7 @@ from .terminal import format_table
 
 AUDIT_FILE = "audit.json"
 THUMBNAIL_PX, COLUMNS, MOST_THUMBNAILS, LINE_PX = 128, 8, 64, 14
+MOST_NAMED = 3  # files of a finding in the terminal
 
 
 def findings_table(result: AuditResult) -> str:
@@ -25,8 +26,14 @@ def findings_table(result: AuditResult) -> str:
         return f"{head}: nothing was found."
     rows = [[one.severity, one.kind, one.title] for one in result.findings]
     table = format_table(["severity", "what", "in words"], rows, left=3)
-    advice = "\n".join(f"{kind}: {text}" for kind, text in {one.kind: one.advice for one in result.findings}.items())
+    advice = "\n".join(f"{one.kind}: {one.advice}{_named(one.files)}" for one in result.findings)
     return f"{head}\n\n{table}\n\n{advice}"
+
+
+def _named(files: Sequence[str]) -> str:
+    """A line with the first files; the sheets and audit.json have all of them."""
+    more = f" and {len(files) - MOST_NAMED:,} more" if len(files) > MOST_NAMED else ""
+    return f"\n    {', '.join(files[:MOST_NAMED])}{more}" if files else ""
 
 
 def write_audit(result: AuditResult, folder: str | Path) -> Path:

@@ -133,7 +133,7 @@ def doubtful_findings(doubtful: Sequence[DoubtfulLabel], n: int) -> list[Finding
             f"{len(flagged):,} label{'' if len(flagged) == 1 else 's'} of {n:,} may be wrong.",
             f"{'Look at it' if len(flagged) == 1 else 'Go through them, most doubtful first'}; "
             "`headstart audit PHOTOS --write-clean FILE` writes a manifest that "
-            "relabels the sure ones and leaves the others out.",
+            "relabels the sure ones and leaves the others out; those of a test split it does not touch.",
             files=tuple(one.file for one in flagged),
             details=tuple(f"{one.label}, rather {one.suggested} ({100 * one.suggested_prob:.0f} %)" for one in flagged),
         )

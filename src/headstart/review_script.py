@@ -180,7 +180,9 @@ function showEntry(entry) {
   $("likely-prob").textContent = percent(entry.suggested_prob);
   $("keep-label").textContent = row[LABEL];
   $("label").value = decisions.get(path)?.[0] === "relabel" ? decisions.get(path)[1] : entry.suggested;
-  $("state").textContent = decisions.has(path) ? "Decided: " + words(path).slice(path.length + 2) : "";
+  const test = row[SPLIT] === "test" ?
+    "A test picture: to change it where a model doubts it flatters that model. Only a plain mistake is worth it." : "";
+  $("state").textContent = decisions.has(path) ? "Decided: " + words(path).slice(path.length + 2) : test;
 }
 function showDecided() {
   $("decided-part").hidden = !order.length;
