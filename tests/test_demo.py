@@ -26,11 +26,12 @@ def test_the_digits_are_written_once_each_and_keep_their_labels(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_the_demo_compares_three_ways_and_leaves_a_report(tmp_path: Path) -> None:
+def test_the_demo_compares_three_ways_and_leaves_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = demo.run_demo(out=tmp_path / "demo", progress=False)
     assert list(result.scores) == ["source task (0-4)", "from scratch", "frozen head", "fine-tuned"]
     n = {score["n"] for name, score in result.scores.items() if name != "source task (0-4)"}
     assert len(n) == 1
     assert n.pop() > 700
     assert all(score["accuracy"] > 0.5 for score in result.scores.values())  # five classes: chance is 0.2
+    assert capsys.readouterr().err == ""
     assert "<html" in result.report_path.read_text(encoding="utf-8")
