@@ -1,12 +1,14 @@
 """What do stored features save a sweep? The course notebook's five trials, with them and without.
 
-    python benchmarks/sweep_preset.py [--set flowers5] [--limit N]
+    python benchmarks/sweep_preset.py run [--set flowers5] [--limit N]
+    python benchmarks/sweep_preset.py table [--write]     # the table in docs/benchmarks.md, from the last record
 
 Needs the folder of real pictures and weights (HEADSTART_SHARED, else ../shared). Both sides train the head of
 mobilenetv2_100 at 224 px for ten epochs at each (rate, decay) of the preset, on the same pictures, split and seed, with
 the default augmentation, and score validation after each epoch. `stored` is `headstart.sweep` from an empty cache;
 `pixels`, the baseline, feeds the same loop with pictures decoded once and lets the frozen backbone run in every epoch,
-as a plain training loop does. A record is appended to benchmarks/results/sweep_preset-DATE.jsonl and printed.
+as a plain training loop does. Seconds of the wall and of the processor. A record is appended to
+benchmarks/results/sweep_preset-DATE.jsonl.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compare_sets import HERE, PAGE, SHARED, between_marks
 
 import headstart
 from headstart import train
@@ -32,27 +35,30 @@ from headstart.run import environment
 from headstart.runtime import make_runtime
 from headstart.sweeps import COURSE, COURSE_SPACE
 
-HERE = Path(__file__).parent
-SHARED = Path(os.environ.get("HEADSTART_SHARED", HERE.parents[1] / "shared"))
 WEIGHTS = SHARED / "weights" / "mobilenetv2_100.safetensors"
 EPOCHS = 10
 
 
 def with_stored_features(photos: Path, limit: int | None) -> dict[str, Any]:
     """The sweep as a user runs it."""
-    started = time.perf_counter()
+    started, before = time.perf_counter(), processor_seconds()
     with tempfile.TemporaryDirectory() as folder:
         found = headstart.sweep(
             photos, space=COURSE_SPACE, epochs=EPOCHS, weights=WEIGHTS, spec_overrides={"interpolation": "bilinear"},
             out=Path(folder) / "sweep", prune=False, cache=False, limit=limit,
         )  # fmt: skip
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "val_loss": [row["val"]["log_loss"] for row in found.results["trials"]]}
+    rows = found.results["trials"]
+    return {
+        "seconds": time.perf_counter() - started,
+        "processor_seconds": processor_seconds() - before,
+        "val_loss": [row["val"]["log_loss"] for row in rows],
+        "val_accuracy": [row["val"]["accuracy"] for row in rows],
+    }
 
 
 def with_pixels(photos: Path, limit: int | None) -> dict[str, Any]:
     """The same five trials, the backbone running in every step of every epoch."""
-    started, losses, each = time.perf_counter(), [], []
+    started, before, best, each = time.perf_counter(), processor_seconds(), [], []
     runtime = make_runtime()
     bench = make_bench(headstart.load_images(photos), runtime=runtime, share=True, cache=False, limit=limit)
     stage, recipe = RECIPES["head"].stages[0], RECIPES["head"]
@@ -65,26 +71,56 @@ def with_pixels(photos: Path, limit: int | None) -> dict[str, Any]:
         pixels = bench.pixels("train", model.spec, augment=recipe.augment_spec, seed=0)
         source = StageData(PixelSource(pixels), PixelSource(bench.pixels("val", model.spec)))
         trial = replace(stage, epochs=EPOCHS, weight_decay=decay)
-        losses.append(train.fit(model, source, trial, lr=lr, runtime=runtime).best.loss)
+        best.append(train.fit(model, source, trial, lr=lr, runtime=runtime).best)
         each.append(time.perf_counter() - begun)
-    return {"seconds": time.perf_counter() - started, "seconds_each": each, "val_loss": losses}
+    return {
+        "seconds": time.perf_counter() - started,
+        "processor_seconds": processor_seconds() - before,
+        "seconds_each": each,
+        "val_loss": [epoch.loss for epoch in best],
+        "val_accuracy": [epoch.accuracy for epoch in best],
+    }
+
+
+def processor_seconds() -> float:
+    """User and system seconds of this process and of those it has waited for."""
+    return sum(os.times()[:4])
+
+
+def table() -> str:
+    """Markdown: the five trials of the last record beside the notebook's own figures, and what each way took."""
+    path = sorted((HERE / "results").glob("sweep_preset-*.jsonl"))[-1]
+    record = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    stored, pixels = record["stored"], record["pixels"]
+    out = ["| rate | decay | the notebook | stored: loss, accuracy | pixels: loss, accuracy |", "|---|---|---|---|---|"]
+    for i, (lr, decay, published) in enumerate(COURSE):
+        ours = [f"{way['val_loss'][i]:.4f}, {way['val_accuracy'][i]:.3f}" for way in (stored, pixels)]
+        out.append(f"| {lr:g} | {decay:g} | {published:.4f} | {' | '.join(ours)} |")
+    for title, key in (("processor seconds", "processor_seconds"), ("wall seconds", "seconds")):
+        ratio = f"{pixels[key]:.0f} ({pixels[key] / stored[key]:.1f}x)"
+        out.append(f"| all five, {title} | | | {stored[key]:.0f} | {ratio} |")
+    return "\n".join(out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("--set", default="flowers5")
     parser.add_argument("--limit", type=int, help="use so many pictures only")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     options = parser.parse_args()
+    if options.what == "table":
+        print(table())
+        if options.write:
+            between_marks(PAGE, "preset", table())
+        return
     photos = SHARED / "data" / options.set
-    stored = with_stored_features(photos, options.limit)
-    pixels = with_pixels(photos, options.limit)
     record = {
         "set": options.set,
         "limit": options.limit,
         "epochs": EPOCHS,
-        "stored": stored,
-        "pixels": pixels,
-        "ratio": pixels["seconds"] / stored["seconds"],
+        "stored": with_stored_features(photos, options.limit),
+        "pixels": with_pixels(photos, options.limit),
         "threads": torch.get_num_threads(),
         "versions": environment(),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -92,7 +128,7 @@ def main() -> None:
     log = HERE / "results" / f"sweep_preset-{datetime.now(UTC):%Y-%m-%d}.jsonl"
     with log.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-    print(json.dumps({key: record[key] for key in ("set", "stored", "pixels", "ratio")}, indent=1))
+    print(json.dumps({key: record[key] for key in ("set", "stored", "pixels")}, indent=1))
 
 
 if __name__ == "__main__":
