@@ -61,6 +61,7 @@ LAYERS = (
 SIDEWAYS = {
     ("recipe", "errors"),
     ("tuned", "run"),
+    ("cli_compare", "cli_recipe"),
     ("manifest", "folders"),
     ("manifest", "run"),
     ("arrays", "dataset"),

@@ -238,6 +238,29 @@ def test_fit_repeats_what_was_tuned_with_its_backbone_weights_and_pictures(
     assert "was found on test_resnet; here it trains test_vit" in capsys.readouterr().err
 
 
+def test_compare_and_shootout_say_what_a_recipe_was_found_on(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, backbone, side in (("a", "test_resnet", 32), ("b", "test_resnet", 48), ("c", "test_vit", 32)):
+        write_tuned(f"{name}.json", HEAD, backbone=backbone, weights="none", pictures={"image_size": side})
+    machine = ["--device", "cpu", "--precision", "fp32", "--workers", "1", "--quiet", "--epochs", "1"]
+    compare = ["compare", str(photos), *machine[:-2], "--no-audit"]
+    for others, option in (("a.json,c.json", "--backbone"), ("a.json,b.json", "--image-size")):
+        assert main([*compare, "--recipes", others]) == 2
+        assert f"Say which with {option}." in capsys.readouterr().err
+    assert main([*compare, "--recipes", "a.json,b.json,head", "--image-size", "32", "--budget", "a=1", "--budget",
+                 "b=1", "--budget", "head=1", "--out", "out"]) == 0  # fmt: skip
+    settings = json.loads((tmp_path / "out" / "compare.json").read_text())["settings"]
+    assert (settings["backbone"], settings["weights"], settings["pictures"]) == (
+        "test_resnet", "none", {"image_size": 32}
+    )  # fmt: skip
+    capsys.readouterr()
+    assert main(["shootout", str(photos), "--backbones", "test_vit=none", "--recipe", "a.json", "--image-size", "32",
+                 "--finalists", "1", "--out", "shot", *machine]) == 0  # fmt: skip
+    assert "a.json was found on test_resnet; here each backbone trains it." in capsys.readouterr().err
+
+
 def test_what_a_recipe_was_found_on_is_read_strictly(tmp_path: Path) -> None:
     file = tmp_path / "recipe.json"
     assert tuned_on("head") == {}

@@ -35,6 +35,7 @@ _ROOMS = {
     "sweeps": ("Space", "Sweep", "sweep"),
     "stage_result": ("StageResult",),
     "transforms": ("DataSpec", "load_view"),
+    "tuned": ("tuned_on",),
 }  # fmt: skip
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -23,6 +23,7 @@ from .cli_options import (
     short_path,
 )
 from .cli_overrides import apply_overrides, picture_overrides
+from .cli_recipe import follow_tuned
 from .errors import RecipeError
 from .recipe import RECIPES
 
@@ -95,16 +96,15 @@ def read_budgets(texts: Sequence[str]) -> dict[str, str]:
 def run(args: argparse.Namespace) -> int:
     budgets = read_budgets(args.budget or [])
     seeds = whole_numbers("--seeds", args.seeds or "0")
+    recipes = words(args.recipes or DEFAULT_RECIPES)
+    follow_tuned(args, recipes)
     backbone = args.backbone or DEFAULT_BACKBONE
     overrides = picture_overrides(vars(args))
     from . import comparison
 
     result = comparison.compare(
         args.photos,
-        recipes=[
-            apply_overrides(comparison.named_recipe(name), vars(args))
-            for name in words(args.recipes or DEFAULT_RECIPES)
-        ],
+        recipes=[apply_overrides(comparison.named_recipe(name), vars(args)) for name in recipes],
         seeds=seeds,
         budgets={name: comparison.Budget.parse(text) for name, text in budgets.items()},
         backbone=backbone,

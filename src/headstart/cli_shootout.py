@@ -23,6 +23,7 @@ from .cli_options import (
 from .cli_overrides import apply_overrides, picture_overrides
 from .errors import RecipeError
 from .recipe import load_recipe
+from .tuned import tuned_on
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +51,9 @@ def run(args: argparse.Namespace) -> int:
         raise RecipeError("A shoot-out is between backbones: --backbones resnet18,mobilenetv3_small_100,RUN.")
     recipe = apply_overrides(load_recipe(args.recipe or "fine-tune"), vars(args))
     overrides = picture_overrides(vars(args))
+    found = tuned_on(args.recipe) if args.recipe else {}
+    if found:
+        terminal.say(f"{args.recipe} was found on {found.get('backbone')}; here each backbone trains it.")
     from . import contest
 
     result = contest.shootout(
