@@ -42,9 +42,9 @@ from headstart.audit_copies import find_copies
 from headstart.audit_files import file_findings
 from headstart.dataset import ImageTable, bad_reasons, load_images, open_image
 from headstart.doubtful import doubtful_labels, out_of_fold
-from headstart.features import store_features
 from headstart.inspection import Look, look, look_at
 from headstart.metrics import wilson_interval
+from headstart.once import store_features
 from headstart.pixels import Pixels
 from headstart.run import environment
 from headstart.runtime import make_runtime

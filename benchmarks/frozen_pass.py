@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from headstart import create_classifier, load_images, make_runtime, set_freeze_line
-from headstart.features import fast_kernels, store_features
+from headstart.once import fast_kernels, store_features
 from headstart.pixels import Pixels
 from headstart.recipe import POLICIES
 from headstart.run import environment

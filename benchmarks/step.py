@@ -83,7 +83,7 @@ def ours(backbone: str, batch: int) -> Iterator[tuple[Step, str]]:
     from torch import nn
 
     from headstart import create_classifier, make_runtime, set_freeze_line
-    from headstart.features import fast_kernels
+    from headstart.once import fast_kernels
     from headstart.recipe import FINE_TUNE_STAGE
     from headstart.train import make_optimizer
 

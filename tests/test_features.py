@@ -28,13 +28,11 @@ from headstart.features import (
     ActivationSource,
     FeatureSource,
     PixelSource,
-    fast_kernels,
     make_source,
     place_source,
-    store_activations,
-    store_features,
 )
 from headstart.freezing import fixed_tensors, tensors_digest
+from headstart.once import fast_kernels, store_activations, store_features
 from headstart.pixels import Pixels
 from headstart.recipe import POLICIES
 from test_cut import LINES

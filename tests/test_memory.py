@@ -24,9 +24,10 @@ from headstart import (
 from headstart.averaging import snapshot
 from headstart.classifier import Classifier
 from headstart.evaluation import source_logits
-from headstart.features import FeatureSource, PixelSource, StageData, store_features
+from headstart.features import FeatureSource, PixelSource, StageData
 from headstart.gradients import Batch, Gradients
 from headstart.memory import Portion, is_out_of_memory, peak_bytes
+from headstart.once import store_features
 from headstart.pixels import Pixels
 from headstart.runtime import Runtime
 from headstart.train import fit

@@ -133,8 +133,8 @@ def _features(
 ) -> npt.NDArray[np.float64]:
     """Pooled features [N, D] of the plain views."""
     from .classifier import create_classifier
-    from .features import store_features
     from .freezing import set_freeze_line
+    from .once import store_features
     from .pixels import Pixels
     from .runtime import make_runtime
 

@@ -26,10 +26,11 @@ from .classifier import Classifier
 from .dataset import ImageTable, Splits, bad_file_lines, check_images, load_images, split
 from .errors import CheckpointError, DataError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_logits
-from .features import Advance, Placement, StageData, make_source
+from .features import Placement, StageData, make_source
 from .findings import AuditResult
 from .freezing import tensors_digest
 from .groups import join_groups
+from .once import Advance
 from .pixels import Augment, Pixels, is_augmented
 from .pixelstore import PixelStore
 from .recipe import AugmentSpec, Recipe, Stage

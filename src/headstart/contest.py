@@ -24,10 +24,11 @@ from .classifier import Classifier, create_classifier
 from .comparison import run_name, run_or_read
 from .dataset import Splits
 from .errors import HeadstartError, RecipeError
-from .features import FeatureSource, fast_kernels, make_source
+from .features import FeatureSource, make_source
 from .freezing import set_freeze_line
 from .linear import fit_ridge
 from .metrics import holm, paired_difference, wilson_interval
+from .once import fast_kernels
 from .recipe import Recipe, load_recipe
 from .recipes import weights_of
 from .run import RunRecord, is_run, read_run, to_json, write_atomic

@@ -12,9 +12,10 @@ from torch import Tensor
 from .classifier import Classifier
 from .dataset import ImageTable
 from .errors import DataError, RecipeError
-from .features import Advance, Source, fast_kernels
+from .features import Source
 from .memory import in_portions
 from .metrics import evaluate_probs, softmax
+from .once import Advance, fast_kernels
 from .pixels import Pixels
 from .recipe import POLICIES
 from .runtime import Runtime, make_runtime

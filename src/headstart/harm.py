@@ -14,8 +14,8 @@ from .classifier import Classifier
 from .dataset import ImageTable
 from .errors import DataError
 from .evaluation import predict_logits
-from .features import Advance
 from .metrics import paired_difference
+from .once import Advance
 from .pixels import Pixels
 from .recipe import AugmentSpec
 from .runtime import Runtime, make_runtime

@@ -94,6 +94,12 @@ class Pixels:
         """False when every view equals the plain one."""
         return is_augmented(self.augment)
 
+    @property
+    def in_background(self) -> bool:
+        """Whether `batch` may run in another thread while the network draws random numbers."""
+        # A transform of the user's draws from torch's global generator, and so do dropout and drop-path.
+        return isinstance(self.augment, AugmentSpec)
+
     def batch(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
         """Pictures as uint8 [B, 3, S, S]; view 0 is the plain one.
 

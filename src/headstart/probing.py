@@ -15,8 +15,8 @@ from .backbones import pool_output
 from .blocks import block_name
 from .classifier import Classifier
 from .doubtful import folds_of
-from .features import Advance, fast_kernels
 from .linear import fit_ridge
+from .once import Advance, fast_kernels
 from .pixels import Pixels
 from .runtime import Runtime
 
