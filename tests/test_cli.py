@@ -135,7 +135,8 @@ def test_an_empty_place_leaves_that_stage() -> None:
 def test_every_stage_option_reaches_its_field() -> None:
     given = {
         "freeze_line": "blocks.6*", "batchnorm": "frozen", "epochs": "7", "batch_size": "9", "accumulate": "2",
-        "optimizer": "sgd", "lr_scale": "0.5", "head_lr_multiplier": "3", "weight_decay": "0.2", "schedule": "constant",
+        "optimizer": "sgd", "momentum": "0.5", "lr_scale": "0.5",
+        "head_lr_multiplier": "3", "weight_decay": "0.2", "schedule": "constant",
         "warmup": "0.3", "label_smoothing": "0.15", "class_weights": "balanced", "balanced_sampling": "on",
         "early_stop": "4", "clip_norm": "1.5", "select": "accuracy", "views": "6", "on_collapse": "stop",
         "layer_decay": "0.75", "ema": "0.99", "wise": "on", "mixup": "0.2", "cutmix": "0.5",

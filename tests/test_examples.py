@@ -99,7 +99,7 @@ def test_a_budget_for_one_recipe_and_one_for_none(
         {"epochs": [2], "image_size": 24},
     ]
     with pytest.raises(
-        SystemExit, match=r"--budget nothing: no such recipe\. There are: joint, joint, rate as printed, scratch"
+        SystemExit, match=r"--budget nothing: no such recipe\. There are: joint, joint, momentum 0\.9, scratch"
     ):
         run_notebook("hotdog", photos, tmp_path / "more", monkeypatch, "--budget", "nothing=2")
     # In a notebook the command line is the kernel's own: the defaults are taken.

@@ -16,7 +16,7 @@ ROOMS = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init
 
 # A room imports from lower layers only; the pairs below are the ways sideways, within a layer.
 LAYERS = (
-    ("errors", "recipe"),
+    ("errors", "fields", "recipe"),
     (
         *("tuned", "owners"),
         *("folders", "manifest", "groups", "prepared", "archives", "named_sets", "sources", "arrays", "sizes"),
@@ -60,6 +60,8 @@ LAYERS = (
 )
 SIDEWAYS = {
     ("recipe", "errors"),
+    ("recipe", "fields"),
+    ("fields", "errors"),
     ("tuned", "run"),
     ("cli_compare", "cli_recipe"),
     ("manifest", "folders"),

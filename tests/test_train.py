@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headstart import HeadSpec, HiddenLayer, ModelError, Stage, create_classifier, make_runtime, set_freeze_line
+from headstart import (
+    HeadSpec,
+    HiddenLayer,
+    ModelError,
+    RecipeError,
+    Stage,
+    create_classifier,
+    make_runtime,
+    set_freeze_line,
+)
 from headstart.averaging import snapshot
 from headstart.classifier import Classifier
 from headstart.features import FeatureSource, StageData
@@ -167,20 +176,21 @@ class TestCollapse:
     def test_retry_rolls_back_and_goes_on_at_a_tenth(self) -> None:
         model = self.trained()
         entry = fit(self.trained(), DATA, replace(QUICK, epochs=1), lr=1e-9, runtime=CPU).history[0]["val"]["loss"]
-        result = fit(model, DATA, self.STAGE, lr=30.0, runtime=CPU, starts_trained=True)
+        result = fit(model, DATA, replace(self.STAGE, lr_scale=0.5), lr=30.0, runtime=CPU, starts_trained=True)
         kinds = [event["kind"] for event in result.events]
         assert set(kinds) == {"rollback"}
         assert result.lr == pytest.approx(30.0 / 10 ** len(kinds))
         assert result.best.loss <= entry
         message = result.events[0]["message"]
         assert "wrecked the trained head" in message
-        assert "retrying at 3" in message
+        assert "retrying at 3. To begin there, lower the stage's lr_scale from 0.5 to 0.05." in message
 
     def test_stop_returns_the_state_before(self) -> None:
         model = self.trained()
         before = snapshot(model)
         result = fit(model, DATA, replace(self.STAGE, on_collapse="stop"), lr=30.0, runtime=CPU, starts_trained=True)
         assert [event["kind"] for event in result.events] == ["rollback"]
+        assert result.events[0]["message"].endswith("To train this stage, lower its lr_scale below 1.")
         assert result.best_epoch == 0
         assert all(torch.equal(value, before[name]) for name, value in snapshot(model).items())
 
@@ -325,6 +335,42 @@ def test_the_head_multiplier_sets_the_head_rate_apart() -> None:
         {"head": 0.1, "head, no decay": 0.1}
     )
     assert rates["backbone"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_sgd_steps_as_torchs_own_with_that_momentum(momentum: float) -> None:
+    decay = 0.1 if momentum == 0 else 0.0  # plain SGD alone is the same with decay in the gradient and beside it
+    stage = Stage(
+        epochs=4, batch_size=60, optimizer="sgd", momentum=momentum, schedule="constant", weight_decay=decay
+    )  # fmt: skip
+    whole = StageData(made_features(views=1), made_features(seed=1, views=1))
+    model = model_at()
+    twin = nn.Linear(8, 3)
+    twin.load_state_dict({name.removeprefix("classifier."): value for name, value in model.head.state_dict().items()})
+    torchs = torch.optim.SGD(
+        [{"params": twin.weight, "weight_decay": decay}, {"params": twin.bias}], lr=0.2, momentum=momentum
+    )
+    moved: list[Tensor] = []
+    fit(
+        model, whole, stage, lr=0.2, runtime=CPU,
+        report=lambda _: moved.append(model.head.classifier.weight.detach().clone()),
+    )  # fmt: skip
+    for weight in moved:
+        torchs.zero_grad()
+        nn.functional.cross_entropy(twin(whole.train.features[:, 0]), whole.train.labels).backward()
+        torchs.step()
+        assert torch.allclose(weight, twin.weight, atol=1e-6)
+    assert len(moved) == 4
+
+
+def test_momentum_is_refused_where_it_would_do_nothing() -> None:
+    assert Stage(optimizer="sgd", momentum=0).momentum == 0
+    for optimizer in ("adamw", "adam", "rmsprop", "lbfgs"):
+        with pytest.raises(RecipeError, match="takes none"):
+            Stage(optimizer=optimizer, momentum=0.5)
+    for wrong in (-0.1, 1.0, True):
+        with pytest.raises(RecipeError, match="momentum is"):
+            Stage(optimizer="sgd", momentum=wrong)
 
 
 def test_class_weights_of_the_wrong_length_are_refused() -> None:

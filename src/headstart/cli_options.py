@@ -93,9 +93,8 @@ STAGE_OPTIONS = (
         "pictures per batch; auto: a default batch, as much at once as memory holds",
     ),
     Option("accumulate", read_whole, "N", "batches per optimiser step"),
-    Option(
-        "optimizer", read_word, "NAME", "adamw (adam is the same), rmsprop, sgd (momentum 0.9); lbfgs for a linear head"
-    ),
+    Option("optimizer", read_word, "NAME", "adamw (adam is the same), rmsprop or sgd; lbfgs for a linear head"),
+    Option("momentum", read_number, "X", "of optimizer sgd; 0 is plain SGD"),
     Option("lr_scale", read_number, "X", "the stage's learning rate as a multiple of --lr"),
     Option("head_lr_multiplier", read_number, "X", "the head's rate over the backbone's"),
     Option(

@@ -6,13 +6,13 @@ A recipe is a head, an augmentation and a short list of stages; a stage is a fre
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from .errors import RecipeError, near_matches
+from .fields import Spec, check_choice, check_flag, check_number
 
 ACTIVATIONS = ("none", "relu", "gelu")
 POOLS = ("backbone", "avg", "max", "flatten")
@@ -28,66 +28,8 @@ HEAD_BATCH, FINE_TUNE_BATCH = 64, 32
 TUNED_ON = "tuned_on"  # what a recipe in a file was found on; no part of the recipe (see the room `tuned`)
 
 
-def _choice(owner: str, name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise RecipeError(
-            f"{owner}: {name} is {value!r}; allowed: {', '.join(allowed)}.{near_matches(str(value), tuple(allowed))}"
-        )
-
-
-def _number(
-    owner: str,
-    name: str,
-    value: object,
-    low: float,
-    high: float = math.inf,
-    *,
-    whole: bool = False,
-    above: bool = False,
-) -> None:
-    kind = (int,) if whole else (int, float)
-    is_number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(float(value))
-    if not is_number or not low <= float(value) <= high or (above and float(value) == low):  # type: ignore[arg-type]
-        what = "a whole number" if whole else "a number"
-        span = f"{'above' if above else 'from'} {low:g}" + (f" to {high:g}" if high < math.inf else "")
-        raise RecipeError(f"{owner}: {name} is {value!r}; it takes {what} {span}.")
-
-
-def _flag(owner: str, name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise RecipeError(f"{owner}: {name} is {value!r}; it takes true or false.")
-
-
-class _Spec:
-    """Closed-schema reading and writing shared by the value objects below."""
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
-        """Build from plain JSON values; an unknown key is an error that lists near matches."""
-        where = where or cls.__name__
-        if not isinstance(data, Mapping):
-            raise RecipeError(f"{where}: expected an object with named values, got {data!r}.")
-        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-        for key in data:
-            if key not in names:
-                raise RecipeError(f"{where}: unknown key {key!r}. Known: {', '.join(names)}.{near_matches(key, names)}")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        try:
-            return cls(**cls._nested(values, where))
-        except TypeError as error:
-            raise RecipeError(f"{where}: {error}.") from None
-
-    @classmethod
-    def _nested(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
-        return values
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` is its inverse."""
-        return asdict(self)  # type: ignore[call-overload, no-any-return]
-
-
 @dataclass(frozen=True)
-class HiddenLayer(_Spec):
+class HiddenLayer(Spec):
     """One hidden layer of a head: Linear, then its activation, with BatchNorm before or after it, then dropout."""
 
     width: int
@@ -96,14 +38,14 @@ class HiddenLayer(_Spec):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _number("hidden layer", "width", self.width, 1, 65536, whole=True)
-        _choice("hidden layer", "activation", self.activation, ACTIVATIONS)
-        _choice("hidden layer", "batchnorm", self.batchnorm, ("none", "before", "after"))
-        _number("hidden layer", "dropout", self.dropout, 0, 0.99)
+        check_number("hidden layer", "width", self.width, 1, 65536, whole=True)
+        check_choice("hidden layer", "activation", self.activation, ACTIVATIONS)
+        check_choice("hidden layer", "batchnorm", self.batchnorm, ("none", "before", "after"))
+        check_number("hidden layer", "dropout", self.dropout, 0, 0.99)
 
 
 @dataclass(frozen=True)
-class HeadSpec(_Spec):
+class HeadSpec(Spec):
     """What is put on the backbone: pooling, BatchNorm on the features, hidden layers, dropout, the last layer.
 
     `pool="backbone"` is what the network itself does before its classifier; `avg`, `max` and `flatten` act on the
@@ -120,10 +62,10 @@ class HeadSpec(_Spec):
     features_from: str | None = None
 
     def __post_init__(self) -> None:
-        _choice("head", "pool", self.pool, POOLS)
-        _choice("head", "output", self.output, OUTPUTS)
-        _number("head", "dropout", self.dropout, 0, 0.99)
-        _flag("head", "batchnorm", self.batchnorm)
+        check_choice("head", "pool", self.pool, POOLS)
+        check_choice("head", "output", self.output, OUTPUTS)
+        check_number("head", "dropout", self.dropout, 0, 0.99)
+        check_flag("head", "batchnorm", self.batchnorm)
         if self.features_from is not None and (not isinstance(self.features_from, str) or not self.features_from):
             raise RecipeError(f"head: features_from is {self.features_from!r}; it takes a block's name or null.")
 
@@ -137,7 +79,7 @@ class HeadSpec(_Spec):
 
 
 @dataclass(frozen=True)
-class AugmentSpec(_Spec):
+class AugmentSpec(Spec):
     """Ranges of the random changes made to training pictures; 0 turns a change off.
 
     rotation: degrees either way. translation: fraction of the side either way. zoom: fraction in or out.
@@ -167,7 +109,7 @@ class AugmentSpec(_Spec):
     erasing: float = 0.0
 
     def __post_init__(self) -> None:
-        _number("augment", "rotation", self.rotation, 0, 180)
+        check_number("augment", "rotation", self.rotation, 0, 180)
         for name in (
             "translation",
             "hflip",
@@ -178,18 +120,18 @@ class AugmentSpec(_Spec):
             "noise",
             "erasing",
         ):
-            _number("augment", name, getattr(self, name), 0, 1)
-        _number("augment", "zoom", self.zoom, 0, 0.9)
-        _number("augment", "downsample", self.downsample, 0.05, 1)
-        _choice("augment", "auto", self.auto, AUTO_POLICIES)
-        _number("augment", "auto_ops", self.auto_ops, 1, 10, whole=True)
-        _number("augment", "auto_magnitude", self.auto_magnitude, 0, 30, whole=True)
+            check_number("augment", name, getattr(self, name), 0, 1)
+        check_number("augment", "zoom", self.zoom, 0, 0.9)
+        check_number("augment", "downsample", self.downsample, 0.05, 1)
+        check_choice("augment", "auto", self.auto, AUTO_POLICIES)
+        check_number("augment", "auto_ops", self.auto_ops, 1, 10, whole=True)
+        check_number("augment", "auto_magnitude", self.auto_magnitude, 0, 30, whole=True)
         for name, low, high in (("crop_scale", 0.01, 1.0), ("crop_ratio", 0.1, 10.0)):
             pair = getattr(self, name)
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise RecipeError(f"augment: {name} is {pair!r}; it takes two numbers.")
             for value in pair:
-                _number("augment", name, value, low, high)
+                check_number("augment", name, value, low, high)
             if pair[0] > pair[1]:
                 raise RecipeError(f"augment: {name} is {pair!r}; the first must not exceed the second.")
 
@@ -215,10 +157,11 @@ POLICIES: dict[str, AugmentSpec] = {
 
 
 @dataclass(frozen=True)
-class Stage(_Spec):
+class Stage(Spec):
     """One stretch of training with the freeze line in one place.
 
     lr_scale: the stage's rate is `recipe.lr * lr_scale`. head_lr_multiplier: the head's rate over the backbone's.
+    momentum: of optimizer `sgd`, 0 is plain SGD; every step is then 1 / (1 - momentum) times as long in the end.
     layer_decay: the rate of each backbone block over that of the next deeper one, 1 is the same for all.
     views: how many views of each picture are stored when the stage trains from stored features (1 is the plain
     picture alone). batch_size: pictures per batch; `auto` puts all pictures of an optimiser step into one batch (the
@@ -243,6 +186,7 @@ class Stage(_Spec):
     batch_size: int | str = HEAD_BATCH
     accumulate: int = 1
     optimizer: str = "adamw"
+    momentum: float = 0.9
     lr_scale: float = 1.0
     head_lr_multiplier: float = 1.0
     layer_decay: float = 1.0
@@ -274,45 +218,51 @@ class Stage(_Spec):
             raise RecipeError(
                 f"{owner}: freeze_line is {self.freeze_line!r}; it takes head, all, last:N, last:N% or a block."
             )
-        _choice(owner, "batchnorm", self.batchnorm, BATCHNORM_MODES)
-        _number(owner, "epochs", self.epochs, 1, 100_000, whole=True)
+        check_choice(owner, "batchnorm", self.batchnorm, BATCHNORM_MODES)
+        check_number(owner, "epochs", self.epochs, 1, 100_000, whole=True)
         if isinstance(self.batch_size, str):
             if self.batch_size != "auto":
                 raise RecipeError(f"{owner}: batch_size is {self.batch_size!r}; it takes a whole number or auto.")
         else:
-            _number(owner, "batch_size", self.batch_size, 1, 1_000_000, whole=True)
-        _number(owner, "accumulate", self.accumulate, 1, 10_000, whole=True)
-        _choice(owner, "optimizer", self.optimizer, OPTIMIZERS)
-        _number(owner, "lr_scale", self.lr_scale, 0, 1e6, above=True)
-        _number(owner, "head_lr_multiplier", self.head_lr_multiplier, 0, 1e6, above=True)
-        _number(owner, "layer_decay", self.layer_decay, 0, 1, above=True)
-        _number(owner, "weight_decay", self.weight_decay, 0, 100)
-        _choice(owner, "schedule", self.schedule, SCHEDULES)
-        _number(owner, "warmup", self.warmup, 0, 0.9)
-        _number(owner, "label_smoothing", self.label_smoothing, 0, 0.99)
+            check_number(owner, "batch_size", self.batch_size, 1, 1_000_000, whole=True)
+        check_number(owner, "accumulate", self.accumulate, 1, 10_000, whole=True)
+        check_choice(owner, "optimizer", self.optimizer, OPTIMIZERS)
+        check_number(owner, "momentum", self.momentum, 0, 0.999)
+        if self.optimizer != "sgd" and self.momentum != Stage.__dataclass_fields__["momentum"].default:
+            raise RecipeError(
+                f"{owner}: momentum is {self.momentum!r}, but optimizer {self.optimizer!r} takes none. Leave momentum"
+                " out, or take optimizer 'sgd'."
+            )
+        check_number(owner, "lr_scale", self.lr_scale, 0, 1e6, above=True)
+        check_number(owner, "head_lr_multiplier", self.head_lr_multiplier, 0, 1e6, above=True)
+        check_number(owner, "layer_decay", self.layer_decay, 0, 1, above=True)
+        check_number(owner, "weight_decay", self.weight_decay, 0, 100)
+        check_choice(owner, "schedule", self.schedule, SCHEDULES)
+        check_number(owner, "warmup", self.warmup, 0, 0.9)
+        check_number(owner, "label_smoothing", self.label_smoothing, 0, 0.99)
         if isinstance(self.class_weights, str):
-            _choice(owner, "class_weights", self.class_weights, ("none", "balanced"))
+            check_choice(owner, "class_weights", self.class_weights, ("none", "balanced"))
         elif isinstance(self.class_weights, tuple):
             for weight in self.class_weights:
-                _number(owner, "class_weights", weight, 0, above=True)
+                check_number(owner, "class_weights", weight, 0, above=True)
         else:
             raise RecipeError(
                 f"{owner}: class_weights is {self.class_weights!r}; it takes none, balanced or a number per class."
             )
-        _flag(owner, "balanced_sampling", self.balanced_sampling)
-        _number(owner, "early_stop", self.early_stop, 0, whole=True)
-        _number(owner, "clip_norm", self.clip_norm, 0)
-        _choice(owner, "select", self.select, ("loss", "accuracy"))
-        _number(owner, "views", self.views, 1, 1000, whole=True)
-        _choice(owner, "on_collapse", self.on_collapse, ON_COLLAPSE)
-        _number(owner, "collapse_ratio", self.collapse_ratio, 1)
-        _number(owner, "collapse_margin", self.collapse_margin, 0)
-        _number(owner, "mixup", self.mixup, 0, 100)
-        _number(owner, "cutmix", self.cutmix, 0, 100)
-        _number(owner, "ema", self.ema, 0, 0.99999)
-        _flag(owner, "wise", self.wise)
-        _flag(owner, "checkpointing", self.checkpointing)
-        _choice(owner, "warm_start", self.warm_start, WARM_STARTS)
+        check_flag(owner, "balanced_sampling", self.balanced_sampling)
+        check_number(owner, "early_stop", self.early_stop, 0, whole=True)
+        check_number(owner, "clip_norm", self.clip_norm, 0)
+        check_choice(owner, "select", self.select, ("loss", "accuracy"))
+        check_number(owner, "views", self.views, 1, 1000, whole=True)
+        check_choice(owner, "on_collapse", self.on_collapse, ON_COLLAPSE)
+        check_number(owner, "collapse_ratio", self.collapse_ratio, 1)
+        check_number(owner, "collapse_margin", self.collapse_margin, 0)
+        check_number(owner, "mixup", self.mixup, 0, 100)
+        check_number(owner, "cutmix", self.cutmix, 0, 100)
+        check_number(owner, "ema", self.ema, 0, 0.99999)
+        check_flag(owner, "wise", self.wise)
+        check_flag(owner, "checkpointing", self.checkpointing)
+        check_choice(owner, "warm_start", self.warm_start, WARM_STARTS)
         if self.optimizer == "lbfgs":
             self._refuse_beside_lbfgs(owner)
 
@@ -348,7 +298,7 @@ FINE_TUNE_STAGE = Stage(
 
 
 @dataclass(frozen=True)
-class Recipe(_Spec):
+class Recipe(Spec):
     """A head, an augmentation, a nominal head rate and the stages that use them.
 
     lr: nominal learning rate of the head; every stage's own rate is a multiple of it. pretrained: False starts
@@ -370,18 +320,18 @@ class Recipe(_Spec):
             raise RecipeError(f"recipe: name is {self.name!r}; it takes a word.")
         if not isinstance(self.augment, (str, AugmentSpec)):
             raise RecipeError(f"recipe: augment is {self.augment!r}; it takes a policy's name or an object of ranges.")
-        _number("recipe", "lr", self.lr, 0, 100, above=True)
-        _number("recipe", "seed", self.seed, 0, 2**63 - 1, whole=True)
-        _number("recipe", "drop_rate", self.drop_rate, 0, 0.99)
-        _number("recipe", "drop_path_rate", self.drop_path_rate, 0, 0.99)
-        _flag("recipe", "pretrained", self.pretrained)
+        check_number("recipe", "lr", self.lr, 0, 100, above=True)
+        check_number("recipe", "seed", self.seed, 0, 2**63 - 1, whole=True)
+        check_number("recipe", "drop_rate", self.drop_rate, 0, 0.99)
+        check_number("recipe", "drop_path_rate", self.drop_path_rate, 0, 0.99)
+        check_flag("recipe", "pretrained", self.pretrained)
         if not self.stages:
             raise RecipeError("recipe: stages is empty; a recipe trains in at least one stage.")
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise RecipeError(f"recipe: stage names repeat ({', '.join(names)}); give each its own.")
         if isinstance(self.augment, str):
-            _choice("recipe", "augment", self.augment, tuple(POLICIES))
+            check_choice("recipe", "augment", self.augment, tuple(POLICIES))
 
     @property
     def augment_spec(self) -> AugmentSpec:

@@ -109,7 +109,7 @@ def make_optimizer(model: Classifier, stage: Stage, *, lr: float) -> torch.optim
         held = [p for group in groups for p in group["params"]]
         return torch.optim.LBFGS(held, max_iter=LBFGS_ITERATIONS, line_search_fn="strong_wolfe")
     if stage.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=fused)
+        return torch.optim.SGD(groups, lr=lr, momentum=stage.momentum, fused=fused)
     if stage.optimizer == "rmsprop":
         # alpha and eps as in Keras, whose tutorials this optimiser serves.
         return torch.optim.RMSprop(groups, lr=lr, alpha=0.9, eps=1e-7)

@@ -196,7 +196,7 @@ def fit(
     Raises:
         ModelError: the freeze contract was broken; a loss that is not finite under `on_collapse="ignore"` too.
     """
-    started = time.perf_counter()
+    started, asked = time.perf_counter(), lr
     entry_state = snapshot(model)
     history: list[Record] = []
     events: list[Record] = []
@@ -233,7 +233,13 @@ def fit(
                 continue
             loss_before = collapse.loss
             give_up = stage.on_collapse == "stop" or attempt == MAX_RETRIES
-            then = "kept the state before it" if give_up else f"retrying at {lr / RETRY_DIVISOR:g}"
+            scale = stage.lr_scale * lr / asked
+            then = (
+                f"kept the state before it. To train this stage, lower its lr_scale below {scale:g}"
+                if give_up
+                else f"retrying at {lr / RETRY_DIVISOR:g}. To begin there, lower the stage's lr_scale from"
+                f" {stage.lr_scale:g} to {scale / RETRY_DIVISOR:g}"
+            )
             message = f"{collapse} Rolled back to the state the stage started from; {then}."
             write(_event_record(run, {"kind": "rollback", "message": message}))
             if give_up:

@@ -1,0 +1,74 @@
+"""Checks of a value object's fields, and its closed schema: unknown keys refused, near matches named.
+
+`owner` in the checks is who has the field, in the message's words: "stage 'head'".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any, Self
+
+from .errors import RecipeError, near_matches
+
+
+def check_choice(owner: str, name: str, value: object, allowed: Sequence[str]) -> None:
+    """One of a few words."""
+    if value not in allowed:
+        raise RecipeError(
+            f"{owner}: {name} is {value!r}; allowed: {', '.join(allowed)}.{near_matches(str(value), tuple(allowed))}"
+        )
+
+
+def check_number(
+    owner: str,
+    name: str,
+    value: object,
+    low: float,
+    high: float = math.inf,
+    *,
+    whole: bool = False,
+    above: bool = False,
+) -> None:
+    """A finite number from `low` (or `above` it) to `high`; true and false are none."""
+    kind = (int,) if whole else (int, float)
+    is_number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(float(value))
+    if not is_number or not low <= float(value) <= high or (above and float(value) == low):  # type: ignore[arg-type]
+        what = "a whole number" if whole else "a number"
+        span = f"{'above' if above else 'from'} {low:g}" + (f" to {high:g}" if high < math.inf else "")
+        raise RecipeError(f"{owner}: {name} is {value!r}; it takes {what} {span}.")
+
+
+def check_flag(owner: str, name: str, value: object) -> None:
+    """True or false, and nothing that merely counts as one."""
+    if not isinstance(value, bool):
+        raise RecipeError(f"{owner}: {name} is {value!r}; it takes true or false.")
+
+
+class Spec:
+    """Closed-schema reading and writing of a value object."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
+        """Build from plain JSON values; an unknown key is an error that lists near matches."""
+        where = where or cls.__name__
+        if not isinstance(data, Mapping):
+            raise RecipeError(f"{where}: expected an object with named values, got {data!r}.")
+        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for key in data:
+            if key not in names:
+                raise RecipeError(f"{where}: unknown key {key!r}. Known: {', '.join(names)}.{near_matches(key, names)}")
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        try:
+            return cls(**cls._nested(values, where))
+        except TypeError as error:
+            raise RecipeError(f"{where}: {error}.") from None
+
+    @classmethod
+    def _nested(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
+        return values
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` is its inverse."""
+        return asdict(self)  # type: ignore[call-overload, no-any-return]
