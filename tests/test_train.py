@@ -70,6 +70,28 @@ def test_the_model_ends_in_its_best_state_not_its_last() -> None:
     assert nn.functional.cross_entropy(logits, noisy.val.labels).item() == pytest.approx(result.best.loss, rel=1e-5)
 
 
+def test_the_last_epoch_is_kept_where_that_is_asked_for_whatever_its_score() -> None:
+    wild = Stage(epochs=12, batch_size=16, schedule="constant", weight_decay=0.0, select="last")
+    noisy = StageData(made_features(n=30, noise=2.0), made_features(seed=1, views=1, noise=2.0))
+    model = model_at()
+    shown: list[Tensor] = []
+    result = fit(
+        model,
+        noisy,
+        wild,
+        lr=0.5,
+        runtime=CPU,
+        log=lambda _: shown.append(model.head.classifier.weight.detach().clone()),
+    )
+    losses = [record["val"]["loss"] for record in result.history]
+    assert result.best_epoch == result.epochs == 12
+    assert result.best.loss == losses[-1] > min(losses)
+    assert torch.equal(model.head.classifier.weight, shown[-1])
+    for beside in ({"early_stop": 3}, {"wise": True}):
+        with pytest.raises(RecipeError, match="keeps the last epoch"):
+            Stage(select="last", **beside)  # type: ignore[arg-type]
+
+
 def test_a_stage_that_only_gets_worse_returns_what_it_started_from() -> None:
     model = model_at()
     fit(model, DATA, QUICK, lr=0.05, runtime=CPU)

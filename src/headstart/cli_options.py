@@ -108,7 +108,7 @@ STAGE_OPTIONS = (
     Option("balanced_sampling", read_switch, "on|off", "draw every class equally often"),
     Option("early_stop", read_whole, "N", "epochs without a better score before the stage ends, 0 is off"),
     Option("clip_norm", read_number, "X", "largest gradient norm, 0 is off"),
-    Option("select", read_word, "SCORE", "the best epoch is chosen by validation loss or accuracy"),
+    Option("select", read_word, "SCORE", "the best epoch is chosen by validation loss or accuracy; last: no choice"),
     Option("views", read_whole, "N", "views of each picture stored where layers are frozen, the plain one included"),
     Option("mixup", read_number, "X", "blend each picture with another, share from Beta(X, X); 0.2 is usual, 0 is off"),
     Option(

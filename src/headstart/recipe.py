@@ -21,6 +21,7 @@ BATCHNORM_MODES = ("fixed", "frozen", "train")
 OPTIMIZERS = ("adamw", "adam", "rmsprop", "sgd", "lbfgs")
 WARM_STARTS = ("none", "ridge")
 AUTO_POLICIES = ("none", "randaugment", "trivial")
+SELECTIONS = ("loss", "accuracy", "last")
 SCHEDULES = ("constant", "cosine", "one-cycle")
 ON_COLLAPSE = ("retry", "stop", "ignore")
 HEAD_BATCH, FINE_TUNE_BATCH = 64, 32
@@ -167,6 +168,8 @@ class Stage(Spec):
     picture alone). batch_size: pictures per batch; `auto` puts all pictures of an optimiser step into one batch (the
     default size times `accumulate`) and computes as many at once as memory holds. warmup: share of the steps in which
     the rate rises from 0. early_stop: epochs without a better score before the stage ends, 0 is off.
+    select: the state that is kept is the best by validation `loss` or `accuracy`, what the stage began with included;
+    or the `last` epoch's whatever its score, as a loop that keeps no best one does: a stage may then end worse.
     clip_norm: largest gradient norm, 0 is off. accumulate: batches per optimiser step.
     class_weights: `none`, `balanced` or one number per class. collapse_ratio: the alarm goes off when the validation
     loss of the first steps exceeds the entry loss by this factor and `collapse_margin` nats.
@@ -252,7 +255,7 @@ class Stage(Spec):
         check_flag(owner, "balanced_sampling", self.balanced_sampling)
         check_number(owner, "early_stop", self.early_stop, 0, whole=True)
         check_number(owner, "clip_norm", self.clip_norm, 0)
-        check_choice(owner, "select", self.select, ("loss", "accuracy"))
+        check_choice(owner, "select", self.select, SELECTIONS)
         check_number(owner, "views", self.views, 1, 1000, whole=True)
         check_choice(owner, "on_collapse", self.on_collapse, ON_COLLAPSE)
         check_number(owner, "collapse_ratio", self.collapse_ratio, 1)
@@ -265,6 +268,9 @@ class Stage(Spec):
         check_choice(owner, "warm_start", self.warm_start, WARM_STARTS)
         if self.optimizer == "lbfgs":
             self._refuse_beside_lbfgs(owner)
+        for name in ("early_stop", "wise"):
+            if self.select == "last" and getattr(self, name):
+                raise RecipeError(f"{owner}: select 'last' keeps the last epoch, but {name} looks for the best one.")
 
     @property
     def batch_pictures(self) -> int:

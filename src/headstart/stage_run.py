@@ -33,10 +33,10 @@ def run_stage(
             starts_trained=bool(diary.stages or diary.handover), lr=plan.lr * stage.lr_scale, log=diary.log,
         )  # fmt: skip
     result, seconds = done.result, time.perf_counter() - started
-    best = result.best
+    best, which = result.best, "last" if stage.select == "last" else "best"
     shared = f", {duration(done.shared_seconds)} of work shared with an earlier run" if done.shared_seconds else ""
     say(
-        f"  best epoch {result.best_epoch}: val loss {best.loss:.4f}, accuracy {best.accuracy:.4f}"
+        f"  {which} epoch {result.best_epoch}: val loss {best.loss:.4f}, accuracy {best.accuracy:.4f}"
         f" ({duration(seconds)}{shared})",
         enabled=diary.show,
     )

@@ -184,8 +184,8 @@ def fit(
     """Train what stands behind the freeze line and leave the model in its best state by validation score.
 
     The freeze line must have been set. The state the stage starts from takes part in the choice, so the result is
-    never worse on validation than what it started from. A KeyboardInterrupt restores the best state so far and
-    is raised again.
+    never worse on validation than what it started from, unless `select` is `last`. A KeyboardInterrupt restores the
+    best state so far and is raised again.
 
     Args:
         lr: the stage's learning rate, per optimiser step.
@@ -291,7 +291,7 @@ def _attempt(
                 val = run.score_val()
                 if not math.isfinite(val.loss):
                     _not_finite(run, watch, epoch)
-                better = _is_better(val, best.val, stage.select)
+                better = stage.select == "last" or _is_better(val, best.val, stage.select)
                 last = Candidate(snapshot(model) if better or stage.wise else {}, val, epoch)
                 best = last if better else best
                 stop = bool(stage.early_stop) and epoch - best.epoch >= stage.early_stop and epoch < stage.epochs
