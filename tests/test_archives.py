@@ -11,7 +11,7 @@ import tarfile
 import threading
 import tracemalloc
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -144,6 +144,31 @@ def test_a_hostile_archive_is_refused_and_nothing_is_written(name: str, tmp_path
         load_images(file)
     assert files(tmp_path) == before, "nothing in the cache folder, nothing outside it"
     assert not Path("/tmp/evil.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (lambda: zip_of(("cat/CON.jpg", PICTURE)), "'CON.jpg' in its name, which Windows reserves for a device"),
+        (lambda: zip_of(("cat/../../x.jpg", PICTURE)), "'..' in its name, which leads out of the archive's folder"),
+        (
+            lambda: zip_of(("cat/A.png", PICTURE), ("cat/a.png", PICTURE)),
+            "members 'cat/A.png' and 'cat/a.png' differ by letter case or spelling alone.",
+        ),
+        (
+            lambda: tar_of(("Dog/7.png", PICTURE)),
+            "members 'dog/0.png' and 'Dog/7.png' differ by letter case or spelling alone, in 'dog' and 'Dog'.",
+        ),
+        (lambda: gz(tar_of())[:-40], "it is damaged or cut off"),
+    ],
+    ids=["device", "parent", "case", "folders", "cut off"],
+)
+def test_a_refusal_says_what_is_wrong(data: Callable[[], bytes], words: str, tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "x.zip").write_bytes(data())
+    with pytest.raises(DataError) as caught:
+        load_images(tmp_path / "x.zip")
+    assert words in str(caught.value)
+    assert "Nothing was written" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["tar.gz long name bomb", "tar.gz bomb outside the pictures", "zip bomb"])

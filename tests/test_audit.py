@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +18,8 @@ import headstart
 from headstart import duplicates
 from headstart.audit_copies import find_copies, leaked
 from headstart.audit_files import chance_of_shares
-from headstart.audit_quick import shortcut_findings
+from headstart.audit_quick import shortcut_title
+from headstart.audit_sheet import write_audit
 from headstart.bench import make_bench
 from headstart.clean import clean_rows, counts_of
 from headstart.cli import main
@@ -68,8 +70,9 @@ def test_where_copies_cannot_be_kept_together_the_data_are_not_blamed(
             scene(i).save(tmp_path / name / f"{i}.png")
     make_bench(tmp_path, runtime=make_runtime(device="cpu"), cache=False, progress=True)
     told = capsys.readouterr().err
-    assert "copies stand in several splits" in told
-    assert "in several splits (group" in told
+    assert told.count("in several splits") == 1
+    assert re.search(r"copies stand in several splits \(\w+/\d.png in train and \w+/\d.png in (val|test)\)", told)
+    assert "copies-" not in told
     assert "Leave the split to headstart" not in told  # it made the split itself
 
 
@@ -246,6 +249,48 @@ def test_a_planted_shortcut_is_found(name: str, tmp_path: Path) -> None:
     assert not any(one.suspicious for one in mixed)
 
 
+def test_every_finding_names_files_has_a_sheet_and_one_sentence_of_advice(trees: Path, tmp_path: Path) -> None:
+    ash, elm = trees / "train/ash", trees / "train/elm"
+    for path in sorted(ash.iterdir()):
+        with Image.open(path) as image:
+            image.resize((120, 100)).save(path, quality=40)
+    (ash / "empty.jpg").write_bytes(b"")
+    shutil.copytree(trees / "train", trees / "val")
+    shutil.rmtree(trees / "val/elm")
+    for i in range(60):
+        scene(300 + i).save(elm / f"n02115641_{i}.jpeg", quality=90)
+    Image.new("RGB", (300, 30)).save(elm / "long.gif")
+    shutil.rmtree(trees / "test/ash")
+    result = headstart.audit(trees)
+    found = [one.kind for one in result.findings]
+    assert set(found) >= {"unreadable", "exact-leaks", "absent-class", "imbalance", "few-pictures", "imagenet", "tiny"}
+    assert min(found.count("shortcut"), found.count("absent-class")) >= 2
+    write_audit(result, tmp_path / "out")
+    sheets = {path.name for path in (tmp_path / "out").iterdir()} - {"audit.json"}
+    assert sheets >= {one.kind + ".jpg" for one in result.findings} | {"shortcut-2.jpg", "absent-class-2.jpg"}
+    assert len(sheets) == len(result.findings)
+    for one in result.findings:
+        assert one.files, one.kind
+        assert set(one.files) <= set(load_images(trees, check=False).relative_paths)
+        assert one.advice.endswith(".")
+        assert ". " not in one.advice
+
+
+def test_a_shortcut_shows_what_it_tells_on_both_sides(trees: Path) -> None:
+    for i, path in enumerate(sorted((trees / "train/ash").iterdir())):
+        with Image.open(path) as image:
+            image.resize((120, 100) if i else image.size).save(path, quality=90)  # the first stays as it is
+    (size,) = [one for one in headstart.audit(trees).of_kind("shortcut") if "Size in pixels" in one.title]
+    mine, others = size.groups
+    assert size.examples
+    assert len(mine) == len(others) == 8
+    assert {name.split("/")[1] for name in mine} == {"ash"}
+    assert {name.split("/")[1] for name in others} == {"elm"}
+    assert sorted((trees / "train/ash").iterdir())[0].name not in {Path(name).name for name in mine}
+    assert set(size.details[:8]) == {"ash: 120 x 100"}
+    assert set(size.details[8:]) == {"elm: 96 x 80"}
+
+
 def test_turned_pictures_of_one_class_are_a_warning(trees: Path) -> None:
     for name in CLASSES:
         for path in sorted((trees / "train" / name).iterdir())[: 12 if name == "ash" else 0]:
@@ -302,8 +347,9 @@ def test_the_result_is_written_whole_and_read_back(
     table = capsys.readouterr().out
     assert table.index("unreadable") < table.index("near-leaks") < table.index("few-pictures")
     assert "\n    train/ash/empty.jpg\n" in table
-    assert "\n    train/ash/ash_21.jpg, test/ash/again.png\n" in table
-    assert {path.name for path in out.iterdir()} == {"audit.json", "audit.html", "near-leaks.jpg"}
+    assert "\n    train/ash/ash_21.jpg and test/ash/again.png\n" in table
+    sheets = {"near-leaks.jpg", "unreadable.jpg", "few-pictures.jpg"}
+    assert {path.name for path in out.iterdir()} == {"audit.json", "audit.html", *sheets}
     with Image.open(out / "near-leaks.jpg") as sheet:
         assert sheet.width > 200
     result = read_audit(out / "audit.json")
@@ -332,8 +378,7 @@ def test_real_sets_hold_what_is_known_of_them(shared: Path) -> None:
 
 @pytest.mark.parametrize(("name", "words"), [("size", "Size alone tells a"), ("format and mode", "mode alone tell a")])
 def test_a_shortcut_is_told_in_a_whole_sentence(name: str, words: str) -> None:
-    (found,) = shortcut_findings([Shortcut(name, 0.9, 0.5, "a", 0.9, 0.1, 0.7, True)])
-    assert words in found.title
+    assert words in shortcut_title(Shortcut(name, 0.9, 0.5, "a", 0.9, 0.1, 0.7, True))
 
 
 def fit_tiny(data: object, tmp_path: Path, **options: object) -> headstart.FitResult:
@@ -360,7 +405,9 @@ def test_fit_keeps_copies_on_one_side(photos: Path, tmp_path: Path) -> None:
     assert "blue/copy3.png" in page
 
 
-def test_fit_scores_with_and_without_leaks(photos: Path, tmp_path: Path) -> None:
+def test_fit_scores_with_and_without_leaks_and_tells_them_once(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = tmp_path / "own"
     for name in ("red", "green", "blue"):
         for i in range(12):
@@ -368,7 +415,12 @@ def test_fit_scores_with_and_without_leaks(photos: Path, tmp_path: Path) -> None
             target.mkdir(parents=True, exist_ok=True)
             (photos / name / f"{name}{i}.jpg").rename(target / f"{name}{i}.jpg")
     shutil.copy(root / "train/red/red7.jpg", root / "test/red/again.jpg")
-    result = fit_tiny(root, tmp_path)
+    result = fit_tiny(root, tmp_path, progress=True)
+    (told,) = [line for line in capsys.readouterr().err.split("Error: ") if "train/red/red7.jpg" in line]
+    assert "copies stand in different splits" in told
+    assert "\n    train/red/red7.jpg and test/red/again.jpg\n" in told
+    assert "several splits" not in told
+    assert "copies-" not in told
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_bytes())
     assert metrics["data"]["leaked"] == ["test/red/again.jpg"]
     assert (metrics["test"]["n"], metrics["test_without_leaks"]["n"]) == (13, 12)

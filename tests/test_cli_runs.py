@@ -318,6 +318,60 @@ def test_what_summary_cannot_show_is_one_message(
     assert message in err
 
 
+def test_an_audit_and_the_fits_after_it_share_decoded_pictures_and_features(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cleanlab")
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+    photos = Path(shutil.copytree(folder, tmp_path / "photos"))
+    for i in range(2):
+        (photos / "red" / f"red{i}.jpg").rename(photos / "blue" / f"stray{i}.jpg")
+    looked = ("audit", photos, *NET[:-2], *MACHINE, "--interpolation", "nearest", "--json")  # there is no augmentation
+
+    def queue(*more: str) -> tuple[object, str]:
+        code, out, err = command(capsys, *looked, *more)
+        assert code == 0, err
+        return json.loads(out)["doubtful"], err
+
+    first, told = queue()
+    assert "30 pictures to decode" in told
+    again, told = queue()
+    assert "Features stored by an earlier run are used: 30 pictures" in told
+    assert "to decode" not in told
+    alone, told = queue("--no-cache")
+    assert "earlier run" not in told
+    assert first == again == alone != []
+    other, _ = queue("--crop-pct", "0.5")
+    assert other != first
+    loud = [word for word in QUICK if word != "--quiet"]
+    code, _, err = command(capsys, "fit", photos, "--out", tmp_path / "run", *loud, "--interpolation", "nearest")
+    assert code == 0
+    assert "to decode" not in err
+
+
+def test_what_a_fast_audit_would_not_use_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = command(capsys, "audit", folder, "--fast", "--crop-pct", "0.5", "--device", "cpu", "--no-cache")
+    assert code == 2
+    assert "so --crop-pct, --device, --no-cache would change nothing" in err
+
+
+@pytest.mark.parametrize("what", [("evaluate",), ("evaluate", "--transforms", "light"), ("predict",)])
+def test_quiet_leaves_the_bars_out(
+    run: Path,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    what: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    work = (what[0], run, folder, *what[1:], *MACHINE)
+    assert "0%|" in command(capsys, *work)[2]
+    code, out, err = command(capsys, *work, "--quiet")
+    assert code == 0
+    assert "0%|" not in err
+    assert out
+
+
 def test_preview_writes_a_sheet(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["preview", folder, "--backbone", "test_resnet", "--image-size", "32", "--fit", "squash"]
     sheets = []

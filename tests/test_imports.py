@@ -190,6 +190,7 @@ SIDEWAYS = {
     ("cli", "cli_overrides"),
     ("cli_compare", "cli_overrides"),
     ("cli_overrides", "cli_options"),
+    ("cli_audit", "cli_overrides"),
     ("cli_transforms", "cli_overrides"),
     ("cli_tuning", "cli_overrides"),
     ("closing", "bench"),

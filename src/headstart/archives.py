@@ -115,7 +115,7 @@ class _Gate:
     entries: int = 0
     total: int = 0
     wanted: int = 0
-    _spelled: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    _spelled: dict[str, tuple[str, bool, str]] = field(default_factory=dict)
 
     def check(self, raw: str, *, size: int, folder: bool) -> PurePosixPath:
         """The relative path of a member, or a `DataError` that says what is wrong with it.
@@ -142,11 +142,12 @@ class _Gate:
         """Files stand once, folders in one spelling, on any system: letter case, Unicode form, trailing dots."""
         key = "/".join(part.rstrip(". ") for part in unicodedata.normalize("NFC", name).casefold().split("/"))
         if key not in self._spelled:
-            self._spelled[key] = (name, is_file)
+            self._spelled[key] = (name, is_file, shown)
             return
-        spelled, was_file = self._spelled[key]
+        spelled, was_file, first = self._spelled[key]
         if spelled != name:
-            raise DataError(f"members {spelled!r} and {shown!r} differ by letter case or spelling alone")
+            where = "" if is_file and was_file else f", in {spelled!r} and {name!r}"
+            raise DataError(f"members {first!r} and {shown!r} differ by letter case or spelling alone{where}")
         if is_file or was_file:
             raise DataError(f"member {shown!r} is in it twice, or is a file and a folder at once")
 
@@ -168,8 +169,10 @@ def _safe_path(raw: str) -> PurePosixPath:
     if len(path.parts) > MAX_DEPTH:
         raise DataError(f"member {raw[:80]!r} lies over {MAX_DEPTH} folders deep")
     for part in path.parts:
-        if part == ".." or _DRIVE.match(part) or _DEVICE.fullmatch(part.rstrip(". ")):
+        if part == ".." or _DRIVE.match(part):
             raise DataError(f"member {raw!r} has {part!r} in its name, which leads out of the archive's folder")
+        if _DEVICE.fullmatch(part.rstrip(". ")):
+            raise DataError(f"member {raw!r} has {part!r} in its name, which Windows reserves for a device")
         if len(part.encode(errors="surrogateescape")) > MAX_PART_BYTES or not part.strip(". "):
             raise DataError(f"member {raw[:80]!r} has a part that is no file name")
         if os.name == "nt" and set(part) & set('<>:"|?*'):
@@ -195,7 +198,8 @@ def _unpack(file: Path, folder: Path, shown: str) -> None:
         ) from None
     except _DAMAGE as error:
         raise DataError(
-            f"{shown} is not unpacked: it is damaged or cut off ({error or type(error).__name__})."
+            f"{shown} is not unpacked: it is damaged or cut off ({error or type(error).__name__}). Nothing was "
+            "written; get it again."
         ) from None
     if not gate.wanted:
         raise DataError(

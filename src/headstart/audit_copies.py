@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
-from .audit_files import split_word
+from .audit_files import grouped_finding
 from .dataset import ImageTable
 from .duplicates import Pair, exact_pairs, groups_of, likeness, near_pairs
 from .findings import Finding
@@ -27,7 +27,7 @@ _COPIES = "copies-"
 
 def is_copies(group: str) -> bool:
     """Whether a group's name is one that `Copies.names` gives."""
-    return group.startswith(_COPIES)
+    return re.fullmatch(rf"{_COPIES}\d+", group) is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,18 +150,4 @@ def _sets(groups: Sequence[Sequence[int]], word: str) -> str:
 def _grouped(
     table: ImageTable, groups: Sequence[Sequence[int]], kind: str, severity: str, title: str, advice: str
 ) -> list[Finding]:
-    if not groups:
-        return []
-    names = table.relative_paths
-    return [
-        Finding(
-            kind, severity, f"{title}.", advice,
-            files=tuple(names[i] for row in groups for i in row),
-            details=tuple(
-                f"{split_word(table.split_names[i])}, {table.class_names[table.labels[i]]}"
-                for row in groups
-                for i in row
-            ),
-            groups=tuple(tuple(names[i] for i in row) for row in groups),
-        )
-    ]  # fmt: skip
+    return [grouped_finding(table, groups, kind, severity, f"{title}.", advice)] if groups else []

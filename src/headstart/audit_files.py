@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -20,6 +21,7 @@ Traits = dict[str, dict[str, dict[str, dict[str, int]]]]
 TINY_PX, HUGE_PIXELS, HUGE_BYTES, HUGE_RATIO, LONG_SIDE = 32, 50_000_000, 50_000_000, 400, 5.0
 FEW, TOO_FEW = 20, 5  # training pictures of a class
 UNEVEN, VERY_UNEVEN = 3.0, 10.0  # largest class over smallest
+EXAMPLES = 8  # pictures that show a class
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png",),
@@ -89,42 +91,86 @@ def left_out_findings(table: ImageTable) -> list[Finding]:
 def class_findings(table: ImageTable) -> list[Finding]:
     """Classes with few pictures, of very different sizes, or absent from a split."""
     counts = count_pictures(table)
-    train = counts.get("train", counts.get("all", {}))
+    base = "train" if "train" in counts else "all"
+    train = counts.get(base, {})
     found = []
-    few = {name: n for name, n in train.items() if n < FEW}
+    few = {name: n for name, n in sorted(train.items(), key=lambda pair: pair[1]) if n < FEW}
     if few:
-        worst = min(few.values())
         found.append(
-            Finding(
-                "few-pictures", "warning" if worst < TOO_FEW else "note",
+            grouped_finding(
+                table, [_places(table, name, base) for name in few],
+                "few-pictures", "warning" if min(few.values()) < TOO_FEW else "note",
                 f"{_classes(len(few))} fewer than {FEW} training pictures: {_named(few)}.",
                 "Add pictures: with so few, what is measured is hardly more than luck.",
             )
         )  # fmt: skip
-    sizes = [n for n in train.values() if n]
-    if len(sizes) > 1 and max(sizes) / min(sizes) >= UNEVEN:
-        largest, smallest = (
-            max(train, key=lambda c: train[c]),
-            min((c for c in train if train[c]), key=lambda c: train[c]),
-        )
+    some = {name: n for name, n in train.items() if n}
+    largest, smallest = (pick(some, key=some.__getitem__, default="") for pick in (max, min))
+    if some and some[largest] / some[smallest] >= UNEVEN:
         found.append(
-            Finding(
-                "imbalance", "warning" if max(sizes) / min(sizes) >= VERY_UNEVEN else "note",
-                f"Class {largest} has {train[largest]:,} training pictures, {smallest} {train[smallest]:,}.",
+            grouped_finding(
+                table, [_sample(_places(table, name, base)) for name in (largest, smallest)],
+                "imbalance", "warning" if some[largest] / some[smallest] >= VERY_UNEVEN else "note",
+                f"Class {largest} has {some[largest]:,} training pictures, {smallest} {some[smallest]:,}.",
                 "Judge by balanced accuracy; --class-weights balanced or --balanced-sampling on helps rare classes.",
+                examples=True,
             )
         )  # fmt: skip
     for split, classes in counts.items():
         absent = [name for name, n in classes.items() if not n]
         if absent:
             found.append(
-                Finding(
-                    "absent-class", "warning",
+                grouped_finding(
+                    table, [_sample(_places(table, name)) for name in absent], "absent-class", "warning",
                     f"Split {split} has no picture of {', '.join(absent[:5])}{' and more' if len(absent) > 5 else ''}.",
                     "Its figures say nothing about that class; move some pictures there.",
+                    examples=True,
                 )
             )  # fmt: skip
     return found
+
+
+def grouped_finding(
+    table: ImageTable,
+    groups: Sequence[Sequence[int]],
+    kind: str,
+    severity: str,
+    title: str,
+    advice: str,
+    *,
+    words: Callable[[int], str] | None = None,
+    examples: bool = False,
+) -> Finding:
+    """A finding about pictures that are shown side by side.
+
+    Args:
+        groups: places in the table; an empty group is left out.
+        words: what is said of the picture at a place; by default its split and class.
+    """
+    names, say = table.relative_paths, words or partial(_split_and_class, table)
+    places = [i for group in groups for i in group]
+    return Finding(
+        kind, severity, title, advice,
+        files=tuple(names[i] for i in places),
+        details=tuple(map(say, places)),
+        groups=tuple(tuple(names[i] for i in group) for group in groups if len(group)),
+        examples=examples,
+    )  # fmt: skip
+
+
+def _split_and_class(table: ImageTable, place: int) -> str:
+    return f"{split_word(table.split_names[place])}, {table.class_names[table.labels[place]]}"
+
+
+def _places(table: ImageTable, class_name: str, split: str | None = None) -> list[int]:
+    """Of a class's pictures, in one split or in all."""
+    of_class = np.flatnonzero(table.labels == table.class_names.index(class_name)).tolist()
+    return [i for i in of_class if split is None or split_word(table.split_names[i]) == split]
+
+
+def _sample(places: Sequence[int]) -> list[int]:
+    """A few of them from beginning to end, since neighbours are often alike."""
+    return [places[i] for i in np.unique(np.linspace(0, len(places) - 1, min(EXAMPLES, len(places))).astype(int))]
 
 
 def imagenet_findings(table: ImageTable) -> list[Finding]:
@@ -136,10 +182,12 @@ def imagenet_findings(table: ImageTable) -> list[Finding]:
         return []
     what = f"This looks like {known[0]}, whose pictures are ImageNet's" if known else ""
     named = f"{_files(len(hits))} {_be(len(hits))} named as in ImageNet" if hits else ""
+    shown = tuple(hits) or tuple(table.relative_paths[i] for i in _sample(range(len(table))))
     return [
         Finding(
             "imagenet", "note", f"{'; '.join(part for part in (what, named) if part)}.",
-            "Weights trained on ImageNet have seen such pictures: every score with them is flattered.", tuple(hits),
+            "Weights trained on ImageNet have seen such pictures: every score with them is flattered.",
+            shown, examples=not hits,
         )
     ]  # fmt: skip
 

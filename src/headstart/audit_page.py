@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
-from .findings import SEVERITIES, AuditResult, DoubtfulLabel, Finding
+from .findings import SEVERITIES, UNOPENED, AuditResult, DoubtfulLabel, Finding
 from .manifest import ManifestRow
 from .report_page import details, esc, facts, page, section, table
 from .report_results import picture_address
@@ -34,7 +34,7 @@ def write_page(result: AuditResult, rows: Sequence[ManifestRow], folder: str | P
 
 def render_page(result: AuditResult, rows: Sequence[ManifestRow]) -> str:
     """The page as HTML text. It loads nothing, and runs no script but its own."""
-    pictures = _Pictures(Path(result.root))
+    pictures = _Pictures(Path(result.root), result.unopened)
     review = _review(result, rows, pictures)  # first, so that the queue has its pictures before the sheets have theirs
     parts = (
         _headline(result),
@@ -53,13 +53,14 @@ def render_page(result: AuditResult, rows: Sequence[ManifestRow]) -> str:
 class _Pictures:
     """Thumbnails of pictures below `root` as data addresses, until they fill `MOST_PICTURE_BYTES`."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, unopened: Set[str]) -> None:
+        self.root, self.unopened = root, unopened
         self.left_bytes = MOST_PICTURE_BYTES
 
     def address(self, file: str, px: int) -> str | None:
         """None for what is unreadable, gone, outside the root, or no longer fits."""
-        data = picture_address(self.root, file, px) if self.left_bytes > 0 else None
+        opened = self.left_bytes > 0 and file not in self.unopened
+        data = picture_address(self.root, file, px) if opened else None
         if data is None or len(data) > self.left_bytes:
             return None
         self.left_bytes -= len(data)
@@ -99,7 +100,7 @@ def _findings(findings: Sequence[Finding]) -> str:
             (
                 f'<span class="severity {one.severity}">{one.severity}</span>',
                 f'<p>{title}</p><p class="soft">{esc(one.advice)}</p>',
-                f"{len(one.files):,}" if one.files else "",
+                f"{len(one.files):,}" if one.files and not one.examples else "",
             )
         )
     header = ("Severity", "What was found, and what to do", "Pictures")
@@ -119,7 +120,6 @@ def _sheets(findings: Sequence[Finding], pictures: _Pictures) -> str:
 
 def _sheet(number: int, finding: Finding, pictures: _Pictures) -> str:
     said = dict(zip(finding.files, finding.details or ("",) * len(finding.files), strict=True))
-    readable = finding.kind != "unreadable"
     if finding.groups:
         groups, left = [], MOST_SHOWN
         for group in finding.groups:
@@ -128,7 +128,7 @@ def _sheet(number: int, finding: Finding, pictures: _Pictures) -> str:
                 groups.append(f'<li><ul class="sheet">{cells}</ul></li>')
                 left -= len(group)
         shown = f'<ul class="groups">{"".join(groups)}</ul>'
-    elif readable:
+    elif finding.kind not in UNOPENED:
         cells = "".join(_cell(file, said[file], pictures) for file in finding.files[:MOST_SHOWN])
         shown = f'<ul class="sheet">{cells}</ul>'
     else:
@@ -137,7 +137,7 @@ def _sheet(number: int, finding: Finding, pictures: _Pictures) -> str:
     opened = " open" if finding.severity != "note" else ""
     names = _names(finding, said)
     if shown and len(finding.files) > 1:
-        names = details(f"All {len(finding.files):,} names", names)
+        names = details(f"{'The' if finding.examples else 'All'} {len(finding.files):,} names", names)
     # A link to something inside of a closed part opens it.
     advice = f'<p class="soft sheet-of" id="finding-{number}">{esc(finding.advice)}</p>'
     return f"<details{opened}><summary>{heading}</summary>{advice}{shown}{names}</details>"

@@ -14,13 +14,14 @@ from .audit_files import (
     count_pictures,
     count_traits,
     file_findings,
+    grouped_finding,
     imagenet_findings,
     left_out_findings,
 )
 from .dataset import ImageTable
 from .findings import AuditResult, Finding, by_severity
 from .inspection import Known, Look, look_at
-from .shortcuts import Shortcut, find_shortcuts
+from .shortcuts import Shortcut, find_shortcuts, telling_pictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ def quick_audit(
         *left_out_findings(table),
         *file_findings(table, looks),
         *copy_findings(table, copies),
-        *shortcut_findings(shortcuts),
+        *shortcut_findings(table, looks, shortcuts),
         *class_findings(table),
         *series_findings(table, looks),
         *imagenet_findings(table),
@@ -78,19 +79,33 @@ def quick_audit(
     return QuickAudit(table, looks, copies, result)
 
 
-def shortcut_findings(shortcuts: list[Shortcut]) -> list[Finding]:
+def shortcut_findings(table: ImageTable, looks: Sequence[Look], shortcuts: Sequence[Shortcut]) -> list[Finding]:
     """A warning for each property that predicts the class better than such a property does by nature."""
-    return [
-        Finding(
-            "shortcut", "warning",
-            f"{one.name[0].upper()}{one.name[1:]} alone {'tell' if ' and ' in one.name else 'tells'} {one.told} in "
-            f"{100 * one.recall:.0f} % of its pictures, with {100 * one.false_alarms:.0f} % false alarms.",
-            "A network may learn this instead of what is shown: make the classes alike in it, or test on pictures "
-            "from elsewhere.",
-        )
-        for one in shortcuts
-        if one.suspicious
-    ]  # fmt: skip
+    found = []
+    for one in shortcuts:
+        if one.suspicious:
+            groups, words = telling_pictures(one, looks, table.labels, table.class_names)
+            found.append(
+                grouped_finding(
+                    table, groups, "shortcut", "warning", shortcut_title(one),
+                    "A network may learn this instead of what is shown: make the classes alike in it, or test on "
+                    "pictures from elsewhere.",
+                    words=_valued(table, looks, words), examples=True,
+                )
+            )  # fmt: skip
+    return found
+
+
+def _valued(table: ImageTable, looks: Sequence[Look], words: Callable[[Look], str]) -> Callable[[int], str]:
+    return lambda i: f"{table.class_names[table.labels[i]]}: {words(looks[i])}"
+
+
+def shortcut_title(one: Shortcut) -> str:
+    """What a property tells, in a sentence."""
+    return (
+        f"{one.name[0].upper()}{one.name[1:]} alone {'tell' if ' and ' in one.name else 'tells'} {one.told} in "
+        f"{100 * one.recall:.0f} % of its pictures, with {100 * one.false_alarms:.0f} % false alarms."
+    )
 
 
 @contextmanager

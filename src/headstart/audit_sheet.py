@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -14,8 +16,9 @@ from .run import replacing, to_json, write_atomic
 from .terminal import format_table
 
 AUDIT_FILE = "audit.json"
-THUMBNAIL_PX, COLUMNS, MOST_THUMBNAILS, LINE_PX = 128, 8, 64, 14
-MOST_NAMED = 3  # files of a finding in the terminal
+THUMBNAIL_PX, COLUMNS, MOST_THUMBNAILS = 128, 8, 64
+LINES, LINE_PX, GAP_PX = 3, 14, 6  # of text below a thumbnail: one for its name, two for what is said of it
+MOST_NAMED, MOST_GROUPS = 3, 2  # files of a finding, and groups of them, in the terminal
 
 
 def findings_table(result: AuditResult) -> str:
@@ -26,60 +29,105 @@ def findings_table(result: AuditResult) -> str:
         return f"{head}: nothing was found."
     rows = [[one.severity, one.kind, one.title] for one in result.findings]
     table = format_table(["severity", "what", "in words"], rows, left=3)
-    advice = "\n".join(f"{one.kind}: {one.advice}{_named(one.files)}" for one in result.findings)
+    advice = "\n".join(f"{one.kind}: {one.advice}{first_files(one)}" for one in result.findings)
     return f"{head}\n\n{table}\n\n{advice}"
 
 
-def _named(files: Sequence[str]) -> str:
-    """A line with the first files; the sheets and audit.json have all of them."""
-    more = f" and {len(files) - MOST_NAMED:,} more" if len(files) > MOST_NAMED else ""
-    return f"\n    {', '.join(files[:MOST_NAMED])}{more}" if files else ""
+def first_files(finding: Finding) -> str:
+    """A line with the first files, or the first groups; empty without any. Sheets and audit.json have all of them."""
+    if not finding.files:
+        return ""
+    if finding.examples:
+        return f"\n    such as {', '.join(finding.files[:MOST_NAMED])}"
+    groups = finding.groups or (finding.files,)
+    left = len(finding.groups) - MOST_GROUPS
+    more = f"; and {left:,} more group{'' if left == 1 else 's'}" if left > 0 else ""
+    return f"\n    {'; '.join(map(_listed, groups[:MOST_GROUPS]))}{more}"
+
+
+def _listed(files: Sequence[str]) -> str:
+    """`a, b and c`, or `a, b, c and 12 more`."""
+    if len(files) > MOST_NAMED:
+        return f"{', '.join(files[:MOST_NAMED])} and {len(files) - MOST_NAMED:,} more"
+    return " and ".join(part for part in (", ".join(files[:-1]), files[-1]) if part)
 
 
 def write_audit(result: AuditResult, folder: str | Path) -> Path:
-    """Write `audit.json` and `KIND.jpg` for each finding about files; returns the path of audit.json.
+    """Write `audit.json` and a sheet for each finding that names files; returns the path of audit.json.
 
-    Files of those names in the folder are replaced.
+    A sheet is called `KIND.jpg`, the second of a kind `KIND-2.jpg`. Files of those names in the folder are replaced.
     """
     folder = Path(folder).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / AUDIT_FILE, to_json(result.to_dict(), indent=1) + b"\n")
+    seen: Counter[str] = Counter()
     for finding in result.findings:
-        sheet = draw_sheet(finding, Path(result.root))
-        if sheet is not None:
-            with replacing(folder / f"{finding.kind}.jpg") as temporary, temporary.open("xb") as file:
+        if finding.files:
+            seen[finding.kind] += 1
+            number = f"-{seen[finding.kind]}" if seen[finding.kind] > 1 else ""
+            sheet = draw_sheet(finding, Path(result.root), result.unopened)
+            with replacing(folder / f"{finding.kind}{number}.jpg") as temporary, temporary.open("xb") as file:
                 sheet.save(file, "JPEG", quality=85)
     return folder / AUDIT_FILE
 
 
-def draw_sheet(finding: Finding, root: Path) -> Image.Image | None:
-    """A sheet of the finding's first pictures, the groups of one row after another; None where none can be shown."""
-    if finding.kind == "unreadable":  # what crashed or hung a checking process is not opened in this one
-        return None
-    cells = _cells(finding)
-    shown = [(name, detail, _thumbnail(root / name)) for name, detail in cells]
-    if not any(picture is not None for _, _, picture in shown):
-        return None
-    step_x, step_y = THUMBNAIL_PX + 8, THUMBNAIL_PX + 2 * LINE_PX + 8
-    sheet = Image.new("RGB", (min(COLUMNS, len(shown)) * step_x, -(-len(shown) // COLUMNS) * step_y), "white")
+def draw_sheet(finding: Finding, root: Path, unopened: Set[str] = frozenset()) -> Image.Image:
+    """A sheet of the finding's first pictures with their names and details; each group begins a row.
+
+    Args:
+        unopened: files that are named without a picture, as are those that turn out to be unreadable.
+    """
+    rows = _rows(finding)
+    step_x, step_y = THUMBNAIL_PX + 2 * GAP_PX, THUMBNAIL_PX + LINES * LINE_PX + 2 * GAP_PX
+    sheet = Image.new("RGB", (max(map(len, rows)) * step_x, len(rows) * step_y), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (name, detail, picture) in enumerate(shown):
-        x, y = i % COLUMNS * step_x + 4, i // COLUMNS * step_y + 4
-        if picture is not None:
-            sheet.paste(picture, (x, y))
-        draw.text((x, y + THUMBNAIL_PX), _fit(Path(name).name), fill="black")
-        draw.text((x, y + THUMBNAIL_PX + LINE_PX), _fit(detail), fill="dimgrey")
+    for row, cells in enumerate(rows):
+        for column, (name, detail) in enumerate(cells):
+            x, y = column * step_x + GAP_PX, row * step_y + GAP_PX
+            picture = None if name in unopened else _thumbnail(root / name)
+            if picture is None:
+                draw.rectangle((x, y, x + THUMBNAIL_PX - 1, y + THUMBNAIL_PX - 1), fill="whitesmoke")
+                draw.text((x + THUMBNAIL_PX / 2, y + THUMBNAIL_PX / 2), "no picture", fill="dimgrey", anchor="mm")
+            else:
+                sheet.paste(picture, (x + (THUMBNAIL_PX - picture.width) // 2, y + THUMBNAIL_PX - picture.height))
+            lines = [_wrapped(draw, Path(name).name, 1), _wrapped(draw, detail, LINES - 1)]
+            draw.text((x, y + THUMBNAIL_PX + 2), lines[0], fill="black")
+            draw.text((x, y + THUMBNAIL_PX + 2 + LINE_PX), lines[1], fill="dimgrey", spacing=2)
     return sheet
 
 
-def _cells(finding: Finding) -> Sequence[tuple[str, str]]:
-    details = finding.details or ("",) * len(finding.files)
-    return list(zip(finding.files, details, strict=True))[:MOST_THUMBNAILS]
+def _rows(finding: Finding) -> list[list[tuple[str, str]]]:
+    """(file, detail) in rows, `MOST_THUMBNAILS` in all."""
+    said = dict(zip(finding.files, finding.details or ("",) * len(finding.files), strict=True))
+    rows, left = [], MOST_THUMBNAILS
+    for group in finding.groups or (finding.files,):
+        shown = [(name, said[name]) for name in group[:left]]
+        rows += [shown[i : i + COLUMNS] for i in range(0, len(shown), COLUMNS)]
+        left -= len(shown)
+    return rows
 
 
-def _fit(text: str) -> str:
-    """Text as the sheet's plain font can write it, cut to the width of a thumbnail."""
-    return text.encode("latin-1", "replace").decode("latin-1")[: THUMBNAIL_PX // 6]
+def _wrapped(draw: ImageDraw.ImageDraw, text: str, most: int) -> str:
+    """Text as the sheet's plain font can write it, in at most so many lines as wide as a thumbnail."""
+    text = text.encode("latin-1", "replace").decode("latin-1")
+    lines = [""]
+    for word in re.findall(r"\S+\s*", text):
+        if lines[-1] and draw.textlength(lines[-1] + word.rstrip()) > THUMBNAIL_PX:
+            lines.append("")
+        lines[-1] += word
+    kept = [line.rstrip() for line in lines[:most]]
+    kept[-1] += " ..." if len(lines) > most else ""
+    return "\n".join(_cut(draw, line) for line in kept)
+
+
+def _cut(draw: ImageDraw.ImageDraw, line: str) -> str:
+    """A line that is too wide loses its middle: a file's name tells by its beginning and its end."""
+    if draw.textlength(line) <= THUMBNAIL_PX:
+        return line
+    n = next(
+        n for n in range(len(line), 0, -1) if draw.textlength(f"{line[: n // 2]}...{line[-(n // 2) :]}") <= THUMBNAIL_PX
+    )
+    return f"{line[: n // 2]}...{line[-(n // 2) :]}"
 
 
 def _thumbnail(path: Path) -> Image.Image | None:

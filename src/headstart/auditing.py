@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +16,13 @@ import numpy.typing as npt
 from .audit_quick import QuickAudit, quick_audit
 from .dataset import ImageTable, Splits, bad_reasons, load_images
 from .findings import AuditResult, Finding, by_severity
-from .terminal import ProgressBar
+from .store import Cache
+from .terminal import ProgressBar, say
+
+if TYPE_CHECKING:
+    from .classifier import Classifier
+    from .pixelstore import PixelStore
+    from .runtime import Runtime
 
 MOST_IN_FIT = 5 * 10**9  # numbers in the features, times classes: some minutes of one core
 
@@ -24,9 +32,12 @@ def audit(
     *,
     backbone: str | None = None,
     weights: str | Path = "hub",
+    spec_overrides: Mapping[str, Any] | None = None,
     root: str | Path | None = None,
     device: str = "auto",
+    precision: str = "auto",
     workers: int = 0,
+    cache: bool = True,
     progress: bool = False,
 ) -> AuditResult:
     """Look at the pictures and say what is wrong with them; nothing is changed.
@@ -35,37 +46,45 @@ def audit(
         photos: pictures as `load_images` takes them, or an `ImageTable`.
         backbone: a timm name, to find doubtful labels and outliers from its features; None leaves these out.
         weights: of the backbone: `hub`, a weights file or a run folder.
+        spec_overrides: of the backbone's preprocessing, as in `fine_tune`.
         root: the folder that a manifest's relative paths start from.
-        device: where the backbone runs; see `make_runtime`.
+        device, precision: where and in what number format the backbone runs; see `make_runtime`.
         workers: threads that decode; 0 is one per CPU core.
-        progress: bars on standard error.
+        cache: keep decoded pictures and features in the cache folder and use those kept before; without a backbone
+            nothing is kept.
+        progress: bars and lines on standard error.
     Raises:
         DataError: no pictures, or a layout that `load_images` refuses. What is wrong with single files is a finding.
-        SetupError: cleanlab is not installed, which doubtful labels need.
+        SetupError: cleanlab is not installed, which doubtful labels need; or the weights cannot be had.
     """
     table = photos if isinstance(photos, ImageTable) else load_images(photos, root=root, check=False)
-    with ProgressBar(len(table), "Reading pictures", enabled=progress) as bar:
-        reasons = bad_reasons(table.paths, workers=workers, progress=lambda done, _: bar.move_to(done))
-    with ProgressBar(len(table), "Looking at pictures", enabled=progress) as bar:
-        quick = quick_audit(table, reasons=reasons, workers=workers, progress=lambda done, _: bar.move_to(done))
     if backbone is None:
-        return quick.result
-    return _with_labels(quick, backbone, str(weights), device=device, workers=workers, progress=progress)
+        return _quick(table, None, workers=workers, progress=progress).result
+    from .classifier import create_classifier
+    from .pixelstore import PixelStore
+    from .runtime import make_runtime
 
-
-def _with_labels(
-    quick: QuickAudit, backbone: str, weights: str, *, device: str, workers: int, progress: bool
-) -> AuditResult:
-    """The quick result with doubtful labels and outliers, from the readable pictures."""
+    runtime = make_runtime(device=device, precision=precision, workers=workers or None)
+    model = create_classifier(backbone, table.class_names, weights=weights, **(spec_overrides or {}))
+    store = PixelStore(Cache(), model.spec, say=partial(say, enabled=progress)) if cache else None
+    quick = _quick(table, store, workers=workers, progress=progress)
     readable = np.flatnonzero([one.reason is None for one in quick.looks])
     copies = tuple(quick.copies.names[i] for i in readable)
-    table = dataclasses.replace(quick.table.select(readable), groups=copies)
+    table = dataclasses.replace(table.select(readable), groups=copies)
     started = time.perf_counter()
+    return _judged(quick.result, table, lambda _, part: _features(part, model, runtime, store, progress), started)
 
-    def features(part: ImageTable) -> npt.NDArray[np.float64]:
-        return _features(part, backbone, weights, device=device, workers=workers, progress=progress)
 
-    return _judged(quick.result, table, lambda rows, part: features(part), started)
+def _quick(table: ImageTable, store: PixelStore | None, *, workers: int, progress: bool) -> QuickAudit:
+    """The part without a network. Where there is a store, the pictures are decoded once, for all that comes."""
+    with ProgressBar(len(table), "Reading pictures", enabled=progress) as bar:
+        check = partial(store.fill, root=table.root, look=True) if store else bad_reasons
+        reasons = check(table.paths, workers=workers, progress=lambda done, _: bar.move_to(done))
+    with ProgressBar(len(table), "Looking at pictures", enabled=progress) as bar:
+        return quick_audit(
+            table, known=store.look if store else None, reasons=reasons, workers=workers,
+            progress=lambda done, _: bar.move_to(done),
+        )  # fmt: skip
 
 
 def look_at_labels(result: AuditResult, splits: Splits, features: npt.NDArray[np.float64]) -> AuditResult:
@@ -105,7 +124,8 @@ def _judged(
     rows, part, why = judgeable(table)
     if why is not None:
         advice = "Add pictures to a class as small as that, or take it out."
-        result = _with_note(result, why, advice, some=len(rows) > 0)
+        unseen = np.setdiff1d(np.arange(len(table)), rows)
+        result = _with_note(result, why, advice, some=len(rows) > 0, files=[table.relative_paths[i] for i in unseen])
     if not len(rows):
         return result
     features = features_of(rows, part)
@@ -119,30 +139,28 @@ def _judged(
     )
 
 
-def _with_note(result: AuditResult, why: str, advice: str, *, some: bool = False) -> AuditResult:
+def _with_note(
+    result: AuditResult, why: str, advice: str, *, some: bool = False, files: Sequence[str] = ()
+) -> AuditResult:
     """Labels, or `some` of them, were not looked at; `labels` among the seconds says that they have been asked for."""
     title = f"{'Some labels' if some else 'Labels'} were not looked at: {why}."
-    note = Finding("labels-unseen", "note", title, advice)
+    note = Finding("labels-unseen", "note", title, advice, tuple(files))
     return dataclasses.replace(
         result, findings=by_severity([*result.findings, note]), seconds={**result.seconds, "labels": 0.0}
     )
 
 
 def _features(
-    table: ImageTable, backbone: str, weights: str, *, device: str, workers: int, progress: bool
+    table: ImageTable, model: Classifier, runtime: Runtime, store: PixelStore | None, progress: bool
 ) -> npt.NDArray[np.float64]:
     """Pooled features [N, D] of the plain views."""
-    from .classifier import create_classifier
     from .freezing import set_freeze_line
     from .once import store_features
     from .pixels import Pixels
-    from .runtime import make_runtime
 
-    runtime = make_runtime(device=device, workers=workers or None)
-    model = create_classifier(backbone, table.class_names, weights=weights).to(runtime.device)
+    model.to(runtime.device)
     set_freeze_line(model, "head")
+    pixels = Pixels(table, model.spec, workers=runtime.workers, store=store)
     with ProgressBar(len(table), "Frozen backbone", enabled=progress) as bar:
-        stored = store_features(
-            model, Pixels(table, model.spec, workers=runtime.workers), runtime=runtime, advance=bar.advance
-        )
+        stored = store_features(model, pixels, runtime=runtime, advance=bar.advance)
     return np.asarray(stored[:, 0].numpy(), dtype=np.float64)

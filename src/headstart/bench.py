@@ -21,6 +21,7 @@ from .arrays import Labels, Pictures, images_from_arrays
 from .audit_copies import is_copies
 from .audit_kept import audit_key, keep_audit, kept_audit
 from .audit_quick import quick_audit
+from .audit_sheet import first_files
 from .averaging import restore, snapshot
 from .classifier import Classifier
 from .dataset import ImageTable, Splits, bad_file_lines, check_images, load_images, split
@@ -309,8 +310,15 @@ def _split(table: ImageTable, *, val: float, test: float, seed: int, show: bool)
     except DataError:
         own = replace(table, groups=tuple("" if is_copies(name) else name for name in table.groups))
         splits = split(own, val=val, test=test, seed=seed)  # raises again where copies are not the reason
-    say("A class has too few pictures that are no copies of each other: copies stand in several splits.", enabled=show)
-    return splits.with_groups(dict(zip(table.paths, table.groups, strict=True)))
+    splits = splits.with_groups(dict(zip(table.paths, table.groups, strict=True)))
+    shared = [name for name in splits.shared_groups() if is_copies(name)]
+    if shared:
+        say(
+            "A class has too few pictures that are no copies of each other, so that copies stand in several splits"
+            f" ({_across(splits, shared[0])}): the scores are too good.",
+            enabled=show,
+        )
+    return splits
 
 
 def require_validation(splits: Splits) -> None:
@@ -319,9 +327,12 @@ def require_validation(splits: Splits) -> None:
 
 
 def _say_findings(result: AuditResult | None, show: bool) -> None:
+    """Errors and warnings with their first files; left-out files have been named, and a leak is told once."""
+    leaked = {file for one in result.of_kind("near-leaks") for file in one.files} if result else set()
     for one in result.findings if result else ():
-        if one.severity != "note" and one.kind != "left-out":  # those have been named
-            say(f"{one.severity.capitalize()}: {one.title} {one.advice}", enabled=show)
+        is_told = one.kind == "left-out" or (one.kind == "exact-leaks" and leaked.issuperset(one.files))
+        if one.severity != "note" and not is_told:
+            say(f"{one.severity.capitalize()}: {one.title} {one.advice}{first_files(one)}", enabled=show)
 
 
 def _say_data(splits: Splits, show: bool) -> None:
@@ -330,15 +341,20 @@ def _say_data(splits: Splits, show: bool) -> None:
     say_left_out(splits.train, show)
     if splits.train.dropped:
         say(f"{len(splits.train.dropped):,} pictures are dropped by the manifest; the report lists them.", enabled=show)
-    shared = splits.shared_groups()
+    shared = [name for name in splits.shared_groups() if not is_copies(name)]  # copies are told by what was found
     if shared:
-        group, names = next(iter(shared.items()))
         advice = " Leave the split to headstart to keep them together." if any(splits.train.split_names) else ""
         say(
             f"{len(shared):,} {'group of pictures stands' if len(shared) == 1 else 'groups of pictures stand'} in"
-            f" several splits (group {group!r} in {' and '.join(names)}): the scores are too good.{advice}",
+            f" several splits (group {shared[0]!r}: {_across(splits, shared[0])}): the scores are too good.{advice}",
             enabled=True,
         )
+
+
+def _across(splits: Splits, group: str) -> str:
+    """The first picture of a group in each split: `a.jpg in train and b.jpg in test`."""
+    named = {name: table for name, table in splits.named().items() if group in table.groups}
+    return " and ".join(f"{table.relative_paths[table.groups.index(group)]} in {name}" for name, table in named.items())
 
 
 def say_left_out(table: ImageTable, show: bool) -> None:

@@ -30,6 +30,7 @@ from .cli_options import (
     add_head_options,
     add_machine_options,
     add_picture_options,
+    add_quiet_option,
     add_recipe_options,
     add_root_option,
     add_stage_options,
@@ -92,7 +93,7 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--limit", type=int, metavar="N", help="dry run on N pictures")
     add_cache_option(group)
     add_audit_option(group)
-    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_quiet_option(group)
     add_data_options(parser)
     group = parser.add_argument_group("backbone")
     group.add_argument("--backbone", metavar="NAME", help=f"any timm model (default: {DEFAULT_BACKBONE})")
@@ -155,6 +156,7 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="RUN", help="run folder written by `headstart fit`")
     parser.add_argument("folder", metavar="PHOTOS", help="folder or manifest, classes named as in training")
     parser.add_argument("--json", action="store_true", help="print every figure as JSON instead of tables")
+    add_quiet_option(parser)
     add_root_option(parser)
     add_tta_option(parser)
     add_transforms_option(parser)
@@ -170,7 +172,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     metrics = recipes.evaluate_run(
         args.model,
         args.folder,
-        progress=True,
+        progress=not args.quiet,
         **given(args, "device", "precision", "workers", "bad_files", "root", "tta"),
     )
     if args.json:
@@ -190,6 +192,7 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--csv", metavar="OUT", help="write a CSV file instead of printing")
     form.add_argument("--json", action="store_true", help="print JSON: a list with an object per picture")
+    add_quiet_option(parser)
     add_tta_option(parser)
     add_bad_files_option(parser)
     add_machine_options(parser)
@@ -209,7 +212,7 @@ def _predict(args: argparse.Namespace) -> int:
     reasons = bad_reasons(files, workers=args.workers or 0)
     good = [path for path, reason in zip(files, reasons, strict=True) if reason is None]
     machine = given(args, "device", "precision", "workers", "tta")
-    rows = recipes.predict_files(args.model, good, progress=True, **machine) if good else []
+    rows = recipes.predict_files(args.model, good, progress=not args.quiet, **machine) if good else []
     for path, reason in zip(files, reasons, strict=True):
         if reason is not None:
             print(f"headstart predict: {path} cannot be read: {reason}", file=sys.stderr)
@@ -298,7 +301,7 @@ def _preview(args: argparse.Namespace) -> int:
 def _demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FOLDER", help="where the pictures and the runs go (default: runs/demo)")
     parser.add_argument("--seed", type=int, metavar="N", help="of the split, the first weights and the order")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_quiet_option(parser)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from .cli_options import (
     PHOTOS_HELP,
     Command,
     add_cache_option,
+    add_quiet_option,
     default_run_path,
     given,
     short_path,
@@ -35,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", metavar="N", help="of the split, the sample and the random weights (default: 0)")
     group.add_argument("--limit", type=int, metavar="N", help="use N pictures only")
     add_cache_option(group)
-    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_quiet_option(group)
     add_work_options(parser)
 
 

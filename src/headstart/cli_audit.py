@@ -7,7 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .cli_options import DEFAULT_BACKBONE, PHOTOS_HELP, Command, add_root_option
+from .cli_options import (
+    DEFAULT_BACKBONE,
+    PHOTOS_HELP,
+    Command,
+    add_cache_option,
+    add_machine_options,
+    add_picture_options,
+    add_quiet_option,
+    add_root_option,
+    given,
+)
+from .cli_overrides import picture_overrides
 from .errors import DataError, RecipeError
 
 
@@ -19,29 +30,34 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="write a page to look through and review, audit.json and sheets of thumbnails there",
     )
     parser.add_argument(
-        "--fast", action="store_true", help="no backbone: leave out doubtful labels and outliers, which need one"
-    )
-    parser.add_argument(
-        "--backbone", metavar="NAME", help=f"whose features are looked at (default: {DEFAULT_BACKBONE})"
-    )
-    parser.add_argument("--weights", metavar="WHICH", help="hub, a weights file, or an earlier run (default: hub)")
-    parser.add_argument(
         "--write-clean",
         metavar="FILE",
         help="write a CSV manifest that follows the findings; fit takes it as PHOTOS, the pictures stay as they are",
     )
     parser.add_argument("--json", action="store_true", help="print what audit.json holds instead of the table")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads that decode (default: one per CPU core)")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_cache_option(parser)
+    add_quiet_option(parser)
     add_root_option(parser)
+    group = parser.add_argument_group("backbone", "With the options of a fit, doubtful labels are those that it tells.")
+    group.add_argument(
+        "--fast", action="store_true", help="no backbone: leave out doubtful labels and outliers, which need one"
+    )
+    group.add_argument("--backbone", metavar="NAME", help=f"whose features are looked at (default: {DEFAULT_BACKBONE})")
+    group.add_argument("--weights", metavar="WHICH", help="hub, a weights file, or an earlier run (default: hub)")
+    add_picture_options(parser)
+    add_machine_options(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else None
     if out is not None and out.exists() and not out.is_dir():
         raise DataError(f"--out is {args.out}, which is a file. Name a folder.")
-    if args.fast and (args.backbone or args.weights):
-        raise RecipeError("--fast looks without a backbone, so --backbone and --weights would change nothing.")
+    overrides = picture_overrides(vars(args))
+    machine = given(args, "device", "precision", "cache")
+    idle = [*given(args, "backbone", "weights"), *overrides, *machine] if args.fast else []
+    if idle:
+        flags = ", ".join("--" + ("no-cache" if name == "cache" else name.replace("_", "-")) for name in idle)
+        raise RecipeError(f"--fast looks without a backbone, so {flags} would change nothing. Leave one of them out.")
     clean = _clean_path(args.write_clean)
     from .audit_page import write_page
     from .audit_sheet import findings_table, write_audit
@@ -50,9 +66,10 @@ def _run(args: argparse.Namespace) -> int:
     from .dataset import load_images
     from .manifest import write_manifest
 
-    options: dict[str, Any] = {"workers": args.workers} if args.workers is not None else {}
+    options: dict[str, Any] = {**given(args, "workers"), **machine}
     if not args.fast:
         options |= {"backbone": args.backbone or DEFAULT_BACKBONE, "weights": args.weights or "hub"}
+        options |= {"spec_overrides": overrides}
     table = load_images(args.photos, root=args.root, check=False)
     result = audit(table, progress=not args.quiet, **options)
     written = (write_audit(result, out), write_page(result, table.rows(), out)) if out is not None else None

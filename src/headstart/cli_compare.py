@@ -18,6 +18,7 @@ from .cli_options import (
     add_head_options,
     add_machine_options,
     add_picture_options,
+    add_quiet_option,
     default_run_path,
     given,
     short_path,
@@ -66,7 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--limit", type=int, metavar="N", help="dry run on N pictures")
     add_audit_option(group)
     add_cache_option(group)
-    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_quiet_option(group)
     add_data_options(parser)
     group = parser.add_argument_group("backbone")
     group.add_argument("--backbone", metavar="NAME", help=f"any timm model (default: {DEFAULT_BACKBONE})")

@@ -253,10 +253,17 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     """Where to compute, and what to do about files that cannot be read."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
-    group.add_argument("--precision", metavar="HOW", help="auto, fp32 or bf16 (default: auto in fit, else fp32)")
+    group.add_argument(
+        "--precision", metavar="HOW", help="auto, fp32 or bf16 (default: auto, but fp32 in evaluate and predict)"
+    )
     group.add_argument(
         "--workers", type=int, metavar="N", help="threads that read pictures (default: one per core, at most 8)"
     )
+
+
+def add_quiet_option(parser: argparse._ActionsContainer) -> None:
+    """`--quiet`: the same words in every command."""
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
 def add_cache_option(parser: argparse._ActionsContainer) -> None:

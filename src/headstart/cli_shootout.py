@@ -15,6 +15,7 @@ from .cli_options import (
     add_data_options,
     add_machine_options,
     add_picture_options,
+    add_quiet_option,
     add_recipe_options,
     default_run_path,
     given,
@@ -39,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--overwrite", action="store_true", help="replace what other settings left there")
     group.add_argument("--limit", type=int, metavar="N", help="use N pictures only")
     add_cache_option(group)
-    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_quiet_option(group)
     add_recipe_options(parser)
     add_data_options(parser)
     add_picture_options(parser)

@@ -33,7 +33,7 @@ def run_transforms(args: argparse.Namespace) -> int:
         args.model,
         args.folder,
         augment=POLICIES[policy] if isinstance(policy, str) else policy,
-        progress=True,
+        progress=not args.quiet,
         **given(args, "device", "precision", "workers", "bad_files", "root"),
     )
     print(json.dumps(rows, indent=1) if args.json else costs_table(rows))

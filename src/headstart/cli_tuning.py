@@ -15,6 +15,7 @@ from .cli_options import (
     add_data_options,
     add_machine_options,
     add_picture_options,
+    add_quiet_option,
     add_recipe_options,
     default_run_path,
     given,
@@ -70,7 +71,7 @@ def _lr_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--out", metavar="FILE", help="the curve: png, jpg, pdf or svg (default: lr.png)")
     group.add_argument("--limit", type=int, metavar="N", help="use N pictures only")
     add_cache_option(group)
-    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_quiet_option(group)
     add_recipe_options(parser)
     add_work_options(parser)
 
@@ -125,7 +126,7 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--overwrite", action="store_true", help="begin anew where other settings left a sweep")
     group.add_argument("--limit", type=int, metavar="N", help="use N pictures only")
     add_cache_option(group)
-    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_quiet_option(group)
     add_recipe_options(parser)
     add_work_options(parser)
 

@@ -15,6 +15,7 @@ from typing import Any
 from .errors import DataError
 
 SEVERITIES = ("error", "warning", "note")
+UNOPENED = ("unreadable", "left-out")  # kinds about files that no one opens to show them: one may have hung a checker
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Finding:
     kind: a short word for programs, such as `near-duplicates`. severity: `error` (the result of a fit would be wrong or
     there is none), `warning` (it is likely to suffer), `note` (worth knowing). title: one sentence with figures.
     advice: one sentence. files: relative to the data's root. details: one per file, or none. groups: files that belong
-    together, where the finding is about that; `files` then holds them one after the other.
+    together, where the finding is about that; `files` then holds them one after the other. examples: the finding is
+    about a class or a property, and the files show it; else they are all that it is about.
     """
 
     kind: str
@@ -34,6 +36,7 @@ class Finding:
     files: tuple[str, ...] = ()
     details: tuple[str, ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()
+    examples: bool = False
 
     def __post_init__(self) -> None:
         assert self.severity in SEVERITIES, self.severity
@@ -82,6 +85,11 @@ class AuditResult:
     def of_kind(self, kind: str) -> tuple[Finding, ...]:
         """The findings of one kind."""
         return tuple(one for one in self.findings if one.kind == kind)
+
+    @property
+    def unopened(self) -> frozenset[str]:
+        """Files that cannot be read, and are not opened for a thumbnail."""
+        return frozenset(file for one in self.findings if one.kind in UNOPENED for file in one.files)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `audit.json` holds them."""

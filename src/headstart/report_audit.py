@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .findings import UNOPENED
 from .report_page import details, esc, percent, section, span, table
 from .report_results import THUMBNAIL_PX, picture_address
 from .run import RunRecord
@@ -26,12 +27,11 @@ def audit_section(run: RunRecord) -> str:
 def _finding(one: Mapping[str, Any], root: Path) -> str:
     kind = {"error": "bad", "warning": "open"}.get(one["severity"], "good")
     n = len(one["files"])
-    shown = (
-        []
-        if one["severity"] == "note"
-        else [(name, picture_address(root, name, THUMBNAIL_PX)) for name in one["files"][:THUMBNAILS]]
+    said = dict(zip(one["files"], one["details"] or ("",) * n, strict=True))
+    shown = [(name, picture_address(root, name, THUMBNAIL_PX)) for name in _shown(one)]
+    images = "".join(
+        f'<li><img src="{data}" alt="{esc(name)}" loading="lazy">{esc(said[name])}</li>' for name, data in shown if data
     )
-    images = "".join(f'<li><img src="{data}" alt="{esc(name)}" loading="lazy"></li>' for name, data in shown if data)
     return (
         f'<li class="{kind}"><h3>{esc(one["kind"].replace("-", " ").capitalize())}</h3><p><span class="answer">'
         f"{esc(one['severity'].capitalize())}.</span>{esc(one['title'])} {esc(one['advice'])}</p>"
@@ -39,6 +39,16 @@ def _finding(one: Mapping[str, Any], root: Path) -> str:
         + (details(f"{n:,} file{'' if n == 1 else 's'}", f"<ul>{_names(one)}</ul>") if one["files"] else "")
         + "</li>"
     )
+
+
+def _shown(one: Mapping[str, Any]) -> Sequence[str]:
+    """Files whose pictures stand in the report: none of notes and of what cannot be read, of examples a few a group."""
+    if one["severity"] == "note" or one["kind"] in UNOPENED:
+        return ()
+    if one.get("examples") and one["groups"]:
+        each = max(1, THUMBNAILS // len(one["groups"]))
+        return [name for group in one["groups"] for name in group[:each]][:THUMBNAILS]
+    return list(one["files"][:THUMBNAILS])
 
 
 def _names(one: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, zip_longest
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ FOLDS = 5
 CELLS = 8  # a side
 MOST_PICTURES = 5000  # a share of a larger set answers the question as well
 FEWEST_PER_CLASS = 10
+EXAMPLES = 8  # of the class that is told, and of the others
 _CAMERAS = 5
 
 Floats = npt.NDArray[np.float64]
@@ -49,11 +50,12 @@ class Shortcut:
 
 @dataclass(frozen=True)
 class _Property:
-    """What is measured [N, K], and the strength from which it is no longer natural."""
+    """What is measured [N, K], the strength from which it is no longer natural, and one picture's value in words."""
 
     name: str
     measure: Callable[[Sequence[Look]], Floats]
     natural: float
+    say: Callable[[Look], str]
 
 
 def find_shortcuts(looks: Sequence[Look], labels: Ints, class_names: Sequence[str], *, seed: int = 0) -> list[Shortcut]:
@@ -62,16 +64,44 @@ def find_shortcuts(looks: Sequence[Look], labels: Ints, class_names: Sequence[st
     Args:
         labels: class ids [N].
     """
+    places, ids, names = _judged(looks, labels, class_names, seed)
+    if len(names) < 2:
+        return []
+    chosen = [looks[i] for i in places]
+    return sorted((_score(prop, chosen, ids, names, seed) for prop in PROPERTIES), key=lambda one: -one.strength)
+
+
+def telling_pictures(
+    one: Shortcut, looks: Sequence[Look], labels: Ints, class_names: Sequence[str], *, seed: int = 0
+) -> tuple[tuple[list[int], list[int]], Callable[[Look], str]]:
+    """Pictures that show what a property of `find_shortcuts` tells, and how a picture's value is put in words.
+
+    Places of the pictures that it tells most surely to be of the class `told`, and of those that it tells most surely
+    not to be, of each other class in turn.
+    """
+    prop = next(prop for prop in PROPERTIES if prop.name == one.name)
+    places, ids, names = _judged(looks, labels, class_names, seed)
+    scores = _out_of_fold(prop.measure([looks[i] for i in places]), ids, len(names), seed)
+    told = names.index(one.told)
+    margin = scores[:, told] - np.delete(scores, told, axis=1).max(axis=1)
+
+    def surest(label: int) -> list[int]:
+        sure = margin if label == told else -margin
+        rows = np.flatnonzero((ids == label) & (sure > 0))
+        return [int(i) for i in places[rows[np.argsort(-sure[rows], kind="stable")][:EXAMPLES]]]
+
+    others = zip_longest(*(surest(label) for label in range(len(names)) if label != told))
+    return (surest(told), [i for row in others for i in row if i is not None][:EXAMPLES]), prop.say
+
+
+def _judged(looks: Sequence[Look], labels: Ints, class_names: Sequence[str], seed: int) -> tuple[Ints, Ints, list[str]]:
+    """Places [n] of the pictures that are judged, their class ids [n], and what these ids are called."""
     good = np.array([i for i, one in enumerate(looks) if one.reason is None], dtype=np.int64)
     if len(good) > MOST_PICTURES:
         good = np.sort(np.random.default_rng(seed).choice(good, MOST_PICTURES, replace=False))
     usable = np.flatnonzero(np.bincount(labels[good], minlength=len(class_names)) >= FEWEST_PER_CLASS)
     good = good[np.isin(labels[good], usable)]
-    if len(usable) < 2:
-        return []
-    chosen, ids = [looks[i] for i in good], np.searchsorted(usable, labels[good])
-    names = [class_names[int(i)] for i in usable]
-    return sorted((_score(prop, chosen, ids, names, seed) for prop in PROPERTIES), key=lambda one: -one.strength)
+    return good, np.searchsorted(usable, labels[good]), [class_names[int(i)] for i in usable]
 
 
 def _score(prop: _Property, looks: Sequence[Look], labels: Ints, names: Sequence[str], seed: int) -> Shortcut:
@@ -79,7 +109,7 @@ def _score(prop: _Property, looks: Sequence[Look], labels: Ints, names: Sequence
     chance = 1 / len(names)
     if (values == values[0]).all():
         return Shortcut(prop.name, chance, chance, "", 0.0, 0.0, 0.0, suspicious=False)
-    preds = _out_of_fold(values, labels, len(names), seed)
+    preds = _out_of_fold(values, labels, len(names), seed).argmax(axis=1)
     counts = confusion_matrix(labels, preds, len(names))
     sizes, hits = counts.sum(axis=1), counts.diagonal()
     others, false = len(labels) - sizes, counts.sum(axis=0) - hits
@@ -96,8 +126,8 @@ def _score(prop: _Property, looks: Sequence[Look], labels: Ints, names: Sequence
     )  # fmt: skip
 
 
-def _out_of_fold(values: Floats, labels: Ints, classes: int, seed: int) -> Ints:
-    """Class id [N] of each row of values [N, K], told by the rows of the other folds; each class counts alike."""
+def _out_of_fold(values: Floats, labels: Ints, classes: int, seed: int) -> Floats:
+    """Log-likelihood [N, C] of each row of values [N, K], from the rows of the other folds; each class counts alike."""
     columns = [_cells(column) for column in values.T]
     fold = _folds(labels, seed)
     scores = np.zeros((len(labels), classes))
@@ -107,7 +137,7 @@ def _out_of_fold(values: Floats, labels: Ints, classes: int, seed: int) -> Ints:
         counts = counts.reshape(FOLDS, CELLS**2, classes)
         others = counts.sum(axis=0) - counts
         scores += np.log((others + 1) / (others.sum(axis=1, keepdims=True) + CELLS**2))[fold, cell]
-    return np.asarray(scores.argmax(axis=1), dtype=np.int64)
+    return scores
 
 
 def _cells(values: Floats) -> Ints:
@@ -166,12 +196,28 @@ def _one_hot(words: Sequence[str]) -> Floats:
     return np.asarray(np.array(words)[:, None] == known[None], dtype=np.float64)
 
 
+def _exif_words(one: Look) -> str:
+    if not one.header.has_exif:
+        return "no EXIF"
+    return f"{one.header.camera or 'EXIF'}, orientation {one.header.orientation}"
+
+
+def _length_words(one: Look) -> str:
+    return f"{one.file_bytes / 1000:,.0f} kB, {one.file_bytes / (one.header.width * one.header.height):.2f} bytes/px"
+
+
+def _rgb_words(colour: Sequence[float]) -> str:
+    return "RGB " + " ".join(f"{value:.0f}" for value in colour)
+
+
 # Strengths by nature: no real set measured reaches them (see benchmarks/audit_faults.py).
 PROPERTIES = (
-    _Property("size in pixels", _sizes, 0.35),
-    _Property("format and mode", _formats, 0.15),
-    _Property("file length", _lengths, 0.45),
-    _Property("EXIF", _exif, 0.15),
-    _Property("border colour", _borders, 0.45),
-    _Property("mean colour and contrast", _colours, 0.4),
+    _Property("size in pixels", _sizes, 0.35, lambda one: f"{one.header.width} x {one.header.height}"),
+    _Property("format and mode", _formats, 0.15, lambda one: f"{one.header.format} {one.header.mode}"),
+    _Property("file length", _lengths, 0.45, _length_words),
+    _Property("EXIF", _exif, 0.15, _exif_words),
+    _Property("border colour", _borders, 0.45, lambda one: _rgb_words(one.border)),
+    _Property(
+        "mean colour and contrast", _colours, 0.4, lambda one: f"{_rgb_words(one.mean)}, spread {one.thumb.std():.0f}"
+    ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -86,10 +87,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    """The line of PyTorch's long message that names the object, or else its first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    line = next((line for line in lines if "Unsupported" in line), lines[0] if lines else type(error).__name__)
-    return line.partition(". Please use")[0]  # PyTorch goes on to say how to run the code all the same
+    """Our own words: PyTorch's message goes on to say how to run the code all the same."""
+    if isinstance(error, CheckpointError):
+        return str(error)
+    found = re.search(r"GLOBAL:? (?:GLOBAL )?([\w.]+)", str(error))
+    return f"it holds {found[1]}, which is no tensor" if found else "it is cut off, or was not written by torch.save"
 
 
 def _named_tensors(stored: Any, path: Path) -> dict[str, torch.Tensor]:
