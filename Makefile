@@ -53,9 +53,9 @@ soak: $(INSTALLED) ## read ten thousand mutated pictures and twenty thousand mut
 
 bench: $(INSTALLED) ## train with other tools beside this one (hours; pictures and weights in HEADSTART_SHARED)
 	$(BIN)/python benchmarks/peers.py run
-	$(BIN)/python benchmarks/step.py run
-	$(BIN)/python benchmarks/size.py run
-	for script in peers step size; do $(BIN)/python benchmarks/$$script.py table --write > /dev/null; done
+	for script in step size stores views head checkpointing; do $(BIN)/python benchmarks/$$script.py run || exit 1; done
+	for script in peers step size stores views head checkpointing; do \
+	$(BIN)/python benchmarks/$$script.py table --write > /dev/null || exit 1; done
 
 clean: ## remove the virtual environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info

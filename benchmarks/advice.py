@@ -14,47 +14,38 @@ Records are appended to benchmarks/results/advice-DATE.jsonl; what is there is n
 
 from __future__ import annotations
 
-import argparse
-import json
-from datetime import UTC, datetime
-from typing import Any
-
 import torch
-from compare_sets import BACKBONE, FAR, GROUPS, HERE, PAGE, SETS, SHARED, between_marks, recorded
+from compare_sets import BACKBONE, FAR, GROUPS, SETS, recorded
+from records import SHARED, WEIGHTS, Record, append, parser, read, show
 
 import headstart
 from headstart.bench import make_bench
 from headstart.comparison import named_recipe
 from headstart.recipe import Recipe
-from headstart.run import environment
 from headstart.runtime import make_runtime
 
 CHOICES = {name: FAR if name == FAR.name else named_recipe(name) for name in GROUPS["lines"][0]}
 SENSES = ("by test", "in noise", "by validation")
 
 
-def records() -> dict[str, dict[str, Any]]:
+def records() -> dict[str, Record]:
     """The last advice for each set."""
-    paths = sorted((HERE / "results").glob("advice-*.jsonl"))
-    found = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
-    return {r["set"]: r for r in found if r["kind"] == "advice" and not r["limit"]}
+    return {r["set"]: r for r in read("advice") if r["kind"] == "advice" and not r["limit"]}
 
 
-def ask(name: str) -> dict[str, Any]:
+def ask(name: str) -> Record:
     """The advice for a set, recorded."""
     bench = make_bench(
         SHARED / "data" / name, runtime=make_runtime(), seed=0, test_folder="val" if name == "hymenoptera" else None
     )
     advice = headstart.advise(
-        bench, seed=0, backbone=BACKBONE, weights=SHARED / "weights" / f"{BACKBONE}.safetensors",
+        bench, seed=0, backbone=BACKBONE, weights=WEIGHTS,
         spec_overrides={"interpolation": "bilinear"},
     )  # fmt: skip
     record = {"kind": "advice", "set": name, "seed": 0, "limit": None, **advice.to_dict()}
     del record["found_on"]
-    record |= {"candidate": choice_of(advice.recipe), "threads": torch.get_num_threads(), "versions": environment()}
-    record["when"] = datetime.now(UTC).isoformat(timespec="seconds")
-    with (HERE / "results" / f"advice-{datetime.now(UTC):%Y-%m-%d}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    record |= {"candidate": choice_of(advice.recipe), "threads": torch.get_num_threads()}
+    append("advice", record)
     return record
 
 
@@ -63,7 +54,7 @@ def choice_of(recipe: Recipe) -> str | None:
     return next((name for name, one in CHOICES.items() if (one.stages, one.head) == (recipe.stages, recipe.head)), None)
 
 
-def outcome(compared: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def outcome(compared: Record) -> dict[str, Record]:
     """For each recipe of a comparison: its figures, and whether it is best in each of the three senses."""
     entries = compared["recipes"]
     highest = max(entry["test"]["accuracy"] for entry in entries)
@@ -113,17 +104,13 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("ask", "table"))
-    parser.add_argument("--sets", default=",".join(SETS))
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
-    options = parser.parse_args()
-    if options.what == "table":
-        print(table())
-        if options.write:
-            between_marks(PAGE, "advice", table())
+    options = parser(__doc__, "ask")
+    options.add_argument("--sets", default=",".join(SETS))
+    args = options.parse_args()
+    if args.what == "table":
+        show(table(), "advice", write=args.write)
         return
-    for name in options.sets.split(","):
+    for name in args.sets.split(","):
         if name not in records():
             record = ask(name)
             print(name, record["case"], record["candidate"], f"{record['seconds']:.0f} s", flush=True)

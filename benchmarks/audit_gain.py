@@ -14,32 +14,24 @@ benchmarks/results/audit_gain-DATE.jsonl; finished runs are not run again.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
 import tempfile
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from real_sets import records_of_default
+from records import HERE, SHARED, WEIGHTS, Record, append, newest, parser, show
 
 import headstart
 from headstart.cli import main as headstart_command
 from headstart.dataset import load_images
 from headstart.manifest import ManifestRow, read_manifest, write_manifest
 from headstart.recipe import RECIPES
-from headstart.run import environment
 
-HERE = Path(__file__).parent
-SHARED = Path(os.environ.get("HEADSTART_SHARED", HERE.parents[1] / "shared"))
 SETS = ("hotdog", "cats_dogs", "flowers5")
 LABELS = ("true", "flipped", "cleaned")
-WEIGHTS = SHARED / "weights" / "mobilenetv2_100.safetensors"
 SHARE = 0.1
 
 
@@ -65,7 +57,7 @@ def cleaned(flipped: list[ManifestRow], folder: Path) -> list[ManifestRow]:
     return [test.get(row.path, row) for row in read_manifest(clean)]
 
 
-def run_one(name: str, seed: int, labels: str, recipe: str) -> dict[str, Any]:
+def run_one(name: str, seed: int, labels: str, recipe: str) -> Record:
     """Train on one of the three tables and score the untouched test pictures."""
     true = load_images(SHARED / "data" / name, check=False).rows()
     rows = true if labels == "true" else flip(true, SHARE, seed, ("train", "val"))
@@ -87,19 +79,16 @@ def run_one(name: str, seed: int, labels: str, recipe: str) -> dict[str, Any]:
         "n": len(used), "wrong": sum(row.label != label_of[row.path] for row in used),
         "left_out": sum(row.drop for row in rows), "test_n": test["n"], "test_accuracy": test["accuracy"],
         "test_ci95": test["accuracy_ci95"], "test_log_loss": test["log_loss"], "audit_seconds": round(audited, 1),
-        "seconds": round(time.perf_counter() - started, 1), "versions": environment(),
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
 
 
-def records() -> list[dict[str, Any]]:
-    """Every record ever appended; of repeated runs the last one counts."""
-    files = sorted((HERE / "results").glob("audit_gain-*.jsonl"))
-    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
-    return list({(r["set"], r["seed"], r["labels"], r["recipe"]): r for r in map(json.loads, lines)}.values())
+def records() -> list[Record]:
+    """Of repeated runs the last one counts."""
+    return newest("audit_gain", "set", "seed", "labels", "recipe")
 
 
-def _mean_accuracy(runs: list[dict[str, Any]]) -> str:
+def _mean_accuracy(runs: list[Record]) -> str:
     return f"{statistics.mean(r['test_accuracy'] for r in runs):.3f}"
 
 
@@ -133,41 +122,24 @@ def table() -> str:
     return "\n".join(out)
 
 
-def write_table(text: str) -> None:
-    """Replace what stands between the marks in docs/audit.md."""
-    path = HERE.parent / "docs" / "audit.md"
-    page = path.read_text(encoding="utf-8")
-    start, rest = page.split("<!-- gain:", 1)
-    note, rest = rest.split("-->", 1)
-    end = rest.split("<!-- end of gain -->", 1)[1]
-    path.write_text(f"{start}<!-- gain:{note}-->\n{text}\n<!-- end of gain -->{end}", encoding="utf-8")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--recipe", default="head", choices=tuple(RECIPES))
-    parser.add_argument("--sets", default=",".join(SETS))
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--labels", default=",".join(LABELS))
-    parser.add_argument("--write", action="store_true", help="put the table into docs/audit.md")
-    options = parser.parse_args()
-    if options.what == "table":
-        print(table())
-        if options.write:
-            write_table(table())
+    options = parser(__doc__, "run", page="docs/audit.md")
+    options.add_argument("--recipe", default="head", choices=tuple(RECIPES))
+    options.add_argument("--sets", default=",".join(SETS))
+    options.add_argument("--seeds", default="0,1,2")
+    options.add_argument("--labels", default=",".join(LABELS))
+    args = options.parse_args()
+    if args.what == "table":
+        show(table(), "gain", write=args.write, page=HERE.parent / "docs" / "audit.md")
         return
-    (HERE / "results").mkdir(exist_ok=True)
-    log = HERE / "results" / f"audit_gain-{datetime.now(UTC):%Y-%m-%d}.jsonl"
     done = {(r["set"], r["seed"], r["labels"], r["recipe"]) for r in records()}
-    for seed in map(int, options.seeds.split(",")):
-        for name in options.sets.split(","):
-            for labels in options.labels.split(","):
-                if (name, seed, labels, options.recipe) in done:
+    for seed in map(int, args.seeds.split(",")):
+        for name in args.sets.split(","):
+            for labels in args.labels.split(","):
+                if (name, seed, labels, args.recipe) in done:
                     continue
-                record = run_one(name, seed, labels, options.recipe)
-                with log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+                record = run_one(name, seed, labels, args.recipe)
+                append("audit_gain", record)
                 shown = ("n", "wrong", "left_out", "test_accuracy", "seconds")
                 print(name, seed, labels, {key: record[key] for key in shown}, flush=True)
 

@@ -17,25 +17,18 @@ again.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
+from records import SHARED, WEIGHTS, Record, append, parser, read, show
 
 import headstart
 from headstart.advising import FAR_STAGE
 from headstart.recipe import HEAD_STAGE, RECIPES
-from headstart.run import environment
 
-HERE = Path(__file__).parent
-SHARED = Path(os.environ.get("HEADSTART_SHARED", HERE.parents[1] / "shared"))
 SETS = ("hotdog", "cats_dogs", "cats_dogs_128", "dogs10", "hymenoptera", "flowers5", "emotions3")
-PAGE = HERE.parent / "docs" / "benchmarks.md"
 BACKBONE = "mobilenetv2_100"
 BENCH = Path(os.environ.get("HEADSTART_BENCH", Path.home() / ".cache" / "headstart-bench"))
 SCRATCH = headstart.Budget((10,), 96)
@@ -47,12 +40,12 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
 }
 
 
-def run_one(name: str, recipes: tuple[str, ...], seeds: tuple[int, ...]) -> dict[str, Any]:
+def run_one(name: str, recipes: tuple[str, ...], seeds: tuple[int, ...]) -> Record:
     """One call of `compare`; the record holds each recipe's figures and each pair's difference."""
     found = headstart.compare(
         SHARED / "data" / name, recipes=[FAR if recipe == "far" else recipe for recipe in recipes], seeds=seeds,
         budgets={"scratch": SCRATCH} if "scratch" in recipes else None, backbone=BACKBONE, cache=False, progress=True,
-        weights=SHARED / "weights" / f"{BACKBONE}.safetensors", out=BENCH / "compare" / name,
+        weights=WEIGHTS, out=BENCH / "compare" / name,
         spec_overrides={"interpolation": "bilinear"}, test_folder="val" if name == "hymenoptera" else None,
     ).results  # fmt: skip
     return {
@@ -62,21 +55,13 @@ def run_one(name: str, recipes: tuple[str, ...], seeds: tuple[int, ...]) -> dict
         "recipes": found["recipes"],
         "pairs": found["pairs"],
         "threads": torch.get_num_threads(),
-        "versions": environment(),
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def records() -> list[dict[str, Any]]:
-    """All records, in the order in which they were made."""
-    files = sorted((HERE / "results").glob("compare_sets-*.jsonl"))
-    return [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def recorded(name: str, group: str) -> dict[str, Any] | None:
+def recorded(name: str, group: str) -> Record | None:
     """The last record of a set that holds a group's recipes over its seeds."""
     recipes, seeds = GROUPS[group]
-    found = [r for r in records() if r["set"] == name and r["seeds"] == list(seeds)]
+    found = [r for r in read("compare_sets") if r["set"] == name and r["seeds"] == list(seeds)]
     return next((r for r in reversed(found) if {e["name"] for e in r["recipes"]} == set(recipes)), None)
 
 
@@ -103,34 +88,20 @@ def table() -> str:
     return "\n".join([*out, "", *sentences])
 
 
-def between_marks(page: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- NAME: ... -->` and `<!-- end of NAME -->` on a page."""
-    before, rest = page.read_text(encoding="utf-8").split(f"<!-- {name}:", 1)
-    note, rest = rest.split("-->", 1)
-    after = rest.split(f"<!-- end of {name} -->", 1)[1]
-    page.write_text(f"{before}<!-- {name}:{note}-->\n{text}\n<!-- end of {name} -->{after}", encoding="utf-8")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--sets", default=",".join(SETS))
-    parser.add_argument("--groups", default=",".join(GROUPS))
-    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
-    options = parser.parse_args()
-    if options.what == "table":
-        print(table())
-        if options.write:
-            between_marks(PAGE, "compare", table())
+    options = parser(__doc__, "run")
+    options.add_argument("--sets", default=",".join(SETS))
+    options.add_argument("--groups", default=",".join(GROUPS))
+    args = options.parse_args()
+    if args.what == "table":
+        show(table(), "compare", write=args.write)
         return
-    log = HERE / "results" / f"compare_sets-{datetime.now(UTC):%Y-%m-%d}.jsonl"
-    for name in options.sets.split(","):
-        for group in options.groups.split(","):
+    for name in args.sets.split(","):
+        for group in args.groups.split(","):
             if recorded(name, group):
                 continue
             record = run_one(name, *GROUPS[group])
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append("compare_sets", record)
             print(
                 name, [(e["name"], e["test"]["accuracy_per_seed"], e["seconds"]) for e in record["recipes"]], flush=True
             )

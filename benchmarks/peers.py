@@ -37,24 +37,17 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
+from records import SHARED, WEIGHTS, Record, append, read, show
+from runner_common import BACKBONE, has_bfloat16, read_splits
 
 import headstart
 from headstart.metrics import paired_difference, wilson_interval
-from headstart.run import environment
-
-sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from runner_common import BACKBONE, cpu_flags, has_bfloat16, read_splits
 
 HERE = Path(__file__).parent
-SHARED = Path(os.environ.get("HEADSTART_SHARED", HERE.parents[1] / "shared"))
 BENCH = Path(os.environ.get("HEADSTART_BENCH", Path.home() / ".cache" / "headstart-bench"))
-WEIGHTS = SHARED / "weights" / f"{BACKBONE}.safetensors"
-PAGE = HERE.parent / "docs" / "benchmarks.md"
 ENVIRONMENTS = {"torch": ("fastai", "transformers"), "keras": ("tensorflow-cpu", "keras", "safetensors")}
 """What each virtual environment gets; `torch` also sees the packages of the one this script runs in."""
 
@@ -91,18 +84,12 @@ HEADS = {"keras": 20.0, "plain_bf16_head": 10.0}
 WHOLE_BAR = 5.0
 
 
-Record = dict[str, Any]
-
-
 def records() -> list[Record]:
     """The records of whole runs, then estimates of those that have only been run in part.
 
     Of repeated runs the last one counts, and a whole run before any estimate.
     """
-    lines = [
-        line for path in sorted((HERE / "results").glob("peers-*.jsonl")) for line in path.read_text().splitlines()
-    ]
-    found = list(map(json.loads, lines))
+    found = read("peers")
     whole = {(r["set"], r["seed"], r["run"]): r for r in found if not r.get("part")}
     parts = {(r["set"], r["seed"], r["run"]): estimate(r) for r in found if r.get("part")}
     return list((parts | whole).values())
@@ -285,7 +272,6 @@ def run_all(options: argparse.Namespace) -> None:
     unknown = set(chosen) - set(RUNS)
     if unknown:
         raise SystemExit(f"No run is called {', '.join(sorted(unknown))}. There are: {', '.join(RUNS)}.")
-    (HERE / "results").mkdir(exist_ok=True)
     for seed in map(int, options.seeds.split(",")):
         for name in options.sets.split(","):
             for key in order(seed, chosen):
@@ -310,12 +296,8 @@ def run_one(key: str, options: argparse.Namespace, *, name: str, seed: int) -> N
                     epochs=epochs,
                     every=options.every,
                 )
-            about = {"run": key, "set": name, "seed": seed, "threads": threads, "cpu_flags": cpu_flags()}
-            about |= {"bfloat16_cpu": has_bfloat16(), "machine": environment()}
-            about |= {"when": datetime.now(UTC).isoformat(timespec="seconds")}
-            log = HERE / "results" / f"peers-{datetime.now(UTC):%Y-%m-%d}.jsonl"
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(about | record) + "\n")
+            about = {"run": key, "set": name, "seed": seed, "threads": threads, "bfloat16_cpu": has_bfloat16()}
+            append("peers", about | record)
             seconds = [record[field] for field in ("head_seconds", "seconds", "processor_seconds")]
             print(name, seed, key, "seconds: head, all, processor", seconds, record["test_accuracy"], flush=True)
 
@@ -470,14 +452,6 @@ def table() -> str:
     return "\n".join(parts)
 
 
-def write_between(page: Path, mark: str, text: str) -> None:
-    """Replace what stands in a page between `<!-- MARK: ... -->` and `<!-- end of MARK -->`."""
-    start, rest = page.read_text(encoding="utf-8").split(f"<!-- {mark}:", 1)
-    note, rest = rest.split("-->", 1)
-    end = rest.split(f"<!-- end of {mark} -->", 1)[1]
-    page.write_text(f"{start}<!-- {mark}:{note}-->\n{text}\n<!-- end of {mark} -->{end}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "table", "setup"))
@@ -491,9 +465,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the tables into docs/benchmarks.md")
     options = parser.parse_args()
     if options.what == "table":
-        print(table())
-        if options.write:
-            write_between(PAGE, "peers", table())
+        show(table(), "peers", write=options.write)
     elif options.what == "setup":
         for name in ENVIRONMENTS:
             print(make_environment(name))

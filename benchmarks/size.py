@@ -14,29 +14,19 @@ are appended to benchmarks/results/size-DATE.jsonl.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
-import shutil
-import subprocess
-import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent / "peers"))
-sys.path.insert(0, str(Path(__file__).parent))
-from peers import PAGE, write_between
+from records import Record, append, newest, parser, show
 from runner_common import processor_seconds
-from stores import Anonymous
+from stores import Anonymous, in_a_process
 
-HERE = Path(__file__).parent
 SIZES = (1_000, 5_000, 20_000)
 BACKBONE, IMAGE_SIZE = "mobilenetv3_small_050", 64
 
@@ -54,14 +44,13 @@ def make_pictures(folder: Path, n: int) -> None:
         path.write_bytes(data.getvalue())
 
 
-def measure(n: int, recipe: str, folder: Path) -> dict[str, Any]:
+def measure(n: int, recipe: str, folder: Path) -> Record:
     """Seconds and memory of one fit; `folder` is empty."""
     make_pictures(folder / "pictures", n)
     os.environ["HEADSTART_CACHE"] = str(folder / "cache")
     time.sleep(2.1)  # younger files are not remembered
 
     import headstart
-    from headstart.run import environment
 
     with Anonymous() as memory:
         started, busy = time.perf_counter(), processor_seconds()
@@ -72,8 +61,7 @@ def measure(n: int, recipe: str, folder: Path) -> dict[str, Any]:
         seconds, processor = time.perf_counter() - started, processor_seconds() - busy
     return {
         "n": n, "recipe": recipe, "seconds": round(seconds, 2), "processor_seconds": round(processor, 2),
-        "anonymous_bytes": memory.peak, "phases": result.metrics.get("phases"), "load": os.getloadavg()[0],
-        "machine": environment(), "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "anonymous_bytes": memory.peak, "phases": result.metrics.get("phases"),
     }  # fmt: skip
 
 
@@ -85,15 +73,14 @@ def slope(sizes: list[int], values: list[float]) -> tuple[float, float]:
 
 def table() -> str:
     """Markdown: of every recipe and size the newest record, then the lines through them."""
-    lines = [line for path in sorted((HERE / "results").glob("size-*.jsonl")) for line in path.read_text().splitlines()]
-    newest = {(r["recipe"], r["n"]): r for r in map(json.loads, lines)}
+    records = sorted(newest("size", "recipe", "n"), key=lambda record: record["n"])
     rows = [
         "| recipe | pictures | seconds | processor seconds | for each 1,000 | anonymous memory, MB |",
         "|---|---|---|---|---|---|",
     ]
     said = []
-    for recipe in sorted({recipe for recipe, _ in newest}):
-        mine = [record for (name, _), record in sorted(newest.items()) if name == recipe]
+    for recipe in sorted({record["recipe"] for record in records}):
+        mine = [record for record in records if record["recipe"] == recipe]
         for r in mine:
             cells = (
                 recipe, f"{r['n']:,}", f"{r['seconds']:.0f}", f"{r['processor_seconds']:.0f}",
@@ -112,41 +99,19 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "one", "table"))
-    parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
-    parser.add_argument("--recipe", default="head")
-    parser.add_argument("--folder", default=tempfile.gettempdir())
-    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
-    options = parser.parse_args()
-    if options.what == "table":
-        print(table())
-        if options.write:
-            write_between(PAGE, "size", table())
+    options = parser(__doc__, "run", "one")
+    options.add_argument("--sizes", default=",".join(map(str, SIZES)))
+    options.add_argument("--recipe", default="head")
+    options.add_argument("--folder", default=tempfile.gettempdir())
+    args = options.parse_args()
+    if args.what == "table":
+        show(table(), "size", write=args.write)
         return
-    if options.what == "one":
-        print(json.dumps(measure(int(options.sizes), options.recipe, Path(options.folder))))
+    if args.what == "one":
+        print(json.dumps(measure(int(args.sizes), args.recipe, Path(args.folder))))
         return
-    out = HERE / "results" / f"size-{datetime.now(UTC):%Y-%m-%d}.jsonl"
-    for n in map(int, options.sizes.split(",")):
-        folder = Path(tempfile.mkdtemp(prefix="headstart-size-", dir=options.folder))
-        command = [
-            sys.executable,
-            __file__,
-            "one",
-            "--sizes",
-            str(n),
-            "--recipe",
-            options.recipe,
-            "--folder",
-            str(folder),
-        ]
-        try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        finally:
-            shutil.rmtree(folder)
-        with out.open("a", encoding="utf-8") as file:
-            file.write(done.stdout.strip().splitlines()[-1] + "\n")
+    for n in map(int, args.sizes.split(",")):
+        append("size", in_a_process(__file__, n, args.folder, "--recipe", args.recipe))
         print(table(), flush=True)
 
 

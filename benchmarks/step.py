@@ -6,36 +6,28 @@
 One step: forward pass, cross-entropy, backward pass and AdamW update of the whole network, 224 px, random weights and
 pixels that are at hand. `stock`: timm's network in training mode, float32, PyTorch's usual layout. `stock, fixed`:
 the same with BatchNorm's statistics fixed, which is what headstart trains with. `headstart`: the step of `fit` with
-the line at `all`, in float32 or bfloat16 as it decides itself. `keras` (mobilenetv2_100 alone): `train_on_batch` of
-benchmarks/peers/ run_keras.py. Two steps each to warm up, then one of each in turn, round by round; medians over the
-rounds, of wall and of processor seconds (on a machine that does other work the latter compare). Records are appended
-to benchmarks/results/step-DATE.jsonl.
+the line at `all`, in float32 or bfloat16 as it decides itself. `keras`: `train_on_batch` of benchmarks/peers/
+run_keras.py with the same network of keras.applications. Two steps each to warm up, then one of each in turn, round by
+round; medians over the rounds, of wall and of processor seconds (on a machine that does other work the latter
+compare; with two threads they also count a thread that waits for the other). Records are appended to
+benchmarks/results/step-DATE.jsonl.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
-from headstart.run import environment
+from peers import make_environment
+from records import HERE, WEIGHTS, Record, append, newest, parser, show
+from runner_common import IMAGE_SIZE
 
-sys.path.insert(0, str(Path(__file__).parent / "peers"))
-sys.path.insert(0, str(Path(__file__).parent))
-from peers import PAGE, WEIGHTS, make_environment, write_between
-from runner_common import IMAGE_SIZE, cpu_flags
-
-HERE = Path(__file__).parent
 BACKBONES = ("mobilenetv2_100", "mobilenetv3_small_100", "efficientnet_b0")
 CLASSES = 10
 WARM_UP = 2
@@ -108,11 +100,11 @@ def ours(backbone: str, batch: int) -> Iterator[tuple[Step, str]]:
 
 
 @contextmanager
-def keras(batch: int, threads: int) -> Iterator[Step]:
+def keras(backbone: str, batch: int, threads: int) -> Iterator[Step]:
     """`train_on_batch` in Keras's own process, asked for one step at a time."""
     command = [
         str(make_environment("keras")), str(HERE / "peers" / "run_keras.py"), "--splits", "-", "--root", "-",
-        "--weights", str(WEIGHTS), "--threads", str(threads), "--variant", f"step {batch}",
+        "--weights", str(WEIGHTS), "--threads", str(threads), "--variant", f"step {batch} {backbone}",
     ]  # fmt: skip
     surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = subprocess.Popen(
@@ -136,7 +128,7 @@ def keras(batch: int, threads: int) -> Iterator[Step]:
         process.wait()
 
 
-def measure(backbone: str, batch: int, *, rounds: int, threads: int, with_keras: bool) -> dict[str, Any]:
+def measure(backbone: str, batch: int, *, rounds: int, threads: int, with_keras: bool) -> Record:
     """Medians of all kinds of step for one network and batch size."""
     import torch
 
@@ -148,8 +140,8 @@ def measure(backbone: str, batch: int, *, rounds: int, threads: int, with_keras:
             "stock, fixed": stock(backbone, batch, fixed=True),
             "headstart": mine,
         }
-        if with_keras and backbone == "mobilenetv2_100":
-            kinds["keras"] = stack.enter_context(keras(batch, threads))
+        if with_keras:
+            kinds["keras"] = stack.enter_context(keras(backbone, batch, threads))
         for _ in range(WARM_UP):
             for step in kinds.values():
                 step()
@@ -162,27 +154,27 @@ def measure(backbone: str, batch: int, *, rounds: int, threads: int, with_keras:
     )
     return {
         "backbone": backbone, "batch": batch, "rounds": rounds, "threads": threads, "dtype": dtype,
-        "wall": wall, "processor": processor, "all": found, "load": os.getloadavg()[0], "cpu_flags": cpu_flags(),
-        "machine": environment(), "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "wall": wall, "processor": processor, "all": found,
     }  # fmt: skip
 
 
 def table() -> str:
     """Markdown: seconds of a step, of every network and batch size the newest record, and headstart's gain."""
-    lines = [line for path in sorted((HERE / "results").glob("step-*.jsonl")) for line in path.read_text().splitlines()]
-    newest = {(r["backbone"], r["batch"], r["threads"]): r for r in map(json.loads, lines)}
     rows = [
-        "| network | batch | threads | stock, s | stock, fixed, s | Keras, s | headstart, s | against stock | "
-        "against Keras | bar 1.6x |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| network | batch | threads | stock, s | stock, fixed, s | Keras, s | headstart, s | against stock | by wall"
+        " seconds | against Keras | by wall seconds | bar 1.6x |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (backbone, batch, threads), record in sorted(newest.items()):
-        seconds = record["processor"]
+    keys = ("backbone", "batch", "threads")
+    for record in sorted(newest("step", *keys), key=lambda r: [r[key] for key in keys]):
+        backbone, batch, threads = (record[key] for key in keys)
+        seconds, wall = record["processor"], record["wall"]
         gain, keras_too = seconds["stock"] / seconds["headstart"], "keras" in seconds
         cells = (
             backbone, batch, threads, f"{seconds['stock']:.2f}", f"{seconds['stock, fixed']:.2f}",
             f"{seconds['keras']:.2f}" if keras_too else "-", f"{seconds['headstart']:.2f} ({record['dtype']})",
-            f"{gain:.2f}x", f"{seconds['keras'] / seconds['headstart']:.2f}x" if keras_too else "-",
+            f"{gain:.2f}x", f"{wall['stock'] / wall['headstart']:.2f}x",
+            *(f"{of['keras'] / of['headstart']:.2f}x" if keras_too else "-" for of in (seconds, wall)),
             "held" if gain >= BAR else f"missed: {gain:.2f}",
         )  # fmt: skip
         rows.append(f"| {' | '.join(map(str, cells))} |")
@@ -190,28 +182,20 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--backbones", default=",".join(BACKBONES))
-    parser.add_argument("--batches", default="16,32")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--no-keras", action="store_true")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
-    options = parser.parse_args()
-    if options.what == "table":
-        print(table())
-        if options.write:
-            write_between(PAGE, "step", table())
+    options = parser(__doc__, "run")
+    options.add_argument("--backbones", default=",".join(BACKBONES))
+    options.add_argument("--batches", default="16,32")
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--no-keras", action="store_true")
+    args = options.parse_args()
+    if args.what == "table":
+        show(table(), "step", write=args.write)
         return
-    out = HERE / "results" / f"step-{datetime.now(UTC):%Y-%m-%d}.jsonl"
-    for backbone in options.backbones.split(","):
-        for batch in map(int, options.batches.split(",")):
-            record = measure(
-                backbone, batch, rounds=options.rounds, threads=options.threads, with_keras=not options.no_keras
-            )
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+    for backbone in args.backbones.split(","):
+        for batch in map(int, args.batches.split(",")):
+            record = measure(backbone, batch, rounds=args.rounds, threads=args.threads, with_keras=not args.no_keras)
+            append("step", record)
             print(backbone, batch, {name: round(value, 3) for name, value in record["processor"].items()}, flush=True)
 
 

@@ -13,33 +13,28 @@ benchmarks/results/sweep_preset-DATE.jsonl.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import tempfile
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
-from compare_sets import HERE, PAGE, SHARED, between_marks
+from records import SHARED, WEIGHTS, Record, append, parser, read, show
+from runner_common import processor_seconds
 
 import headstart
 from headstart import train
 from headstart.bench import make_bench
 from headstart.features import PixelSource, StageData
 from headstart.recipe import RECIPES
-from headstart.run import environment
 from headstart.runtime import make_runtime
 from headstart.sweeps import COURSE, COURSE_SPACE
 
-WEIGHTS = SHARED / "weights" / "mobilenetv2_100.safetensors"
 EPOCHS = 10
 
 
-def with_stored_features(photos: Path, limit: int | None) -> dict[str, Any]:
+def with_stored_features(photos: Path, limit: int | None) -> Record:
     """The sweep as a user runs it."""
     started, before = time.perf_counter(), processor_seconds()
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +51,7 @@ def with_stored_features(photos: Path, limit: int | None) -> dict[str, Any]:
     }
 
 
-def with_pixels(photos: Path, limit: int | None) -> dict[str, Any]:
+def with_pixels(photos: Path, limit: int | None) -> Record:
     """The same five trials, the backbone running in every step of every epoch."""
     started, before, best, each = time.perf_counter(), processor_seconds(), [], []
     runtime = make_runtime()
@@ -82,15 +77,9 @@ def with_pixels(photos: Path, limit: int | None) -> dict[str, Any]:
     }
 
 
-def processor_seconds() -> float:
-    """User and system seconds of this process and of those it has waited for."""
-    return sum(os.times()[:4])
-
-
 def table() -> str:
     """Markdown: the five trials of the last record beside the notebook's own figures, and what each way took."""
-    path = sorted((HERE / "results").glob("sweep_preset-*.jsonl"))[-1]
-    record = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    record = read("sweep_preset")[-1]
     stored, pixels = record["stored"], record["pixels"]
     out = ["| rate | decay | the notebook | stored: loss, accuracy | pixels: loss, accuracy |", "|---|---|---|---|---|"]
     for i, (lr, decay, published) in enumerate(COURSE):
@@ -103,31 +92,23 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--set", default="flowers5")
-    parser.add_argument("--limit", type=int, help="use so many pictures only")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
-    options = parser.parse_args()
-    if options.what == "table":
-        print(table())
-        if options.write:
-            between_marks(PAGE, "preset", table())
+    options = parser(__doc__, "run")
+    options.add_argument("--set", default="flowers5")
+    options.add_argument("--limit", type=int, help="use so many pictures only")
+    args = options.parse_args()
+    if args.what == "table":
+        show(table(), "preset", write=args.write)
         return
-    photos = SHARED / "data" / options.set
+    photos = SHARED / "data" / args.set
     record = {
-        "set": options.set,
-        "limit": options.limit,
+        "set": args.set,
+        "limit": args.limit,
         "epochs": EPOCHS,
-        "stored": with_stored_features(photos, options.limit),
-        "pixels": with_pixels(photos, options.limit),
+        "stored": with_stored_features(photos, args.limit),
+        "pixels": with_pixels(photos, args.limit),
         "threads": torch.get_num_threads(),
-        "versions": environment(),
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    log = HERE / "results" / f"sweep_preset-{datetime.now(UTC):%Y-%m-%d}.jsonl"
-    with log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    append("sweep_preset", record)
     print(json.dumps({key: record[key] for key in ("set", "stored", "pixels")}, indent=1))
 
 

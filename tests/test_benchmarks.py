@@ -22,12 +22,12 @@ def peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module, with a results folder of its own."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
-    for name in ("peers", "runner_common", "step", "size"):
+    for name in ("peers", "records", "runner_common", "step", "stores", "size", "views"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import peers as module
+    import records
 
-    (tmp_path / "results").mkdir()
-    monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     return module
 
 
@@ -43,13 +43,15 @@ def record(run: str, *, seed: int = 0, seconds: float = 100.0, val: float = 0.9,
     }  # fmt: skip
 
 
-def write(peers: ModuleType, *records: dict[str, Any]) -> None:
-    text = "".join(json.dumps(one) + "\n" for one in records)
-    (peers.HERE / "results" / "peers-2026-01-01.jsonl").write_text(text)
+def write(name: str, *made: dict[str, Any]) -> None:
+    import records
+
+    text = "".join(json.dumps(one) + "\n" for one in made)
+    (records.RESULTS / f"{name}-2026-01-01.jsonl").write_text(text)
 
 
 def test_of_repeated_runs_the_last_record_counts(peers: ModuleType) -> None:
-    write(peers, record("keras", seconds=900), record("keras", seed=1), record("keras", seconds=800))
+    write("peers", record("keras", seconds=900), record("keras", seed=1), record("keras", seconds=800))
     assert sorted((r["seed"], r["seconds"]) for r in peers.records()) == [(0, 800), (1, 100)]
 
 
@@ -61,20 +63,20 @@ def test_a_part_of_a_run_is_scaled_to_the_whole_and_gives_way_to_it(peers: Modul
         "setup_processor_seconds": 4.0, "test_accuracy": None, "test_ci95": None, "test_hits": "",
         "curve": [{"phase": p, "seconds": s, "processor_seconds": s, "val_accuracy": 0.5} for p, s in times],
     }  # fmt: skip
-    write(peers, part, record("headstart", seconds=100))
+    write("peers", part, record("headstart", seconds=100))
     assert peers.ratios("keras", "head_processor_seconds") == [(4 + 30 * 3 * 4) / 25]
     assert peers.ratios("keras", "seconds") == []
     assert peers.ratios("keras", "processor_seconds") == [(4 + 30 * 3 * 4 + 10 * 5 * 4) / 100]
     row = next(row for row in peers.run_rows("flowers5") if "Keras" in row)
     assert row.endswith("| 1 | ~364 | ~564 | - | - | - | - | - | - |")
     assert len(peers.accuracy_rows()) == 2  # the heading alone
-    write(peers, record("keras", seconds=700), part, record("headstart", seconds=100))
+    write("peers", record("keras", seconds=700), part, record("headstart", seconds=100))
     assert peers.ratios("keras", "seconds") == [7.0]
 
 
 def test_ratios_are_within_a_set_and_seed_and_a_missed_bar_is_said(peers: ModuleType) -> None:
     write(
-        peers, record("headstart", seconds=100), record("keras", seconds=800), record("fastai", seconds=250),
+        "peers", record("headstart", seconds=100), record("keras", seconds=800), record("fastai", seconds=250),
         record("keras", seed=1, seconds=9999),
     )  # fmt: skip
     assert peers.ratios("keras", "seconds") == [8.0]
@@ -89,7 +91,7 @@ def test_the_table_tells_when_headstart_got_where_the_peer_ended(peers: ModuleTy
     assert peers.reached(ours, 0.8) == 25
     assert peers.reached(ours, 0.9) == 50
     assert peers.reached(ours, 0.95) is None
-    write(peers, ours, record("keras", val=0.95), record("fastai", val=0.9))
+    write("peers", ours, record("keras", val=0.95), record("fastai", val=0.9))
     rows = {row.split(" | ")[0]: row.split(" | ") for row in peers.run_rows("flowers5")}
     assert rows["| fastai `fine_tune(4)`"][7] == "50.0"
     assert rows["| Keras, head then top 20 layers"][7] == "- (not in 1 of 1)"
@@ -99,13 +101,16 @@ def test_the_parts_of_the_default_run_add_up_to_it(peers: ModuleType) -> None:
     ours = record("headstart", seconds=100)
     times = [("head", 20), ("head", 25), ("all", 50), ("all", 70), ("all", 90)]
     ours["curve"] = [{"phase": p, "seconds": s, "processor_seconds": s, "val_accuracy": 0.5} for p, s in times]
-    write(peers, ours)
+    write("peers", ours)
     assert [row.split(" | ")[1] for row in peers.time_rows()[2:]] == ["25 |", "25 |", "40 |", "10 |"]
 
 
 def test_accuracies_are_compared_picture_by_picture(peers: ModuleType) -> None:
     write(
-        peers, record("headstart", hits="1" * 40), record("keras", hits="10" * 20), record("timm", hits="1" * 39 + "0")
+        "peers",
+        record("headstart", hits="1" * 40),
+        record("keras", hits="10" * 20),
+        record("timm", hits="1" * 39 + "0"),
     )
     rows = [row for row in peers.accuracy_rows() if row.startswith("| flowers5")]
     assert [row.split(" | ")[3] for row in rows] == ["+50.0", "+2.5"]
@@ -135,9 +140,11 @@ def test_runners_read_one_split_list(peers: ModuleType, tmp_path: Path) -> None:
 
 
 def test_a_page_keeps_what_stands_around_its_table(peers: ModuleType, tmp_path: Path) -> None:
+    import records
+
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- peers: made by x -->\nold\n<!-- end of peers -->\nafter\n")
-    peers.write_between(page, "peers", "new")
+    records.write_between(page, "peers", "new")
     assert page.read_text() == "before\n<!-- peers: made by x -->\nnew\n<!-- end of peers -->\nafter\n"
 
 
@@ -147,7 +154,40 @@ def test_a_line_is_laid_through_the_sizes(peers: ModuleType) -> None:
     assert size.slope([1000, 5000, 20000], [12.0, 20.0, 50.0]) == pytest.approx((0.002, 10.0))
 
 
-@pytest.mark.parametrize("script", ["peers", "step", "size"])
+def test_a_record_is_appended_with_its_facts_and_the_last_of_its_kind_counts(peers: ModuleType) -> None:
+    import records
+
+    for n, value in ((1, 10), (2, 20), (1, 30)):
+        records.append("made", {"n": n, "value": value})
+    assert [r["value"] for r in records.read("made")] == [10, 20, 30]
+    assert [(r["n"], r["value"]) for r in records.newest("made", "n")] == [(1, 30), (2, 20)]
+    assert {"when", "machine", "load", "cpu_flags"} <= records.read("made")[0].keys()
+
+
+def test_views_are_compared_with_the_default_on_the_seeds_that_both_have(peers: ModuleType) -> None:
+    import views
+
+    def head(kind: str, seed: int, hits: str, loss: float) -> dict[str, Any]:
+        return {
+            "stage": "head", "set": "flowers5", "seed": seed, "kind": kind, "processor_seconds": 10.0, "val_loss": loss,
+            "test_log_loss": loss, "test_accuracy": hits.count("1") / len(hits), "test_ci95": [0.3, 0.95],
+            "test_hits": hits,
+        }  # fmt: skip
+
+    write(
+        "views", head("2", 0, "1100", 0.5), head("2", 1, "1100", 0.4), head("fresh", 0, "1110", 0.25),
+        head("1", 0, "1100", 0.6), head("1", 1, "1100", 0.5),
+    )  # fmt: skip
+    rows = {row.split(" | ")[1]: row.split(" | ") for row in views.rows_of("head", 2)}
+    assert list(rows) == ["1", "**2**", "fresh"]
+    assert rows["fresh"][2] == "1"
+    assert rows["fresh"][6].startswith("+25.0 ")
+    assert rows["fresh"][7] == "-0.250"
+    assert rows["1"][7] == "+0.100 (+0.100 to +0.100)"
+    assert rows["**2**"][6:] == ["", "", " |"]
+
+
+@pytest.mark.parametrize("script", ["peers", "step", "size", "views", "head"])
 def test_the_page_holds_the_tables_that_the_records_give(script: str) -> None:
     done = subprocess.run(
         [sys.executable, BENCHMARKS / f"{script}.py", "table"], capture_output=True, text=True, check=True

@@ -9,7 +9,7 @@ The flip is horizontal only, which is kinder to photographs than the example's. 
 
 The network computes what timm's does: the weights are carried over layer by layer, padding and BatchNorm's epsilon are
 timm's, and its features and logits are compared with timm's on real pictures before anything is trained.
-Variant `step N`: see `steps`; benchmarks/step.py asks for it.
+Variant `step N NETWORK`: see `steps`; benchmarks/step.py asks for it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from safetensors.numpy import load_file
 EPOCHS, TOP_EPOCHS, TOP, BATCH = 30, 10, 20, 32
 TOLERANCE = 1e-3
 Weights = dict[str, np.ndarray]
+UNTRAINED = {"mobilenetv3_small_100": "MobileNetV3Small", "efficientnet_b0": "EfficientNetB0"}
+"""By timm's name, the networks of keras.applications whose steps are timed as they are, with random weights."""
 
 
 def create_base() -> keras.Model:
@@ -104,7 +106,8 @@ def create_model(base: keras.Model, num_classes: int) -> keras.Model:
     """Pixels 0-255 in, probabilities out."""
     inputs = keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))
     x = layers.Normalization(mean=[255 * m for m in MEAN], variance=[(255 * s) ** 2 for s in STD])(inputs)
-    x = base(layers.ZeroPadding2D(1)(x), training=False)
+    edge = (base.input_shape[1] - IMAGE_SIZE) // 2
+    x = base(layers.ZeroPadding2D(edge)(x) if edge else x, training=False)
     x = layers.BatchNormalization()(layers.GlobalAveragePooling2D()(x))
     outputs = layers.Dense(num_classes, activation="softmax")(layers.Dropout(0.2)(x))
     return keras.Model(inputs, outputs)
@@ -161,14 +164,19 @@ def compile_model(model: keras.Model, rate: float) -> None:
 
 
 def steps(args: argparse.Namespace) -> None:
-    """Time `train_on_batch`, everything trained, for the batch size in `args.variant` ("step 16").
+    """Time `train_on_batch`, everything trained, for batch size and network in `args.variant` ("step 16 NETWORK").
 
     For each line with a number on standard input that many steps are made, so that those of several tools alternate;
     their seconds, of the wall and of the processor, are printed.
     """
-    batch = int(args.variant.split()[1])
-    base = create_base()
-    carry_over(base, load_file(args.weights))
+    _, size, network = args.variant.split()
+    batch = int(size)
+    if network in UNTRAINED:
+        create = getattr(keras.applications, UNTRAINED[network])
+        base = create(input_shape=(IMAGE_SIZE, IMAGE_SIZE, 3), include_top=False, weights=None)
+    else:
+        base = create_base()
+        carry_over(base, load_file(args.weights))
     model = create_model(base, 10)
     compile_model(model, 1e-5)
     rng = np.random.default_rng(args.seed)
