@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import make_picture
-from headstart import Entrant, RecipeError, Shootout, load_images, shootout, split
+from headstart import Entrant, RecipeError, Shootout, fine_tune, load, load_images, shootout, split
 from headstart.cli import main
+from headstart.cli_shootout import shootout_table
 from headstart.contest import estimated_seconds, pareto_front
 from headstart.recipe import HEAD_STAGE, RECIPES, Recipe, Stage
 from headstart.run import read_run
@@ -110,6 +112,40 @@ def test_a_run_folder_takes_part_with_its_own_weights(shot: Shootout) -> None:
     for wrong in ("=none", "resnet18="):
         with pytest.raises(RecipeError, match="NAME=WEIGHTS"):
             Entrant.parse(wrong)
+
+
+def test_a_run_folder_goes_through_a_whole_shootout_and_what_it_has_seen_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = load_images(folder)
+    base = fine_tune(
+        split(table, seed=5), backbone="test_resnet", weights="none", recipe=PLAN, out=tmp_path / "base",
+        audit=False, **MACHINE,
+    ).run_path  # fmt: skip
+    assert base is not None
+    found = shootout(
+        folder, backbones=(str(base), "test_resnet=none"), recipe=PLAN, finalists=2, out=tmp_path / "out", **MACHINE
+    )
+    row, other = found.results["entrants"]
+    assert row["label"] == "test_resnet (base)"
+    assert row["probe"]["log_loss"] != other["probe"]["log_loss"]
+    final = read_run(found.path / row["run"])
+    assert final.metrics["weights"] == str(base)
+    assert final.metrics["val"]["log_loss"] == row["fine_tuned"]["log_loss"]
+    # What the run had in its own train and validation splits, by name.
+    met = {Path(p["path"]).name for p in read_run(base).splits if p["split"] != "test"}
+    ours = split(load_images(folder), seed=PLAN.seed)
+    assert row["seen"] == {
+        part: sum(path.name in met for path in ours.named()[part].paths) for part in ("val", "test")
+    }  # fmt: skip
+    assert row["seen"]["test"] > 0
+    assert "seen" not in other
+    told = f"and {row['seen']['test']} test pictures trained this run or chose its state"
+    assert told in found.page_path.read_text()
+    assert told in shootout_table(found.results)
+    # A backbone of a run that was fine-tuned starts where that run ended, the one of random weights does not.
+    tensors = load(found.path / row["run"]).backbone.state_dict(), load(base).backbone.state_dict()
+    assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items() if name.startswith("conv1"))
 
 
 def test_wrong_settings_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def shootout_table(results: Mapping[str, Any]) -> str:
     Args:
         results: the content of shootout.json.
     """
-    from .shootout_page import ranked
+    from .shootout_page import ranked, seen_words
 
     header = ["backbone", "MB", "ms", "probe loss", "probe acc.", "tuned loss", "tuned acc.", "time", ""]
     rows = []
@@ -91,6 +91,7 @@ def shootout_table(results: Mapping[str, Any]) -> str:
         note = "chosen" if row["label"] == results["chosen"] else row.get("why_not", "")
         rows.append([row["label"], *figures, time, note if len(note) < 60 else f"{note[:57]}..."])
     parts = [terminal.format_table(header, rows), *(pair["sentence"] for pair in results["pairs"])]
+    parts += [f"{row['label']}: {seen_words(row)}" for row in results["entrants"] if seen_words(row)]
     test = results["test"]
     if test:
         low, high = test["accuracy_ci95"]

@@ -21,6 +21,7 @@ import torch
 from .bench import Bench, data_digest, make_bench, settle
 from .checkpoint import load
 from .classifier import Classifier, create_classifier
+from .closing import trained_on
 from .comparison import run_name, run_or_read
 from .dataset import Splits
 from .errors import HeadstartError, RecipeError
@@ -33,7 +34,7 @@ from .recipe import Recipe, load_recipe
 from .recipes import weights_of
 from .run import RunRecord, is_run, read_run, to_json, write_atomic
 from .runtime import Runtime, make_runtime
-from .shootout_page import write_shootout
+from .shootout_page import seen_words, write_shootout
 from .terminal import ProgressBar, duration, say
 
 FILE = "shootout.json"
@@ -134,7 +135,9 @@ def shootout(
     folder = settle(out, FILE, settings, overwrite=overwrite)
     clock = _Clock(started, 60 * minutes)
     blind = bench.without_test()
-    rows = [_probed(one, blind, plan, overrides, clock, progress) for one in entrants]
+    rows = [
+        _probed(one, blind, plan, overrides, clock, progress) | _seen(one, bench.splits, progress) for one in entrants
+    ]
     if not any("probe" in row for row in rows):
         raise RecipeError("No backbone could be probed: " + "; ".join(f"{r['label']}: {r['why_not']}" for r in rows))
     _mark_fronts(rows)
@@ -199,6 +202,15 @@ def _probed(
         f" ({found['seconds']:.1f} s)",
         enabled=show,
     )
+    return row
+
+
+def _seen(one: Entrant, splits: Splits, show: bool) -> dict[str, Any]:
+    """How many of the pictures that score it a run folder has met before: its figures are then too good."""
+    if one.weights is None or not is_run(one.weights):
+        return {}
+    row = {"seen": {part: int(trained_on(Path(one.weights), splits.named()[part]).sum()) for part in ("val", "test")}}
+    say(f"{one.label}: {seen_words(row)}", enabled=show and any(row["seen"].values()))
     return row
 
 

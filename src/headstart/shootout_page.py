@@ -68,6 +68,14 @@ def ranked(results: Mapping[str, Any]) -> list[Row]:
     return sorted(results["entrants"], key=key)
 
 
+def seen_words(row: Row) -> str:
+    """What to know of a run folder that has met the pictures which score it here; empty where it has not."""
+    seen = row.get("seen") or {}
+    met = [f"{n:,} {words}" for part, words in (("val", "validation"), ("test", "test")) if (n := seen.get(part, 0))]
+    what = f"{' and '.join(met)} picture{'s' * (sum(seen.values()) > 1)}"
+    return f"{what} trained this run or chose its state: its figures here are too good." if met else ""
+
+
 def _head(results: Mapping[str, Any], name: str) -> str:
     chosen = next(row for row in results["entrants"] if row["label"] == results["chosen"])
     n, test = results["n"], results["test"]
@@ -231,6 +239,8 @@ def _cells(row: Row, is_chosen: bool) -> tuple[str, ...]:
         name += (
             f"<br><span class='soft'>{'not fine-tuned' if 'probe' in row else 'left out'}: {esc(row['why_not'])}</span>"
         )
+    if seen_words(row):
+        name += f"<br><span class='soft'>{esc(seen_words(row))}</span>"
     if "probe" not in row:
         return (name, *([NONE] * 11))
     probe, tuned = row["probe"], row.get("fine_tuned")
