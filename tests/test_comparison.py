@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from conftest import make_picture
 from headstart import Budget, CheckpointError, ModelError, RecipeError, compare, read_run
 from headstart.cli import main
-from headstart.comparison import named_recipe, run_name
+from headstart.comparison import _pair_sentence, named_recipe, run_name
 from headstart.metrics import holm, paired_difference
 from headstart.recipe import RECIPES, load_recipe
 
@@ -99,6 +99,14 @@ def test_pairs_count_the_pictures_that_one_alone_gets_right(compared: Any) -> No
         difference = np.mean(hits[pair["a"]]) - np.mean(hits[pair["b"]])
         assert pair["difference"] == pytest.approx(difference)
         assert ("No difference" in pair["sentence"]) == (not pair["shown"])
+
+
+def test_an_interval_that_leaves_0_out_where_nothing_is_shown_says_why() -> None:
+    pair = {"a": "x", "b": "y", "difference": 0.16, "low": 0.02, "high": 0.3, "n": 30, "shown": False}
+    told = _pair_sentence({**pair, "p": 0.03, "p_adjusted": 0.3}, 10)
+    assert told.endswith("0 lies outside, but beside the other 9 pairs chance explains that (p = 0.30).")
+    assert "by the exact test" in _pair_sentence({**pair, "p": 0.06, "p_adjusted": 0.06}, 1)
+    assert "lies outside" not in _pair_sentence({**pair, "low": -0.02, "p": 0.3, "p_adjusted": 0.3}, 10)
 
 
 class Parser(HTMLParser):

@@ -225,6 +225,7 @@ SIDEWAYS = {
     ("cli_advise", "cli_tuning"),
     ("probing", "linear"),
     ("advising", "bench"),
+    ("contest", "closing"),
     ("contest", "bench"),
     ("contest", "comparison"),
     ("contest", "recipes"),

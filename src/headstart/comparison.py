@@ -248,7 +248,7 @@ def summarise(runs: Mapping[str, Sequence[RunRecord]], splits: Splits) -> dict[s
         pairs.append({"a": a["name"], "b": b["name"], **paired_difference(right[a["name"]], right[b["name"]])})
     for pair, p in zip(pairs, holm([pair["p"] for pair in pairs]), strict=True):
         pair["p_adjusted"], pair["shown"] = p, p < 0.05
-        pair["sentence"] = _pair_sentence(pair)
+        pair["sentence"] = _pair_sentence(pair, len(pairs))
     return {
         "class_names": list(splits.class_names),
         "root": str(splits.train.root),
@@ -318,14 +318,18 @@ def _verdicts(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     return found
 
 
-def _pair_sentence(pair: Mapping[str, Any]) -> str:
+def _pair_sentence(pair: Mapping[str, Any], of: int) -> str:
     points, low, high = (100 * pair[key] for key in ("difference", "low", "high"))
     n = f"{pair['n']:,}"
     span = f"(95 % interval {low:+.1f} to {high:+.1f} points)"
     if pair["shown"]:
         better, worse = (pair["a"], pair["b"]) if points > 0 else (pair["b"], pair["a"])
         return f"{better} is better than {worse} by {abs(points):.1f} points on the same {n} test pictures {span}."
+    apart = ""
+    if low > 0 or high < 0:  # the interval is this pair's alone, what is shown is judged beside the others
+        by = f"beside the other {of - 1} pairs" if of > 1 and pair["p"] < 0.05 else "by the exact test"
+        apart = f" 0 lies outside, but {by} chance explains that (p = {pair['p_adjusted']:.2f})."
     return (
         f"No difference between {pair['a']} and {pair['b']} that these {n} pictures can show: "
-        f"{points:+.1f} points {span}."
+        f"{points:+.1f} points {span}.{apart}"
     )
