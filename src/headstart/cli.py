@@ -26,6 +26,7 @@ from .cli_options import (
     add_augment_option,
     add_bad_files_option,
     add_cache_option,
+    add_compile_option,
     add_data_options,
     add_head_options,
     add_machine_options,
@@ -112,7 +113,7 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     add_head_options(parser)
     add_recipe_options(parser)
     add_stage_options(parser)
-    add_machine_options(parser)
+    add_compile_option(add_machine_options(parser))
 
 
 def _fit(args: argparse.Namespace) -> int:
@@ -137,7 +138,7 @@ def _fit(args: argparse.Namespace) -> int:
         spec_overrides=spec_overrides,
         progress=not args.quiet,
         **given(args, "bad_files", "val", "test", "val_folder", "test_folder", "root", "limit"),
-        **given(args, "from_run", "device", "precision", "workers", "cache", "audit"),
+        **given(args, "from_run", "device", "precision", "workers", "compile", "cache", "audit"),
     )
     if result.run_path is None:  # one of several processes: another one writes and prints
         return 0

@@ -14,6 +14,7 @@ from .cli_options import (
     add_audit_option,
     add_augment_option,
     add_cache_option,
+    add_compile_option,
     add_data_options,
     add_head_options,
     add_machine_options,
@@ -80,7 +81,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         if option.name != "seed":  # --seeds
             group.add_argument(option.flag, metavar=option.metavar, help=option.help)
     add_augment_option(group)
-    add_machine_options(parser)
+    add_compile_option(add_machine_options(parser))
 
 
 def read_budgets(texts: Sequence[str]) -> dict[str, str]:
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         spec_overrides=overrides,
         progress=not args.quiet,
         **given(args, "weights", "bad_files", "val", "test", "val_folder", "test_folder", "root", "limit"),
-        **given(args, "device", "precision", "workers", "cache", "audit"),
+        **given(args, "device", "precision", "workers", "compile", "cache", "audit"),
     )
     print(terminal.comparison_tables(result.results))
     print(f"\npage    {short_path(result.page_path)}")

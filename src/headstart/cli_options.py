@@ -249,8 +249,8 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--fit", metavar="HOW", help="crop the centre, squash to a square, or letterbox on the mean")
 
 
-def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    """Where to compute, and what to do about files that cannot be read."""
+def add_machine_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Where and how to compute; returns the group, for more of the kind."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
     group.add_argument(
@@ -258,6 +258,16 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--workers", type=int, metavar="N", help="threads that read pictures (default: one per core, at most 8)"
+    )
+    return group
+
+
+def add_compile_option(parser: argparse._ActionsContainer) -> None:
+    """`--compile`: the same words in every command that runs the frozen layers over many pictures."""
+    parser.add_argument(
+        "--compile",
+        choices=("auto", "on", "off"),
+        help="compile the frozen layers before they run over the pictures; auto: where that pays (default: auto)",
     )
 
 

@@ -12,6 +12,7 @@ from .cli_options import (
     PHOTOS_HELP,
     Command,
     add_cache_option,
+    add_compile_option,
     add_data_options,
     add_machine_options,
     add_picture_options,
@@ -44,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_recipe_options(parser)
     add_data_options(parser)
     add_picture_options(parser)
-    add_machine_options(parser)
+    add_compile_option(add_machine_options(parser))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         progress=not args.quiet,
         **given(args, "minutes", "finalists", "bad_files", "val", "test", "val_folder", "test_folder", "root"),
-        **given(args, "limit", "cache", "device", "precision", "workers"),
+        **given(args, "limit", "cache", "device", "precision", "workers", "compile"),
     )
     print(shootout_table(result.results))
     print(f"\npage    {short_path(result.page_path)}")

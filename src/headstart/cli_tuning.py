@@ -12,6 +12,7 @@ from .cli_options import (
     PHOTOS_HELP,
     Command,
     add_cache_option,
+    add_compile_option,
     add_data_options,
     add_machine_options,
     add_picture_options,
@@ -29,14 +30,14 @@ from .recipe import Recipe, load_recipe
 COURSE_EPOCHS = "10"  # of the notebook whose table the preset repeats
 
 
-def add_work_options(parser: argparse.ArgumentParser) -> None:
-    """Data, backbone, pictures, recipe and machine, as every command that trains for a look takes them."""
+def add_work_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Data, backbone, pictures and machine, as every command that trains for a look takes them; the machine's group."""
     add_data_options(parser)
     group = parser.add_argument_group("backbone")
     group.add_argument("--backbone", metavar="NAME", help=f"any timm model (default: {DEFAULT_BACKBONE})")
     group.add_argument("--weights", metavar="WHICH", help="hub, none, a weights file, or a run folder (default: hub)")
     add_picture_options(parser)
-    add_machine_options(parser)
+    return add_machine_options(parser)
 
 
 def given_work(args: argparse.Namespace) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
     add_cache_option(group)
     add_quiet_option(group)
     add_recipe_options(parser)
-    add_work_options(parser)
+    add_compile_option(add_work_options(parser))
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -156,7 +157,7 @@ def _sweep(args: argparse.Namespace) -> int:
         out=args.out or default_run_path(args.photos, f"{work['backbone']}-sweep", overwrite=True),
         overwrite=args.overwrite,
         progress=not args.quiet,
-        **given(args, "method", "trials", "minutes", "storage"),
+        **given(args, "method", "trials", "minutes", "storage", "compile"),
         **work,
     )
     print(terminal.sweep_table(result.results))

@@ -105,6 +105,7 @@ def compare(
     device: str = "auto",
     precision: str = "auto",
     workers: int | None = None,
+    compile: str = "auto",
     cache: bool = True,
     audit: bool = True,
     progress: bool = False,
@@ -130,9 +131,9 @@ def compare(
     if not seeds or len(set(seeds)) != len(seeds):
         raise RecipeError(f"seeds are {list(seeds)!r}; give one or more different whole numbers.")
     bench = data if isinstance(data, Bench) else make_bench(
-        data, runtime=make_runtime(device=device, precision=precision, workers=workers), seed=seeds[0], val=val,
-        test=test, val_folder=val_folder, test_folder=test_folder, root=root, bad_files=bad_files, limit=limit,
-        cache=cache, audit=audit, progress=progress,
+        data, runtime=make_runtime(device=device, precision=precision, workers=workers, compile=compile),
+        seed=seeds[0], val=val, test=test, val_folder=val_folder, test_folder=test_folder, root=root,
+        bad_files=bad_files, limit=limit, cache=cache, audit=audit, progress=progress,
     )  # fmt: skip
     if not len(bench.splits.test):
         raise RecipeError("The test split is empty, but a comparison is made on it. Hold some out: --test 0.15.")

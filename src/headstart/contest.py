@@ -101,6 +101,7 @@ def shootout(
     device: str = "auto",
     precision: str = "auto",
     workers: int | None = None,
+    compile: str = "auto",
     progress: bool = False,
     **data_options: Any,
 ) -> Shootout:
@@ -124,8 +125,8 @@ def shootout(
     if minutes <= 0 or finalists < 1:
         raise RecipeError(f"minutes is {minutes:g} and finalists {finalists}; a shoot-out takes more than 0 of both.")
     bench = data if isinstance(data, Bench) else make_bench(
-        data, runtime=make_runtime(device=device, precision=precision, workers=workers), seed=plan.seed,
-        progress=progress, **data_options,
+        data, runtime=make_runtime(device=device, precision=precision, workers=workers, compile=compile),
+        seed=plan.seed, progress=progress, **data_options,
     )  # fmt: skip
     overrides = dict(spec_overrides or {})
     settings = {

@@ -259,7 +259,8 @@ def make_source(
     if not place.views:
         return StageData(PixelSource(train), PixelSource(val))
     sources: list[Source] = []
-    for part, n, how in ((train, place.views, runtime), (val, 1, replace(runtime, dtype=torch.float32))):
+    as_predict = replace(runtime, dtype=torch.float32, compile="off")
+    for part, n, how in ((train, place.views, runtime), (val, 1, as_predict)):
         if place.cut is None:
             features = store_features(model, part, views=n, runtime=how, batch_size=batch_size, advance=advance)
             sources.append(FeatureSource(features, _labels(part)))

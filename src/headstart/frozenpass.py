@@ -1,4 +1,4 @@
-"""A frozen module as a fast function: BatchNorm folded, channels-last, bfloat16 or compiled where that pays."""
+"""A frozen module as a fast function: BatchNorm folded, channels-last, bfloat16 or compiled; when compiling pays."""
 
 from __future__ import annotations
 
@@ -12,6 +12,30 @@ from torch import Tensor, nn
 
 from .cut import Forward, Whole
 from .fastops import conv_norm_pairs, restore_stock, scale_and_shift
+
+# What a compile takes, and the share of a pass that it saves, by device and number format; nothing where none is
+# given. On a CPU in float32 a compiled network is no quicker than the kernels of `fastops` (mobilenetv2_100, resnet18:
+# `benchmarks/frozen_pass.py`). The other shares come from published tables and were not measured here: PyTorch's
+# inductor suite for bfloat16 on a CPU, timm's results files for GPUs.
+COMPILE_SECONDS = 40.0
+SAVED = {("cpu", torch.bfloat16): 0.5, ("cuda", torch.float32): 0.3, ("cuda", torch.bfloat16): 0.3}
+# What is saved must be this many times what a compile takes: both are estimates.
+_SURE = 2.0
+# How far, relative, a compiled function's output may lie from the module's own.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+
+
+def compile_pays(seconds: float, *, saved: float) -> tuple[bool, str]:
+    """Whether a pass of so many seconds is worth a compile, and a line that says why; no line for a short pass.
+
+    Args:
+        saved: the share of the pass that a compiled function saves; see `SAVED`.
+    """
+    pays = seconds * saved >= _SURE * COMPILE_SECONDS
+    if not pays and seconds < COMPILE_SECONDS:
+        return False, ""
+    estimate = f"about {100 * saved:.0f} % of {seconds:,.0f} seconds, for about {COMPILE_SECONDS:.0f}"
+    return pays, f"The frozen layers are {'' if pays else 'not '}compiled: that saves {estimate}."
 
 
 class FrozenForward:

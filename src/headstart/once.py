@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
-from .backbones import backbone_output
+from .backbones import backbone_features, backbone_output
 from .classifier import Classifier
-from .cut import Cut
+from .cut import Cut, Forward
 from .fastops import fast_training
+from .frozenpass import SAVED, TOLERANCES, FrozenForward, compile_pays, frozen_forward
 from .memory import in_portions
 from .pixels import Pixels
 from .rowstore import RowStore, row_store
 from .runtime import Runtime, prefetch
 
 Advance = Callable[[int], None]
+
+_TIMED_FROM = 100  # in a pass of fewer batches no compile pays, so none is timed
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,9 @@ def store_features(
 
     View 0 is the plain evaluation view. Under several processes each computes its share.
     """
+    forward = partial(backbone_features, pool=model.pool)
     part = _Frozen(
-        model.backbone, "features", lambda x: model.features(x).float(), (model.num_features,), torch.float32
+        model.backbone, "features", forward, lambda x: model.features(x).float(), (model.num_features,), torch.float32
     )
     stored = _run_once(model, part, pixels, views=views, runtime=runtime, batch_size=batch_size, advance=advance)
     return stored.rows.reshape(len(pixels), views, -1)
@@ -78,16 +83,21 @@ def store_activations(
     The memory is taken once, in its full size. Under several processes each computes its share.
     """
     dtype = cut.dtype if runtime.dtype == torch.float32 else runtime.dtype
-    part = _Frozen(cut.prefix, cut.at, lambda x: cut.prefix(model.enter(x)), cut.shape, dtype)
+    part = _Frozen(cut.prefix, cut.at, nn.Module.__call__, lambda x: cut.prefix(model.enter(x)), cut.shape, dtype)
     return _run_once(model, part, pixels, views=views, runtime=runtime, batch_size=batch_size, advance=advance)
 
 
 @dataclass(frozen=True)
 class _Frozen:
-    """A part that runs once: its module, where it ends, how it is called, and the shape and format of what is kept."""
+    """A part that runs once.
+
+    net, at: its module, and where in the network it ends. forward: what of the module runs on normalised pictures.
+    compute: the same from pixels. shape, dtype: of what is kept of a picture.
+    """
 
     net: nn.Module
     at: str
+    forward: Forward
     compute: Callable[[Tensor], Tensor]
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -104,79 +114,181 @@ def _run_once(
     advance: Advance | None,
 ) -> Stored:
     """What an earlier run has kept of this part, pictures and views, or else what the part gives now."""
-    disk = row_store(model, part.net, part.at, pixels, views=views, batch_size=batch_size, runtime=runtime)
-    kept = disk.load() if disk else None
-    if runtime.agrees(kept is not None) and kept:
-        rows, facts = kept
-        if disk:
-            shown = f"{len(pixels):,} pictures x {views} view{'s' * (views != 1)}"
-            disk.tell(f"Features stored by an earlier run are used: {shown}.")
-        if advance:
-            advance(len(runtime.share(torch.arange(len(rows)))))
-        return Stored(rows, facts["channels_last"], getattr(torch, facts["made"]))
+    job = _Pass(model, part, pixels, views=views, runtime=runtime, batch_size=batch_size, advance=advance)
+    compiled = runtime.compile == "on"
+    stored = job.earlier(compiled=compiled)
+    if stored is not None:
+        return stored
     was_training = model.training
     model.eval()
     try:
         with fast_kernels(model if part.net is model.backbone else part.net, runtime):
-            return _compute(part, pixels, disk, views=views, runtime=runtime, batch_size=batch_size, advance=advance)
+            if runtime.compile == "auto" and job.compile_pays():
+                compiled, stored = True, job.earlier(compiled=True)
+            quick = job.compiled() if compiled and stored is None else None
+            if compiled and quick is None and stored is None:
+                stored = job.earlier(compiled=False)
+            return job.compute(quick) if stored is None else stored
     finally:
         model.train(was_training)
-        if disk:
-            disk.discard()
+        job.discard()
 
 
-def _compute(
-    part: _Frozen,
-    pixels: Pixels,
-    disk: RowStore | None,
-    *,
-    views: int,
-    runtime: Runtime,
-    batch_size: int,
-    advance: Advance | None,
-) -> Stored:
-    """Fill a store of the part's row shape and format, allocated once, batch by batch."""
-    places = torch.arange(len(pixels) * views)
-    # Made outside inference mode: autograd refuses to save inference tensors for a backward pass.
-    stored: Stored | None = None
-    chunks = places.split(batch_size * runtime.world)
-    shares = [runtime.share(chunk) for chunk in chunks]
+class _Pass:
+    """One pass of a part over all pictures and views, in batches that the processes share."""
 
-    def prepare(mine: Tensor) -> Tensor | None:
-        return pixels.batch((mine // views).tolist(), (mine % views).tolist()) if len(mine) else None
+    def __init__(
+        self,
+        model: Classifier,
+        part: _Frozen,
+        pixels: Pixels,
+        *,
+        views: int,
+        runtime: Runtime,
+        batch_size: int,
+        advance: Advance | None,
+    ) -> None:
+        self.model, self.part, self.pixels, self.views = model, part, pixels, views
+        self.runtime, self.batch_size, self.advance = runtime, batch_size, advance
+        self.disk: RowStore | None = None
+        self.places = torch.arange(len(pixels) * views)
+        self.chunks = self.places.split(batch_size * runtime.world)
 
-    def compute(batch: Tensor) -> Tensor:
-        return part.compute(batch.to(runtime.device, non_blocking=True))
+    def earlier(self, *, compiled: bool) -> Stored | None:
+        """What an earlier run has kept; from here on the rows' place on disk is that of this kind of function."""
+        self.disk = row_store(
+            self.model, self.part.net, self.part.at, self.pixels,
+            views=self.views, batch_size=self.batch_size, runtime=self.runtime, compiled=compiled,
+        )  # fmt: skip
+        kept = self.disk.load() if self.disk else None
+        if not self.runtime.agrees(kept is not None) or not kept:
+            return None
+        rows, facts = kept
+        if self.disk:
+            shown = f"{len(self.pixels):,} pictures x {self.views} view{'s' * (self.views != 1)}"
+            self.disk.tell(f"Features stored by an earlier run are used: {shown}.")
+        if self.advance:
+            self.advance(len(self.runtime.share(torch.arange(len(rows)))))
+        return Stored(rows, facts["channels_last"], getattr(torch, facts["made"]))
 
-    with ThreadPoolExecutor(runtime.workers, thread_name_prefix="headstart-batch") as pool:
-        # Decoding and augmenting go on while the network computes.
-        threads = pool if pixels.in_background else None
-        inputs = prefetch(prepare, shares, pool=threads, ahead=runtime.workers + 1)
-        for chunk, mine, batch in zip(chunks, shares, inputs, strict=True):
-            with torch.inference_mode(), runtime.autocast():
-                if batch is None:
-                    out = torch.zeros(0, *part.shape, device=runtime.device)
-                else:
-                    out = in_portions(compute, batch, runtime.portion, doing="in the frozen layers")
+    def compile_pays(self) -> bool:
+        """Whether a compile pays, by the time of one batch and their number; a line says so for a long pass."""
+        saved = SAVED.get((self.runtime.device.type, self.runtime.dtype), 0.0)
+        if len(self.chunks) < _TIMED_FROM or not saved:
+            return False
+        pays, why = compile_pays(self._seconds(self.part.compute) * len(self.chunks), saved=saved)
+        pays = self.runtime.agrees(pays)
+        if why:
+            self._note(why)
+        return pays
+
+    def compiled(self) -> FrozenForward | None:
+        """The part as a compiled function, tried on the first batch; None, and a line, where it is not to be used.
+
+        That is where the compiler fails, where results lie further apart than rounding explains, and, unless
+        compiling was asked for, where a batch takes no less time than before.
+        """
+        if self.runtime.compile == "on":
+            self._note("The frozen layers are compiled, which takes a minute or so.")
+        reason = ""
+        try:
+            quick = frozen_forward(
+                self.part.net, dtype=self.runtime.dtype, compiled=True, batch_size=self.batch_size,
+                forward=self.part.forward,
+            )  # fmt: skip
+            mine, own = (self._run(f, self._first).float() for f in (self._through(quick), self.part.compute))
+            apart = float((mine - own).norm() / own.norm().clamp_min(1e-30))
+            reason = quick.compile_error and f"compiling failed ({quick.compile_error.splitlines()[0]})"
+            if not reason and not apart <= TOLERANCES[self.runtime.dtype]:
+                reason = f"compiled, their output is {apart:.1g} apart"
+        except Exception as error:  # a module that cannot be copied, say
+            reason = f"compiling failed ({type(error).__name__}: {(str(error) or '-').splitlines()[0]})"
+        if not reason and self.runtime.compile == "auto":
+            before, now = self._seconds(self.part.compute), self._seconds(self._through(quick))
+            reason = "" if now < before else f"compiled, a batch takes {now:.2g} s instead of {before:.2g}"
+        if self.runtime.agrees(not reason):
+            return quick
+        self._note(f"The frozen layers run as they are: {reason or 'compiling failed in another process'}.")
+        return None
+
+    def compute(self, quick: FrozenForward | None) -> Stored:
+        """Fill a store of the part's row shape and format, allocated once, batch by batch."""
+        # Made outside inference mode: autograd refuses to save inference tensors for a backward pass.
+        stored: Stored | None = None
+        shares = [self.runtime.share(chunk) for chunk in self.chunks]
+        compute = self._through(quick) if quick else self.part.compute
+        with ThreadPoolExecutor(self.runtime.workers, thread_name_prefix="headstart-batch") as pool:
+            # Decoding and augmenting go on while the network computes.
+            threads = pool if self.pixels.in_background else None
+            inputs = prefetch(self._batch, shares, pool=threads, ahead=self.runtime.workers + 1)
+            for chunk, mine, batch in zip(self.chunks, shares, inputs, strict=True):
+                out = self._run(compute, batch)
                 made = out.dtype
-                out = runtime.gather(out.to(part.dtype), len(chunk))
-            if stored is None:
-                mapped = out.dim() == 4 and not out.is_contiguous()
-                mapped = mapped and out.is_contiguous(memory_format=torch.channels_last)
-                size = (len(places), *((*part.shape[1:], part.shape[0]) if mapped else part.shape))
-                rows = disk.begin(size, part.dtype) if disk else torch.empty(size, dtype=part.dtype)
-                stored = Stored(rows, mapped, made)
-            now = stored.rows[chunk[0] : chunk[-1] + 1]
-            now[:] = out.permute(0, 2, 3, 1) if stored.channels_last else out
-            if disk:
-                disk.filled(now)
-            if advance:
-                advance(len(mine))
-    assert stored is not None, "Pixels of no picture raise"
-    if disk is None:
-        return stored
-    facts = {"channels_last": stored.channels_last, "made": str(stored.dtype).removeprefix("torch.")}
-    return replace(stored, rows=disk.finish(stored.rows, facts))
+                out = self.runtime.gather(out.to(self.part.dtype), len(chunk))
+                if stored is None:
+                    stored = self._begin(out, made)
+                now = stored.rows[chunk[0] : chunk[-1] + 1]
+                now[:] = out.permute(0, 2, 3, 1) if stored.channels_last else out
+                if self.disk:
+                    self.disk.filled(now)
+                if self.advance:
+                    self.advance(len(mine))
+        assert stored is not None, "Pixels of no picture raise"
+        if self.disk is None or (quick and not quick.compiled):  # it failed on the way: rows of two functions
+            return stored
+        facts = {"channels_last": stored.channels_last, "made": str(stored.dtype).removeprefix("torch.")}
+        return replace(stored, rows=self.disk.finish(stored.rows, facts))
+
+    def discard(self) -> None:
+        """Leave nothing half done behind."""
+        if self.disk:
+            self.disk.discard()
+
+    def _begin(self, out: Tensor, made: torch.dtype) -> Stored:
+        """Room for all rows, in the layout in which the first ones came."""
+        mapped = out.dim() == 4 and not out.is_contiguous()
+        mapped = mapped and out.is_contiguous(memory_format=torch.channels_last)
+        shape, dtype = self.part.shape, self.part.dtype
+        size = (len(self.places), *((*shape[1:], shape[0]) if mapped else shape))
+        rows = self.disk.begin(size, dtype) if self.disk else torch.empty(size, dtype=dtype)
+        return Stored(rows, mapped, made)
+
+    def _batch(self, mine: Tensor) -> Tensor | None:
+        """The pictures of these places, uint8; None where this process has no share."""
+        if not len(mine):
+            return None
+        return self.pixels.batch((mine // self.views).tolist(), (mine % self.views).tolist())
+
+    @cached_property
+    def _first(self) -> Tensor | None:
+        return self._batch(self.runtime.share(self.chunks[0]))
+
+    def _through(self, quick: FrozenForward) -> Callable[[Tensor], Tensor]:
+        return lambda x: quick(self.model.enter(x))
+
+    def _run(self, compute: Callable[[Tensor], Tensor], batch: Tensor | None) -> Tensor:
+        """What `compute` gives for a batch, in the runtime's number format and in as many parts as memory asks for."""
+        runtime = self.runtime
+        with torch.inference_mode(), runtime.autocast():
+            if batch is None:
+                return torch.zeros(0, *self.part.shape, device=runtime.device)
+            on_device = partial(_on_device, compute, runtime.device)
+            return in_portions(on_device, batch, runtime.portion, doing="in the frozen layers")
+
+    def _seconds(self, compute: Callable[[Tensor], Tensor]) -> float:
+        """What a batch takes once everything is warm."""
+        for _ in range(2):
+            started = time.perf_counter()
+            self._run(compute, self._first).cpu()  # waits for a GPU
+        return time.perf_counter() - started
+
+    def _note(self, line: str) -> None:
+        if self.runtime.is_main:
+            self.runtime.portion.note("compile", line)
+
+
+def _on_device(compute: Callable[[Tensor], Tensor], device: torch.device, batch: Tensor) -> Tensor:
+    return compute(batch.to(device, non_blocking=True))
 
 
 def fast_kernels(model: Classifier | nn.Module, runtime: Runtime) -> AbstractContextManager[object]:

@@ -54,6 +54,7 @@ def fine_tune(
     device: str = "auto",
     precision: str = "auto",
     workers: int | None = None,
+    compile: str = "auto",
     limit: int | None = None,
     cache: bool = True,
     audit: bool = True,
@@ -69,7 +70,7 @@ def fine_tune(
     Args:
         data: pictures as `load_images` takes them, an `ImageTable`, `Splits` made beforehand, a pair of pictures
             and labels in memory (see `images_from_arrays`), or a `Bench`, which brings its own machine (device,
-            precision, workers) and shares work between runs.
+            precision, workers, compile) and shares work between runs.
         backbone: a timm name, or any module together with `data_spec`.
         weights: `hub`, `none`, a weights file, or a run folder of this program; None is `hub`, or `none` where the
             recipe trains from scratch.
@@ -83,7 +84,7 @@ def fine_tune(
         val, test: shares held out where the data bring no such split.
         root: the folder that a manifest's relative paths start from.
         bad_files: `error` names every unreadable file and stops; `skip` leaves them out and lists them in the report.
-        device, precision, workers: see `make_runtime`.
+        device, precision, workers, compile: see `make_runtime`.
         limit: use this many pictures only, class by class: a dry run.
         cache: keep decoded pictures in the cache folder (see `headstart cache`), and use those kept before.
         audit: look at the pictures first: what is found is in the report, and copies of one picture stay on one side of
@@ -94,9 +95,10 @@ def fine_tune(
         HeadstartError: one of its leaves, with what to do; nothing is left behind unless training had begun.
         Interrupted: stopped by hand during training; the run folder holds the best state so far.
     """
-    runtime = (
-        data.runtime if isinstance(data, Bench) else make_runtime(device=device, precision=precision, workers=workers)
-    )
+    if isinstance(data, Bench):
+        runtime = data.runtime
+    else:
+        runtime = make_runtime(device=device, precision=precision, workers=workers, compile=compile)
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if isinstance(head, HeadSpec):
         plan = replace(plan, head=head)

@@ -31,6 +31,7 @@ Result = TypeVar("Result")
 class Runtime:
     """One process's means. `dtype` is what convolutions and matrix products compute in; weights stay float32.
 
+    compile: whether a frozen pass is compiled: `on`, `off`, or `auto`, where that pays; see `frozenpass.compile_pays`.
     portion: how many pictures go through a network at once where no gradients are computed; all runtimes made from this
     one by `dataclasses.replace` share it.
     """
@@ -40,6 +41,7 @@ class Runtime:
     workers: int = 2
     rank: int = 0
     world: int = 1
+    compile: str = "auto"
     portion: Portion = field(default_factory=lambda: Portion(tell=say), compare=False, repr=False)
 
     @property
@@ -116,7 +118,9 @@ def free_memory_bytes() -> int:
     return max(0, int(free))
 
 
-def make_runtime(*, device: str = "auto", precision: str = "auto", workers: int | None = None) -> Runtime:
+def make_runtime(
+    *, device: str = "auto", precision: str = "auto", workers: int | None = None, compile: str = "auto"
+) -> Runtime:
     """Choose device and number format; under `accelerate launch` also this process's rank.
 
     Args:
@@ -124,11 +128,15 @@ def make_runtime(*, device: str = "auto", precision: str = "auto", workers: int 
         precision: `fp32`, `bf16`, or `auto`: bf16 where the machine computes in it natively and a start-up
             self-test of its kernels passes, else fp32. On a CPU the process also keeps freed memory from now on.
         workers: threads that decode and augment pictures; None means one per core, at most 8.
+        compile: `on` compiles what is frozen before it runs over the pictures, `off` never does, `auto` does where so
+            many pictures go through it that the time comes back.
     Raises:
-        SetupError: no such device. RecipeError: unknown precision.
+        SetupError: no such device. RecipeError: unknown precision or compile.
     """
     if precision not in ("auto", "fp32", "bf16"):
         raise RecipeError(f"precision is {precision!r}; allowed: auto, fp32, bf16.")
+    if compile not in ("auto", "on", "off"):
+        raise RecipeError(f"compile is {compile!r}; allowed: auto, on, off.")
     if workers is not None and workers < 1:
         raise RecipeError(f"workers is {workers}; it takes a whole number from 1.")
     rank, world = 0, max(int(os.environ.get(name) or 1) for name in _WORLD_SIZES)
@@ -144,7 +152,7 @@ def make_runtime(*, device: str = "auto", precision: str = "auto", workers: int 
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if chosen.type == "cpu":
         keep_freed_memory()
-    return Runtime(chosen, dtype, workers or min(8, os.cpu_count() or 1), rank, world)
+    return Runtime(chosen, dtype, workers or min(8, os.cpu_count() or 1), rank, world, compile)
 
 
 def _device(name: str) -> torch.device:

@@ -104,6 +104,7 @@ def sweep(
     device: str = "auto",
     precision: str = "auto",
     workers: int | None = None,
+    compile: str = "auto",
     progress: bool = False,
     **data_options: Any,
 ) -> Sweep:
@@ -135,8 +136,8 @@ def sweep(
     if epochs is not None:
         plan = replace(plan, stages=tuple(replace(stage, epochs=epochs) for stage in plan.stages))
     bench = data if isinstance(data, Bench) else make_bench(
-        data, runtime=make_runtime(device=device, precision=precision, workers=workers), seed=plan.seed, share=share,
-        progress=progress, **data_options,
+        data, runtime=make_runtime(device=device, precision=precision, workers=workers, compile=compile),
+        seed=plan.seed, share=share, progress=progress, **data_options,
     )  # fmt: skip
     bench = bench.without_test()
     settings = {
