@@ -187,7 +187,7 @@ def test_views_are_compared_with_the_default_on_the_seeds_that_both_have(peers: 
     assert rows["**2**"][6:] == ["", "", " |"]
 
 
-@pytest.mark.parametrize("script", ["peers", "step", "size", "views", "head"])
+@pytest.mark.parametrize("script", ["peers", "step", "size", "stores", "checkpointing", "views", "head"])
 def test_the_page_holds_the_tables_that_the_records_give(script: str) -> None:
     done = subprocess.run(
         [sys.executable, BENCHMARKS / f"{script}.py", "table"], capture_output=True, text=True, check=True

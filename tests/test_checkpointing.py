@@ -6,6 +6,7 @@ from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -80,6 +81,22 @@ def test_a_step_takes_less_memory(table: ImageTable) -> None:
         gradients = Gradients(model, source, Stage(freeze_line="all", checkpointing=on), runtime=CPU)
         each.append(gradients.step_bytes(12) - gradients.step_bytes(6))  # without what is there once
     assert each[1] < 0.6 * each[0]
+
+
+def test_a_transformer_is_divided_between_its_blocks() -> None:
+    net = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=4, embed_dim=24, num_heads=2, num_classes=0, drop_path_rate=0.3
+    ).train()
+    made = segments(net, example_shape=(3, 32, 32))
+    assert isinstance(made, Segments)
+    assert len(made.parts) > 4  # what a block gives goes into a LayerNorm, which writes into nothing
+    x, found = torch.randn(4, 3, 32, 32), []
+    for forward in (net, made):
+        torch.manual_seed(7)
+        forward(x).square().sum().backward()
+        found.append({name: p.grad for name, p in net.named_parameters()})
+        net.zero_grad(set_to_none=True)
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
 
 
 def test_what_cannot_be_recorded_keeps_its_activations_and_says_so(table: ImageTable) -> None:

@@ -95,7 +95,7 @@ def segments(
 
 def _is_place(recording: Recording, node: fx.Node) -> bool:
     """A result that nothing behind it writes into; a BatchNorm may do so that is part of its convolution by then."""
-    norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+    norms = nn.modules.batchnorm._NormBase
     followed_by_norm = any(
         user.op == "call_module" and isinstance(recording.whole.get_submodule(str(user.target)), norms)
         for user in node.users
