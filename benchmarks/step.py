@@ -9,7 +9,8 @@ the same with BatchNorm's statistics fixed, which is what headstart trains with.
 the line at `all`, in float32 or bfloat16 as it decides itself. `keras`: `train_on_batch` of benchmarks/peers/
 run_keras.py with the same network of keras.applications. Two steps each to warm up, then one of each in turn, round by
 round; medians over the rounds, of wall and of processor seconds (on a machine that does other work the latter
-compare; with two threads they also count a thread that waits for the other). Records are appended to
+compare). With several threads those of PyTorch sleep while they wait for each other, OMP_WAIT_POLICY=passive, as
+TensorFlow's do: spinning, they would count the time in which other work has the cores. Records are appended to
 benchmarks/results/step-DATE.jsonl.
 """
 
@@ -192,6 +193,7 @@ def main() -> None:
     if args.what == "table":
         show(table(), "step", write=args.write)
         return
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch is imported
     for backbone in args.backbones.split(","):
         for batch in map(int, args.batches.split(",")):
             record = measure(backbone, batch, rounds=args.rounds, threads=args.threads, with_keras=not args.no_keras)
