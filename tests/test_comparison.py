@@ -225,6 +225,7 @@ def test_nothing_different_still_has_an_interval() -> None:
     right = np.ones(20)
     found = paired_difference(right, right)
     assert found["p"] == 1
+    assert str(found["b_only"]) == "0.0"  # not -0.0
     assert found["low"] < 0 < found["high"]
 
 

@@ -172,14 +172,17 @@ def test_the_same_call_goes_on_and_adds_nothing_when_done(photos: Path, tmp_path
 
 def test_tpe_draws_from_ranges_and_lines(photos: Path, tmp_path: Path) -> None:
     space = Space(values={"lr": (1e-4, 1e-1), "freeze_line": ("head", "last:2"), "head_dropout": (0.0, 0.5)})
-    result = sweep(
-        bench_of(photos), space=space, method="tpe", trials=3, recipe=HEAD, out=tmp_path / "out",
-        storage=f"sqlite:///{tmp_path / 'study.db'}", **NET,
-    )  # fmt: skip
-    trials = result.results["trials"]
+    bench = bench_of(photos)
+    call: dict[str, Any] = {"space": space, "method": "tpe", "recipe": HEAD, "prune": False, **NET}
+    stored = {"out": tmp_path / "out", "storage": f"sqlite:///{tmp_path / 'study.db'}"}
+    trials = sweep(bench, trials=3, **call, **stored).results["trials"]
     assert len(trials) == 3
     assert all(1e-4 <= t["values"]["lr"] <= 1e-1 and t["values"]["freeze_line"] in ("head", "last:2") for t in trials)
     assert (tmp_path / "study.db").is_file()
+    # What a later call or another process draws is new, and what one call would have drawn.
+    more = [t["values"] for t in sweep(bench, trials=5, **call, **stored).results["trials"]]
+    assert len({json.dumps(values) for values in more}) == 5
+    assert more == [t["values"] for t in sweep(bench, trials=5, **call, out=tmp_path / "at once").results["trials"]]
 
 
 def test_a_hopeless_trial_is_ended_early(photos: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def paired_difference(right_a: ArrayLike, right_b: ArrayLike) -> dict[str, float
     total, eased = float(d.sum()), n + 2
     half = Z95 * math.sqrt(float(d @ d) + 1 - total**2 / eased) / eased
     low, high = max(-1.0, total / eased - half), min(1.0, total / eased + half)
-    a_only, b_only = float(d[d > 0].sum()), float(-d[d < 0].sum())
+    a_only, b_only = float(d[d > 0].sum()), float(abs(d[d < 0].sum()))
     whole = bool(np.isin(d, (-1.0, 0.0, 1.0)).all())
     p = _mcnemar(round(a_only), round(b_only)) if whole else _sign_flips(d)
     return {"difference": total / n, "low": low, "high": high, "p": p, "a_only": a_only, "b_only": b_only, "n": n}

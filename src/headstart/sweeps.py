@@ -145,8 +145,8 @@ def sweep(
         "weights": str(weights or "hub"), "pictures": json.loads(to_json(dict(spec_overrides or {}))),
     }  # fmt: skip
     folder = settle(out, FILE, settings, overwrite=overwrite)
-    study = _study(optuna, storage or str(folder / JOURNAL), name=folder.name, method=method, prune=prune,
-                   seed=plan.seed, fresh=overwrite and storage is None)  # fmt: skip
+    study = _study(optuna, storage or str(folder / JOURNAL), name=folder.name, prune=prune,
+                   fresh=overwrite and storage is None)  # fmt: skip
     started = time.perf_counter()
     limit = (trials or (TPE_TRIALS if minutes is None else None)) if method == "tpe" else trials
     while minutes is None or time.perf_counter() - started < 60 * minutes:
@@ -154,7 +154,7 @@ def sweep(
         left = [point for point in space.grid() if _key(point) not in taken] if method == "grid" else [{}]
         if not left or (limit is not None and len(taken) >= limit):
             break
-        trial = study.ask()
+        trial = _ask(optuna, study, seed=plan.seed)
         trial.set_user_attr("process", this_process())
         point = left[0] if method == "grid" else _draw(trial, space.values or {})
         trial.set_user_attr("asked", point)
@@ -196,7 +196,7 @@ def _optuna() -> Any:
     return optuna
 
 
-def _study(optuna: Any, storage: str, *, name: str, method: str, prune: bool, seed: int, fresh: bool) -> Any:
+def _study(optuna: Any, storage: str, *, name: str, prune: bool, fresh: bool) -> Any:
     if "://" in storage:
         kept: Any = storage
     else:
@@ -208,11 +208,24 @@ def _study(optuna: Any, storage: str, *, name: str, method: str, prune: bool, se
         if fresh and path.exists():
             path.unlink()
         kept = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
-    sampler = optuna.samplers.TPESampler(seed=seed) if method == "tpe" else optuna.samplers.RandomSampler(seed=seed)
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=3) if prune else optuna.pruners.NopPruner()
     return optuna.create_study(
-        storage=kept, study_name=name, load_if_exists=True, direction="minimize", sampler=sampler, pruner=pruner
+        storage=kept, study_name=name, load_if_exists=True, direction="minimize", pruner=pruner
     )
+
+
+def _ask(optuna: Any, study: Any, *, seed: int) -> Any:
+    """A new trial, whose draw is a function of the seed, its number and what is done.
+
+    So neither two processes nor a sweep that goes on draw the same numbers again.
+    """
+    while True:
+        number = len(study.get_trials(deepcopy=False))
+        study.sampler = optuna.samplers.TPESampler(seed=(seed + number) % 2**32)
+        trial = study.ask()
+        if trial.number == number:
+            return trial
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)  # another process asked at the same moment
 
 
 def _draw(trial: Any, values: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
