@@ -111,6 +111,8 @@ def test_suggestions_of_a_curve_with_a_known_shape() -> None:
     assert 1e-4 < valley < 1e-1
     losses[0] += 0.2  # the mean of one batch
     assert suggestions(rates, losses)[0] == steepest
+    losses[0] = 0.0  # or low by chance
+    assert suggestions(rates, losses)[::2] == (steepest, tenth)
 
 
 def test_smoothing_begins_without_bias_and_stops_where_it_runs_away() -> None:

@@ -260,11 +260,12 @@ def smoothed(losses: ArrayLike) -> tuple[list[float], bool]:
 def suggestions(rates: ArrayLike, losses: ArrayLike) -> tuple[float, float, float]:
     """(steepest, valley, a tenth of the minimum's) from a curve of rates [n], rising, and smoothed losses [n].
 
-    The steepest place is not looked for in the first tenth, where the running mean still follows single batches.
+    Minimum and steepest place are not looked for in the first tenth, where the running mean still follows single
+    batches.
     """
     x, y = np.log10(np.asarray(rates, dtype=np.float64)), np.asarray(losses, dtype=np.float64)
-    end = int(y.argmin()) + 1  # behind the minimum nothing is to be found
-    first = min(len(y) // 10, max(end - 2, 0))
+    first = len(y) // 10
+    end = first + int(y[first:].argmin()) + 1  # behind the minimum nothing is to be found
     stop = max(end, first + 2)
     steepest = first + int(np.gradient(y[first:stop], x[first:stop]).argmin())
     start, stop = _longest_fall(y)

@@ -209,9 +209,7 @@ def _study(optuna: Any, storage: str, *, name: str, prune: bool, fresh: bool) ->
             path.unlink()
         kept = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=3) if prune else optuna.pruners.NopPruner()
-    return optuna.create_study(
-        storage=kept, study_name=name, load_if_exists=True, direction="minimize", pruner=pruner
-    )
+    return optuna.create_study(storage=kept, study_name=name, load_if_exists=True, direction="minimize", pruner=pruner)
 
 
 def _ask(optuna: Any, study: Any, *, seed: int) -> Any:
