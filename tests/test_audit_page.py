@@ -143,6 +143,31 @@ def test_a_review_by_keyboard_ends_in_its_manifest(
     assert len(load_images(manifest)) == 17
 
 
+def test_the_keys_work_as_soon_as_the_page_is_open(browser: Browser, page: Path) -> None:
+    tally = "document.getElementById('tally').textContent"
+    browser.open(page)
+    browser.run("localStorage.clear()")
+    browser.open(page, height=2000)  # the picture is in sight
+    assert browser.run("document.activeElement === document.body")
+    browser.press("k", "r", " ", "ArrowLeft", "d")
+    assert browser.run(tally) == "3 of 10 decided: 1 kept, 1 relabelled, 1 dropped, 0 skipped"
+    browser.run("localStorage.clear()")
+    browser.open(page, height=300)  # it is not: nobody decides about what is not seen
+    browser.press("k")
+    assert browser.run(tally).startswith("0 of 10")
+    browser.press("d", " ")
+    assert browser.run(tally) == "2 of 10 decided: 0 kept, 0 relabelled, 1 dropped, 1 skipped"
+    browser.run("localStorage.clear()")
+    browser.open(page, height=2000)
+    browser.run("document.querySelector('a').focus()")
+    browser.press("k")
+    browser.run("document.getElementById('relative').focus()")
+    browser.press(" ", "k")  # Space belongs to the box to be ticked
+    assert browser.run("document.getElementById('relative').checked")
+    assert browser.run(tally).startswith("2 of 10 decided: 2 kept")
+    browser.run("localStorage.clear()")
+
+
 def test_the_mouse_does_it_too_and_space_then_skips(
     browser: Browser, table: ImageTable, page: Path, tmp_path: Path
 ) -> None:

@@ -275,8 +275,8 @@ you close it.</p>
 <div class="buttons">
 <button type="button" id="back" aria-keyshortcuts="ArrowLeft Backspace">Back<kbd>&larr;</kbd></button>
 <button type="button" id="undo" aria-keyshortcuts="U">Undo the last<kbd>U</kbd></button></div>
-<p class="note">The keys act while this box has the focus: click into it, or press Tab until you are in it. Space skips,
-too. Each decision is kept in this browser at once; you may close the page and go on later.</p>
+<p class="note">The keys work anywhere on this page; where the picture is out of sight, the first press brings it back.
+Space skips, too. Each decision is kept in this browser at once; you may close the page and go on later.</p>
 <div id="spoken" class="unseen" role="status" aria-live="polite"></div>
 </section>
 <details id="decided-part" hidden><summary>Decisions (<span id="decided-count"></span>)</summary>

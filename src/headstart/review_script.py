@@ -251,17 +251,26 @@ for (const [id, act] of Object.entries(acts)) {
 }
 const keys = { k: "keep", r: "relabel", d: "drop", s: "skip", " ": "skip", arrowleft: "back", backspace: "back",
   u: "undo" };
-panel.addEventListener("keydown", event => {
+// The keys act wherever the focus is, but nobody decides about a picture that is out of sight.
+function inSight() {
+  const box = ($("entry").hidden ? panel : $("picture").hidden ? $("no-picture") : $("picture")).getBoundingClientRect();
+  const middle = box.top + box.height / 2;
+  return middle > 0 && middle < innerHeight;
+}
+document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
-  const on = event.target.tagName, name = event.key.toLowerCase();
-  if (on === "SELECT") { if (name === "enter") { event.preventDefault(); acts.relabel(); panel.focus(); } return; }
-  if (name === " " && on !== "SECTION") return;
+  const on = event.target, name = event.key.toLowerCase();
+  if (on.tagName === "SELECT") {
+    if (name === "enter") { event.preventDefault(); acts.relabel(); panel.focus({ preventScroll: true }); }
+    return;
+  }
+  if (name === " " && on !== panel) return;  // presses buttons, opens parts, scrolls
   const digit = /^[1-9]$/.test(name) && data.classes[Number(name) - 1];
-  if (digit) decide("relabel", digit);
-  else if (name === "arrowright") move(1);
-  else if (keys[name]) acts[keys[name]]();
-  else return;
+  const act = digit ? () => decide("relabel", digit) : name === "arrowright" ? () => move(1) : acts[keys[name]];
+  if (!act) return;
   event.preventDefault();
+  if (inSight()) act(); else panel.scrollIntoView({ block: "start" });
+  if (!panel.contains(on)) panel.focus({ preventScroll: true });
 });
 $("save").addEventListener("click", save);
 $("relative").addEventListener("change", () => show(""));
