@@ -149,6 +149,28 @@ def test_near_copies_are_found_and_nothing_else(tmp_path: Path) -> None:
         assert pair.mirrored == ("mirrored" in name)
 
 
+def test_either_picture_of_a_pair_may_be_the_crop() -> None:
+    pictures = [scene(seed, (144, 120)).convert("L") for seed in range(12)]
+    crops = [ImageOps.mirror(im.crop((5, 0, 144, 115))) for im in pictures]
+    thumbs = np.stack([np.asarray(im.resize((48, 48), Image.Resampling.BOX)) for im in (*pictures, *crops)])
+    fine = duplicates._local_contrast(thumbs.astype(np.float32), 0.7, 3.0)
+    half = duplicates._sample(thumbs.astype(np.float32), duplicates._BOXES[0], 24)
+    coarse = duplicates._local_contrast(half, 0.7, 2.5)
+    whole, crop = np.arange(12), np.arange(12, 24)
+    mirrored = np.full(12, len(duplicates._BOXES))  # the whole of the mirror image
+    for a, b in ((whole, crop), (crop, whole)):
+        assert (duplicates._align(coarse, fine, a, b, mirrored) >= duplicates.SAME).all()
+
+
+def test_pictures_in_one_frame_are_no_copies() -> None:
+    framed = []
+    for seed in range(6):
+        picture = Image.new("L", (96, 96), 0)
+        picture.paste(scene(seed, (72, 72)).convert("L").point(lambda v: 100 + v // 2), (12, 12))
+        framed.append(np.asarray(picture.resize((48, 48), Image.Resampling.BOX)))
+    assert near_pairs(np.stack(framed)) == []
+
+
 @pytest.mark.parametrize("n", [2, 40, 700])
 def test_neighbours_are_those_of_scikit_learn(n: int) -> None:
     from sklearn.neighbors import NearestNeighbors

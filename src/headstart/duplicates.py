@@ -2,9 +2,10 @@
 
 Exact copies have equal decoded pixels. Near copies are looked for in two steps. Candidates are the nearest neighbours
 of each picture's coarse version, of its mirror image and of a few crops of both, among the coarse versions of all.
-Each candidate is then aligned: the crop of one that fits the other best is found by Gauss-Newton steps on small grey
-pictures. What decides is the correlation of their local contrast, which brightness, contrast and colour do not touch,
-and in which pictures that merely look alike do not agree. Perceptual hashes alone lose cropped copies.
+Each candidate is then aligned: the crop of one that fits the other best, or else the other way round, is found by
+Gauss-Newton steps on small grey pictures. What decides is the correlation of their local contrast, which brightness,
+contrast and colour do not touch, and in which pictures that merely look alike do not agree. Perceptual hashes alone
+lose cropped copies.
 Reference for the alignment: Lucas and Kanade 1981.
 """
 
@@ -27,6 +28,7 @@ LARGEST_CROP = 0.14  # of a side, in all
 STEPS, LARGEST_MOVE = 4, 0.03  # Gauss-Newton steps a level, and the most a side of the crop moves in one, as a share
 HOPELESS = 0.6  # correlation below which a pair is given up
 ALIGNED_AT_ONCE = 256
+INNER = 0.6  # the least correlation without the outer fifth all round, in which framed pictures are alike
 SAME = 0.8  # correlation of local contrast after the alignment from which a pair counts as one picture
 MIN_SPREAD = 4.0  # grey levels: below it a picture is blank, and correlation is noise
 
@@ -193,8 +195,19 @@ def _smoothing(size: int, sigma_px: float) -> Floats:
 
 
 def _align(coarse: Floats, fine: Floats, a: Ints, b: Ints, view: Ints) -> Floats:
-    """Correlation [M] of picture b with the crop of picture a that fits it best, looked for from its view on."""
-    out = np.full(len(a), -1.0, dtype=np.float32)
+    """Correlation [M] of the pictures of each pair where they overlap best, looked for from that view of a on; -1 where
+    they are not alike."""
+    scores, beyond = _align_crops(coarse, fine, a, b, view)
+    turned = np.flatnonzero(beyond)  # it is a that was cut
+    middle = 1 + len(_BOXES) * (view[turned] >= len(_BOXES))
+    scores[turned] = _align_crops(coarse, fine, b[turned], a[turned], middle)[0]
+    return scores
+
+
+def _align_crops(coarse: Floats, fine: Floats, a: Ints, b: Ints, view: Ints) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Correlation [M] of picture b with the crop of picture a that fits it best, -1 where none does; and whether one
+    would that reaches beyond the edges of a."""
+    out, beyond = np.full(len(a), -1.0, dtype=np.float32), np.zeros(len(a), dtype=bool)
     for start in range(0, len(a), ALIGNED_AT_ONCE):
         going = np.arange(start, min(start + ALIGNED_AT_ONCE, len(a)))
         boxes = np.array(_BOXES, dtype=np.float32)[view[going] % len(_BOXES)]
@@ -203,21 +216,20 @@ def _align(coarse: Floats, fine: Floats, a: Ints, b: Ints, view: Ints) -> Floats
             mirrored = view[going] >= len(_BOXES)
             moving[mirrored] = moving[mirrored, :, ::-1]
             for _ in range(STEPS):
-                boxes = boxes + _newton_step(moving, target, boxes)[1]
-            score = _newton_step(moving, target, boxes)[0]
-            hopeful = (score >= HOPELESS) & _allowed(boxes)
-            going, boxes, score = going[hopeful], boxes[hopeful], score[hopeful]
-        out[going] = score
-    return out
+                boxes = boxes + _newton_step(moving, target, boxes)
+            whole, inner = _agreement(moving, target, boxes)
+            alike, allowed = whole >= HOPELESS, _allowed(boxes)
+            beyond[going[alike & ~allowed]] = True
+            hopeful = alike & allowed
+            going, boxes, whole, inner = going[hopeful], boxes[hopeful], whole[hopeful], inner[hopeful]
+        out[going] = np.where(inner >= INNER, whole, -1.0)
+    return out, beyond
 
 
-def _newton_step(moving: Floats, target: Floats, boxes: Floats) -> tuple[Floats, Floats]:
-    """Correlation [M] at these boxes, and the step [M, 4] that brings the crops nearer to their targets."""
+def _newton_step(moving: Floats, target: Floats, boxes: Floats) -> Floats:
+    """The step [M, 4] that brings the crops at these boxes nearer to their targets."""
     m, px, _ = target.shape
-    grid = (np.arange(px, dtype=np.float32) + 0.5) / px
-    u, v = grid[None, None, :], grid[None, :, None]
-    left, top, width, height = (column[:, None, None] for column in boxes.T)
-    value, dx, dy = _bilinear(moving, (left + width * u) * px - 0.5, (top + height * v) * px - 0.5)
+    value, dx, dy, u, v = _crops(moving, boxes)
     spread = value.std(axis=(1, 2), keepdims=True) + 1e-6
     now = (value - value.mean(axis=(1, 2), keepdims=True)) / spread
     score = (now * target).mean(axis=(1, 2))
@@ -226,7 +238,28 @@ def _newton_step(moving: Floats, target: Floats, boxes: Floats) -> tuple[Floats,
     residual = (target * score[:, None, None] - now).reshape(m, px * px, 1)
     normal = slopes @ slopes.transpose(0, 2, 1) + 1e-3 * px * px * np.eye(4, dtype=np.float32)
     move = np.linalg.solve(normal, slopes @ residual)[..., 0]
-    return score, np.clip(move, -LARGEST_MOVE, LARGEST_MOVE)
+    return np.asarray(np.clip(move, -LARGEST_MOVE, LARGEST_MOVE))
+
+
+def _agreement(moving: Floats, target: Floats, boxes: Floats) -> tuple[Floats, Floats]:
+    """Correlations [M] of the crops at these boxes with their targets: of the whole, and without the outer fifth all
+    round, in which frames and black edges make pictures alike."""
+    value, px = _crops(moving, boxes)[0], target.shape[1]
+    inside = (slice(None), *[slice(px // 5, px - px // 5)] * 2)
+    whole, inner = (
+        (_standard(value[part]) * _standard(target[part])).mean(axis=(1, 2)) for part in ((slice(None),), inside)
+    )
+    return whole, inner
+
+
+def _crops(pictures: Floats, boxes: Floats) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+    """Values [M, P, P] of the crops at these boxes, their slopes, and the pixels' places u [1, 1, P], v [1, P, 1] in
+    them as shares of a side."""
+    px = pictures.shape[1]
+    grid = (np.arange(px, dtype=np.float32) + 0.5) / px
+    u, v = grid[None, None, :], grid[None, :, None]
+    left, top, width, height = (column[:, None, None] for column in boxes.T)
+    return *_bilinear(pictures, (left + width * u) * px - 0.5, (top + height * v) * px - 0.5), u, v
 
 
 def _allowed(params: Floats) -> npt.NDArray[np.bool_]:

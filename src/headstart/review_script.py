@@ -253,7 +253,8 @@ const keys = { k: "keep", r: "relabel", d: "drop", s: "skip", " ": "skip", arrow
   u: "undo" };
 // The keys act wherever the focus is, but nobody decides about a picture that is out of sight.
 function inSight() {
-  const box = ($("entry").hidden ? panel : $("picture").hidden ? $("no-picture") : $("picture")).getBoundingClientRect();
+  const seen = $("entry").hidden ? panel : $("picture").hidden ? $("no-picture") : $("picture");
+  const box = seen.getBoundingClientRect();
   const middle = box.top + box.height / 2;
   return middle > 0 && middle < innerHeight;
 }
