@@ -369,4 +369,5 @@ def _determined_by(spec: DataSpec | None) -> dict[str, Any]:
     if spec and spec.fit != "crop":
         del values["crop_pct"]
     libraries = {name: features.version(name) for name in ("jpg", "libjpeg_turbo", "zlib", "webp", "libtiff")}
-    return values | {"pillow": PIL.__version__, **libraries, "code": code_hash("decode", "inspection", "transforms")}
+    libraries |= {"pillow": PIL.__version__, "torch": torch.__version__}
+    return values | {**libraries, "code": code_hash("decode", "inspection", "transforms")}
