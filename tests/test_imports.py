@@ -104,6 +104,7 @@ SIDEWAYS = {
     ("shortcuts", "metrics"),
     ("audit_files", "dataset"),
     ("audit_files", "findings"),
+    ("shortcuts", "findings"),
     ("audit_files", "inspection"),
     ("audit_copies", "audit_files"),
     ("audit_copies", "dataset"),

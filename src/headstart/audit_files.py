@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .dataset import ImageTable
-from .findings import Finding
+from .findings import EXAMPLES, Finding
 from .inspection import Look
 
 Traits = dict[str, dict[str, dict[str, dict[str, int]]]]
@@ -21,7 +21,6 @@ Traits = dict[str, dict[str, dict[str, dict[str, int]]]]
 TINY_PX, HUGE_PIXELS, HUGE_BYTES, HUGE_RATIO, LONG_SIDE = 32, 50_000_000, 50_000_000, 400, 5.0
 FEW, TOO_FEW = 20, 5  # training pictures of a class
 UNEVEN, VERY_UNEVEN = 3.0, 10.0  # largest class over smallest
-EXAMPLES = 8  # pictures that show a class
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png",),
@@ -257,7 +256,7 @@ _CHECKS = (
         lambda one, _: True,
         "cannot be read",
         "cannot be read",
-        "Repair or remove them, or leave them out with --bad-files skip.",
+        "Repair or remove what is broken, or leave it out with --bad-files skip.",
         lambda one: one.reason or "",
         of_good=False,
     ),
@@ -267,7 +266,7 @@ _CHECKS = (
         _is_blank,
         "shows nothing: of one colour, or nearly black or white",
         "show nothing: of one colour, or nearly black or white",
-        "Look at them; remove those that show nothing of their class.",
+        "Look, and remove what shows nothing of its class.",
         lambda one: f"mean grey {np.mean(one.mean):.0f} of 255, spread {one.thumb.std():.1f}",
     ),
     _Check(
@@ -276,7 +275,7 @@ _CHECKS = (
         _is_placeholder,
         "looks like a notice in place of a picture (grey text on a plain ground)",
         "look like a notice in place of a picture (grey text on a plain ground)",
-        "Look at them and remove them.",
+        "Look, and remove what is no picture of its class.",
         lambda one: f"{100 * one.flat:.0f} % of one colour",
     ),
     _Check(
@@ -294,7 +293,7 @@ _CHECKS = (
         lambda one, _: _short_side(one) < TINY_PX,
         f"has a side below {TINY_PX} px",
         f"have a side below {TINY_PX} px",
-        "Get larger ones, or remove them.",
+        "There is little to see: put larger pictures in their place, or remove them.",
     ),
     _Check(
         "huge",
@@ -302,7 +301,7 @@ _CHECKS = (
         _is_huge,
         f"is huge: over {HUGE_PIXELS // 10**6} Mpx, {HUGE_BYTES // 10**6} MB, or {HUGE_RATIO} times the usual",
         f"are huge: over {HUGE_PIXELS // 10**6} Mpx, {HUGE_BYTES // 10**6} MB, or {HUGE_RATIO} times the usual",
-        "Shrink them once to make reading faster.",
+        "Shrink what is huge once: reading gets faster.",
     ),
     _Check(
         "long",
@@ -326,7 +325,7 @@ def _extensions(table: ImageTable, looks: Sequence[Look]) -> list[Finding]:
     return [
         Finding(
             "extension", "note", f"{_files(len(wrong))} {_be(len(wrong))} named with the extension of another format.",
-            "headstart goes by the content; rename them for programs that do not.",
+            "headstart goes by the content; rename for programs that do not.",
             tuple(name for name, _ in wrong), tuple(f"is {kind}" for _, kind in wrong),
         )
     ]  # fmt: skip
@@ -360,7 +359,7 @@ def _orientations(table: ImageTable, looks: Sequence[Look]) -> list[Finding]:
             f"{_files(len(turned))} {_be(len(turned))} turned by an EXIF entry{spread}.",
             "headstart turns them upright, in training as in use; "
             + ("take the pictures of all classes in one way, or the camera gives the class away." if uneven else
-               "programs that do not would see them lying."),
+               "programs that do not would see what is shown lying on its side."),
             tuple(table.relative_paths[i] for i in turned),
             tuple(f"orientation {looks[i].header.orientation}" for i in turned),
         )

@@ -1,8 +1,9 @@
-"""What an audit leaves to look at: the table of findings, `audit.json`, and a sheet of thumbnails per finding."""
+"""What an audit leaves to look at: the findings as text, `audit.json`, and a sheet of thumbnails per finding."""
 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Sequence, Set
 from pathlib import Path
@@ -13,36 +14,49 @@ from .dataset import open_image
 from .errors import DataError
 from .findings import AuditResult, Finding
 from .run import replacing, to_json, write_atomic
-from .terminal import format_table
 
 AUDIT_FILE = "audit.json"
 THUMBNAIL_PX, COLUMNS, MOST_THUMBNAILS = 128, 8, 64
 LINES, LINE_PX, GAP_PX = 3, 14, 6  # of text below a thumbnail: one for its name, two for what is said of it
+INDENT, WIDTH = " " * 9, 100  # of the text in the terminal
 MOST_NAMED, MOST_GROUPS = 3, 2  # files of a finding, and groups of them, in the terminal
 
 
-def findings_table(result: AuditResult) -> str:
-    """Findings by severity with their sentence and advice; a line that says so where there is none."""
+def findings_text(result: AuditResult) -> str:
+    """Findings, most severe first, each with its sentence, advice and first files; a line that says so without any."""
     counts = ", ".join(f"{sum(classes.values()):,} {split}" for split, classes in result.counts.items())
     head = f"{result.pictures:,} pictures ({counts}), {len(result.class_names):,} classes"
     if not result.findings:
         return f"{head}: nothing was found."
-    rows = [[one.severity, one.kind, one.title] for one in result.findings]
-    table = format_table(["severity", "what", "in words"], rows, left=3)
-    advice = "\n".join(f"{one.kind}: {one.advice}{first_files(one)}" for one in result.findings)
-    return f"{head}\n\n{table}\n\n{advice}"
+    blocks = (
+        f"{_filled(f'{one.severity:<{len(INDENT)}}{one.kind}: {one.title}')}\n{_filled(INDENT + one.advice)}"
+        f"{indented(first_files(one), INDENT)}"
+        for one in result.findings
+    )
+    return "\n\n".join((head, *blocks))
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(
+        text, WIDTH, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
+
+
+def indented(line: str, by: str) -> str:
+    """The line on a line of its own; nothing for an empty one."""
+    return f"\n{by}{line}" if line else ""
 
 
 def first_files(finding: Finding) -> str:
-    """A line with the first files, or the first groups; empty without any. Sheets and audit.json have all of them."""
+    """The first files, or the first groups; empty without any. Sheets and audit.json have all of them."""
     if not finding.files:
         return ""
     if finding.examples:
-        return f"\n    such as {', '.join(finding.files[:MOST_NAMED])}"
+        return f"such as {', '.join(finding.files[:MOST_NAMED])}"
     groups = finding.groups or (finding.files,)
     left = len(finding.groups) - MOST_GROUPS
     more = f"; and {left:,} more group{'' if left == 1 else 's'}" if left > 0 else ""
-    return f"\n    {'; '.join(map(_listed, groups[:MOST_GROUPS]))}{more}"
+    return f"{'; '.join(map(_listed, groups[:MOST_GROUPS]))}{more}"
 
 
 def _listed(files: Sequence[str]) -> str:

@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace) -> int:
         raise RecipeError(f"--fast looks without a backbone, so {flags} would change nothing. Leave one of them out.")
     clean = _clean_path(args.write_clean)
     from .audit_page import write_page
-    from .audit_sheet import findings_table, write_audit
+    from .audit_sheet import findings_text, write_audit
     from .auditing import audit
     from .clean import clean_rows, counts_of
     from .dataset import load_images
@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result.to_dict(), indent=1, ensure_ascii=False))
         return 0
-    print(findings_table(result))
+    print(findings_text(result))
     if written is not None:
         print(f"\naudit   {written[0]}\npage    {written[1]}")
     if clean is not None:

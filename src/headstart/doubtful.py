@@ -159,7 +159,7 @@ def outlier_findings(table: ImageTable, features: Floats) -> list[Finding]:
         Finding(
             "outliers", "note",
             f"{len(odd):,} picture{' is' if len(odd) == 1 else 's are'} unlike all others.",
-            "See whether they belong here at all.",
+            f"See whether {'it belongs' if len(odd) == 1 else 'they belong'} here at all.",
             files=tuple(table.relative_paths[i] for i in odd),
             details=tuple(table.class_names[table.labels[i]] for i in odd),
         )

@@ -15,6 +15,7 @@ from typing import Any
 from .errors import DataError
 
 SEVERITIES = ("error", "warning", "note")
+EXAMPLES = 7  # pictures that show a class or one side of a shortcut: a row of the page
 UNOPENED = ("unreadable", "left-out")  # kinds about files that no one opens to show them: one may have hung a checker
 
 

@@ -60,7 +60,7 @@ kbd { font: inherit; font-size: .8em; border: 1px solid currentColor; border-rad
 .decided span { overflow-wrap: anywhere; } .decided button { min-height: 34px; padding: 3px 12px; font-weight: 500; }
 #decided-part { margin-top: 22px; } header p.note { margin: 14px 0 0; }
 .save { margin-top: 26px; } .save label { display: flex; gap: 10px; align-items: baseline; margin: 0 0 14px; }
-.save label span { overflow-wrap: anywhere; min-width: 0; }
+.save code { white-space: nowrap; } .save label span { overflow-wrap: anywhere; min-width: 0; }
 .save pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 [hidden] { display: none !important; }

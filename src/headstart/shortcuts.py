@@ -15,6 +15,7 @@ from itertools import combinations, zip_longest
 import numpy as np
 import numpy.typing as npt
 
+from .findings import EXAMPLES
 from .inspection import Look
 from .metrics import confusion_matrix, wilson_interval
 
@@ -22,7 +23,6 @@ FOLDS = 5
 CELLS = 8  # a side
 MOST_PICTURES = 5000  # a share of a larger set answers the question as well
 FEWEST_PER_CLASS = 10
-EXAMPLES = 8  # of the class that is told, and of the others
 _CAMERAS = 5
 
 Floats = npt.NDArray[np.float64]
@@ -207,7 +207,7 @@ def _length_words(one: Look) -> str:
 
 
 def _rgb_words(colour: Sequence[float]) -> str:
-    return "RGB " + " ".join(f"{value:.0f}" for value in colour)
+    return "RGB " + ",".join(f"{value:.0f}" for value in colour)
 
 
 # Strengths by nature: no real set measured reaches them (see benchmarks/audit_faults.py).
