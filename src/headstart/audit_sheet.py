@@ -30,7 +30,7 @@ def findings_text(result: AuditResult) -> str:
         return f"{head}: nothing was found."
     blocks = (
         f"{_filled(f'{one.severity:<{len(INDENT)}}{one.kind}: {one.title}')}\n{_filled(INDENT + one.advice)}"
-        f"{indented(first_files(one), INDENT)}"
+        f"{_indented(first_files(one), INDENT)}"
         for one in result.findings
     )
     return "\n\n".join((head, *blocks))
@@ -42,9 +42,15 @@ def _filled(text: str) -> str:
     )
 
 
-def indented(line: str, by: str) -> str:
+def _indented(line: str, by: str) -> str:
     """The line on a line of its own; nothing for an empty one."""
     return f"\n{by}{line}" if line else ""
+
+
+def finding_line(finding: Finding) -> str:
+    """A finding as it stands among the lines of a run, the first files below it."""
+    said = f"{finding.severity.capitalize()}: {finding.title} {finding.advice}"
+    return said + _indented(first_files(finding), " " * 4)
 
 
 def first_files(finding: Finding) -> str:

@@ -21,7 +21,7 @@ from .arrays import Labels, Pictures, images_from_arrays
 from .audit_copies import is_copies
 from .audit_kept import audit_key, keep_audit, kept_audit
 from .audit_quick import quick_audit
-from .audit_sheet import first_files, indented
+from .audit_sheet import finding_line
 from .averaging import restore, snapshot
 from .classifier import Classifier
 from .dataset import ImageTable, Splits, bad_file_lines, check_images, load_images, split
@@ -332,10 +332,7 @@ def _say_findings(result: AuditResult | None, show: bool) -> None:
     for one in result.findings if result else ():
         is_told = one.kind == "left-out" or (one.kind == "exact-leaks" and leaked.issuperset(one.files))
         if one.severity != "note" and not is_told:
-            say(
-                f"{one.severity.capitalize()}: {one.title} {one.advice}{indented(first_files(one), 4 * ' ')}",
-                enabled=show,
-            )
+            say(finding_line(one), enabled=show)
 
 
 def _say_data(splits: Splits, show: bool) -> None:

@@ -41,6 +41,7 @@ pre { background: var(--panel); padding: 14px 16px; overflow-x: auto; border-rad
 .verdicts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 22px 40px; margin: 0; padding: 0;
   list-style: none; }
 .verdicts h3 { margin: 0 0 4px; } .verdicts p { margin: 0; font-size: .95rem; overflow-wrap: anywhere; }
+.verdicts .mistakes { margin-top: 10px; }
 .verdicts .answer { display: inline-block; font-weight: 650; margin-right: .35em; }
 .good .answer { color: var(--good); } .bad .answer { color: var(--bad); } .open .answer { color: var(--note); }
 .charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 28px 32px; }

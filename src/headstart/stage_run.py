@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import train as training
+from .audit_sheet import finding_line
 from .auditing import look_at_labels
 from .bench import Bench
 from .classifier import Classifier
@@ -76,7 +77,7 @@ def look_at_stored_labels(source: StageData, diary: Diary, bench: Bench) -> None
     if bench.audit.doubtful is not None:
         diary.doubtful = [one.file for one in bench.audit.doubtful if one.flagged]
     for one in bench.audit.of_kind("doubtful-labels"):
-        say(f"{one.severity.capitalize()}: {one.title} {one.advice}", enabled=diary.show)
+        say(finding_line(one), enabled=diary.show)
     if diary.run:
         diary.run.write_json("audit.json", bench.audit.to_dict())
 
