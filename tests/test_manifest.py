@@ -211,6 +211,9 @@ def test_what_is_written_reads_back(write: Write, tmp_path: Path) -> None:
     assert "split" not in (tmp_path / "m.csv").read_text()
     with pytest.raises(DataError, match="no row to write"):
         write_manifest([], tmp_path / "none.csv")
+    for name in ("all.parquet", "all.tsv", "all"):  # CSV under such a name could not be read back
+        with pytest.raises(DataError, match=r"Give it a name in \.csv"):
+            write_manifest([ManifestRow(tmp_path / "a.jpg", "x")], tmp_path / name)
 
 
 # ------------------------------------------------------------------------------------------------------------- groups

@@ -42,9 +42,8 @@ def images_from_arrays(
     words = _words(labels, class_names)
     belong = [str(group) for group in groups] if groups is not None else [""] * len(words)
     if not len(images) == len(words) == len(belong):
-        raise DataError(
-            f"{len(images):,} pictures, {len(words):,} labels and {len(belong):,} groups; it takes one per picture."
-        )
+        beside = f" and {len(belong):,} groups" if groups is not None else ""
+        raise DataError(f"{len(images):,} pictures, {len(words):,} labels{beside}; it takes one of each per picture.")
     digest = hashlib.sha256()
     for picture, word, group in zip(_pictures(images), words, belong, strict=True):
         digest.update(repr((picture.mode, picture.size, word, group)).encode())

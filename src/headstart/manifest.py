@@ -107,12 +107,14 @@ def write_manifest(rows: Iterable[ManifestRow], path: str | Path) -> Path:
     out.
 
     Raises:
-        DataError: no row.
+        DataError: no row, or a name that says another format.
     """
     rows = list(rows)
     if not rows:
         raise DataError(f"{path}: there is no row to write.")
     file = Path(path).absolute()
+    if file.suffix.lower() != ".csv":
+        raise DataError(f"{path}: a manifest is written as CSV, and read as one by its name. Give it a name in .csv.")
     columns = [name for name in COLUMNS if name in ("path", "label") or any(getattr(row, name) for row in rows)]
 
     def cell(row: ManifestRow, name: str) -> str:
