@@ -164,7 +164,8 @@ def _limits(found: Sequence[records.Record]) -> str:
     ]
     for r in found:
         rates, cpu = r["rates"], r["rates_per_cpu_second"]
-        held = "held" if r["ratio"] >= BAR else f"missed: {r['ratio']:.2f}" if r["load"] < BUSY else "machine busy"
+        held = "held" if r["ratio"] >= BAR else f"missed: {r['ratio']:.2f}"
+        held = held if r["load"] < BUSY else "machine busy"
         cells = (
             f"{r['backbone']} ({r['dtype'].removeprefix('torch.')})", r["threads"], f"{r['load']:.1f}",
             *(f"{rates[n]:.0f}" for n in (*LIMITS, "frozen pass")), f"{r['ratio']:.2f}",
