@@ -41,6 +41,27 @@ def test_a_loaded_model_gives_the_same_logits_to_the_bit(model: Classifier, tmp_
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["model.json", "model.safetensors"]
 
 
+def test_a_model_of_an_earlier_version_says_nothing_of_its_features(model: Classifier, tmp_path: Path) -> None:
+    card = save(model, tmp_path) / "model.json"
+    told = json.loads(card.read_text())
+    assert told.pop("num_features") == model.num_features
+    card.write_text(json.dumps(told))
+    again = load(tmp_path)
+    assert again.num_features == model.num_features
+    with torch.no_grad():
+        assert torch.equal(model(PICTURES), again(PICTURES))
+
+
+def test_loading_watches_no_pass_of_the_backbone(tmp_path: Path) -> None:
+    model = create_classifier("test_resnet", ("no", "yes"), weights="none", image_size=32)
+    save(model, tmp_path)
+    passes: list[nn.Module] = []
+    with torch.nn.modules.module.register_module_forward_pre_hook(lambda module, _: passes.append(module)):
+        again = load(tmp_path)
+    assert passes == []
+    assert again.backbone_trace().output_shape == (1, model.num_features)  # when it is asked for
+
+
 def test_modules_of_the_users_own_are_asked_for(tmp_path: Path) -> None:
     mine = create_classifier(TinyNet(seed=1), ("a", "b"), head=nn.Linear(8, 2), data_spec=SPEC).eval()
     save(mine, tmp_path)

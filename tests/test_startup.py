@@ -30,7 +30,9 @@ def test_predict_is_quick_beyond_importing_torch_and_timm(photos: Path, tmp_path
     recipe = Recipe(stages=(Stage(epochs=1, views=1),))
     fine_tune(photos, backbone="mobilenetv2_100", weights="none", recipe=recipe, limit=9, out=tmp_path / "run")
     arguments = [sys.executable, "-c", CODE, str(tmp_path / "run"), str(photos / "red" / "red0.jpg")]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert '"pred"' in done.stdout
-    # About 0.9 s where this was written, of which a third is the process that checks the file; 1 s is what is meant.
-    assert float(done.stderr.splitlines()[-1]) < 2.0
+    seconds = []
+    for _ in range(3):  # what else the machine does stretches processor time, too, through its caches
+        done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+        assert '"pred"' in done.stdout
+        seconds.append(float(done.stderr.splitlines()[-1]))
+    assert min(seconds) < 1.0  # 0.5 to 0.7 where this was written, on a busy machine

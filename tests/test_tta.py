@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from headstart import RecipeError, create_classifier, evaluate, load_images, save
+from headstart import RecipeError, create_classifier, evaluate, load_images, predict_files, save
 from headstart.classifier import Classifier
 from headstart.cli import main
 from headstart.evaluation import predict_logits, predict_probs, tta_views
 from headstart.metrics import softmax
 from headstart.pixels import Pixels
 from headstart.recipe import POLICIES
-from headstart.recipes import predict_files
 from tiny import SPEC, TinyNet
 
 NAMES = ("blue", "green", "red")

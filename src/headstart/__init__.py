@@ -18,7 +18,7 @@ _ROOMS = {
     "errors": (
         "CheckpointError", "DataError", "HeadstartError", "Interrupted", "ModelError", "RecipeError", "SetupError",
     ),
-    "evaluation": ("Evaluation", "evaluate", "predict_logits"),
+    "evaluation": ("Evaluation", "evaluate", "predict_files", "predict_logits"),
     "findings": ("AuditResult", "DoubtfulLabel", "Finding", "read_audit"),
     "freezing": ("FreezeLine", "set_freeze_line"),
     "handover": ("Handover", "change_classes", "new_head"),
@@ -26,7 +26,7 @@ _ROOMS = {
     "plots": ("plot_confusion", "plot_history", "preview_sheet", "show_batch"),
     "recipe": ("AugmentSpec", "HeadSpec", "HiddenLayer", "Recipe", "Stage", "load_recipe"),
     "closing": ("FitResult",),
-    "recipes": ("evaluate_run", "fine_tune", "fit", "predict_files"),
+    "recipes": ("evaluate_run", "fine_tune", "fit"),
     "report": ("write_report",),
     "run": ("read_run",),
     "runtime": ("Runtime", "make_runtime"),

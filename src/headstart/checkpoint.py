@@ -23,6 +23,7 @@ FORMAT, VERSION = "headstart-model", 1
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16",
            torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
 _KEYS = {"format", "version", "backbone", "head", "pool", "class_names", "preprocessing", "versions"}
+_LATER_KEYS = {"num_features"}  # files of earlier versions lack them
 
 _ARGS: dict[str, tuple[type, ...]] = {
     "pool": (str,), "features_from": (str, type(None)), "drop_rate": (int, float), "drop_path_rate": (int, float),
@@ -44,6 +45,7 @@ def save(model: Classifier, folder: str | Path) -> Path:
         "backbone": None if model.backbone_name is None else {"name": model.backbone_name, "args": model.backbone_args},
         "head": None if model.head_spec is None else model.head_spec.to_dict(),
         "pool": model.pool,
+        "num_features": model.num_features,
         "class_names": list(model.class_names),
         "preprocessing": asdict(model.spec),
         "versions": {name: version(name) for name in ("headstart", "torch", "timm")},
@@ -109,7 +111,15 @@ def _rebuild(card: dict[str, Any], *, backbone: nn.Module | None, head: nn.Modul
     name, args = card["backbone"]["name"], dict(card["backbone"]["args"])
     if isinstance(part, HeadSpec):
         del args["pool"], args["features_from"]  # the spec holds them
-    return create_classifier(name, card["class_names"], head=part, weights="none", data_spec=spec, **args)
+    return create_classifier(
+        name,
+        card["class_names"],
+        head=part,
+        weights="none",
+        data_spec=spec,
+        num_features=card.get("num_features"),
+        **args,
+    )
 
 
 def _own_module(part: str) -> CheckpointError:
@@ -162,13 +172,16 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no model description: {error}.") from None
     if card.get("format") != FORMAT or card.get("version") != VERSION:
         raise CheckpointError(f"{path}: not a model description of this program (format {FORMAT}, version {VERSION}).")
-    if set(card) != _KEYS:
-        odd = sorted(set(card) ^ _KEYS)
+    odd = sorted((set(card) - _LATER_KEYS) ^ _KEYS)
+    if odd:
         raise CheckpointError(f"{path}: missing or unknown keys: {', '.join(odd)}.")
     _check_backbone(card["backbone"], path)
     names = card["class_names"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{path}: class_names is {names!r:.100}; it takes a list of names.")
+    width = card.get("num_features")
+    if width is not None and (type(width) is not int or width < 1):
+        raise CheckpointError(f"{path}: num_features is {width!r:.100}; it takes a whole number from 1.")
     return card
 
 

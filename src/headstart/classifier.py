@@ -32,6 +32,7 @@ class Classifier(nn.Module):
         pool: how the feature map becomes features; see `HeadSpec.pool`.
         head_spec: what `create_head` was given; None for a module of the user's.
         backbone_name, backbone_args: what `create_backbone` was given; None and {} for a module of the user's.
+        num_features: D; where it is not given, one pass of the backbone is watched for it.
         freeze_line: where `set_freeze_line` last put the line; None while everything is trainable.
     """
 
@@ -46,6 +47,7 @@ class Classifier(nn.Module):
         head_spec: HeadSpec | None = None,
         backbone_name: str | None = None,
         backbone_args: dict[str, Any] | None = None,
+        num_features: int | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.head, self.spec, self.pool = backbone, head, spec, pool
@@ -58,11 +60,13 @@ class Classifier(nn.Module):
         same = backbone_name and repr((backbone_name, self.backbone_args, spec.image_size, pool))
         if same in _traces:
             self._traced = (self._trace_key(), _traces[same])
-        shape = self.backbone_trace().output_shape
-        if same and self._traced:
-            _traces[same] = self._traced[1]
-        assert shape is not None
-        self.num_features = shape[1]
+        if num_features is None:
+            shape = self.backbone_trace().output_shape
+            if same and self._traced:
+                _traces[same] = self._traced[1]
+            assert shape is not None
+            num_features = shape[1]
+        self.num_features = num_features
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Logits [N, C] for pixels [N, 3, S, S] on the 0-255 scale."""
@@ -176,6 +180,7 @@ def create_classifier(
     interpolation: str | None = None,
     crop_pct: float | None = None,
     fit: str | None = None,
+    num_features: int | None = None,
 ) -> Classifier:
     """Put a new head on a backbone; nothing is frozen until `set_freeze_line` says so.
 
@@ -187,6 +192,7 @@ def create_classifier(
         pool, features_from: for a head that is a module; a spec says it itself.
         seed: seeds the head, and the backbone where it starts from random weights.
         image_size, ..., fit: single values of the preprocessing put in place of the weights' own.
+        num_features: what the backbone gives, where that is known (a saved model): its pass is then not watched for it.
     Raises:
         ModelError: parts that do not fit together; also whatever `create_backbone` raises.
     """
@@ -221,7 +227,9 @@ def create_classifier(
     spec = override_spec(spec, **changes)
     # An earlier block has nothing of the network's own head behind it, so its map is averaged.
     pool = "avg" if features_from and pool == "backbone" else pool
-    model = Classifier(net, nn.Identity(), spec, names, pool=pool, backbone_name=name, backbone_args=args)
+    model = Classifier(
+        net, nn.Identity(), spec, names, pool=pool, backbone_name=name, backbone_args=args, num_features=num_features
+    )
     if isinstance(head, HeadSpec):
         model.head_spec = head
         with seeded(seed):

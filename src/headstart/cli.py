@@ -206,14 +206,14 @@ def _predict(args: argparse.Namespace) -> int:
 
     if args.csv:
         check_target(args.csv)
-    from . import recipes
+    from . import evaluation
     from .dataset import bad_reasons, list_image_files
 
     files = list_image_files(args.paths)
     reasons = bad_reasons(files, workers=args.workers or 0)
     good = [path for path, reason in zip(files, reasons, strict=True) if reason is None]
     machine = given(args, "device", "precision", "workers", "tta")
-    rows = recipes.predict_files(args.model, good, progress=not args.quiet, **machine) if good else []
+    rows = evaluation.predict_files(args.model, good, progress=not args.quiet, **machine) if good else []
     for path, reason in zip(files, reasons, strict=True):
         if reason is not None:
             print(f"headstart predict: {path} cannot be read: {reason}", file=sys.stderr)

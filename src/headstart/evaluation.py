@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .checkpoint import load
 from .classifier import Classifier
 from .dataset import ImageTable
 from .errors import DataError, RecipeError
@@ -19,6 +22,7 @@ from .once import Advance, fast_kernels
 from .pixels import Pixels
 from .recipe import POLICIES
 from .runtime import Runtime, make_runtime
+from .terminal import ProgressBar
 
 BATCH_SIZE = 32  # one batch shape everywhere: the same picture in the same batch then gives the same bits
 MOST_VIEWS = 100
@@ -158,6 +162,51 @@ def evaluate(
     runtime = runtime or make_runtime(precision="fp32")
     pixels = Pixels(table, model.spec, workers=runtime.workers, cache_bytes=0)
     return Evaluation.from_probs(predict_probs(model, pixels, tta=tta, runtime=runtime, advance=advance), table)
+
+
+def predict_files(
+    run: str | Path | Classifier,
+    paths: Sequence[str | Path],
+    *,
+    tta: str | int = "none",
+    device: str = "auto",
+    precision: str = "fp32",
+    workers: int | None = None,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Predict pictures with a saved model.
+
+    Args:
+        tta: average over several views of each picture; see `tta_views`.
+
+    Returns:
+        One dict per picture in the order given: `path`, `pred`, `prob`, and `probs` {class name: probability}.
+    Raises:
+        DataError: a file cannot be read.
+    """
+    views = len(tta_views(tta))
+    runtime = make_runtime(device=device, precision=precision, workers=workers)
+    model = run.to(runtime.device) if isinstance(run, Classifier) else load(run, device=runtime.device)
+    files = tuple(Path(path) for path in paths)
+    table = ImageTable(
+        root=Path.cwd(),
+        paths=files,
+        labels=np.zeros(len(files), dtype=np.int64),
+        class_names=model.class_names,
+        split_names=("",) * len(files),
+    )
+    pixels = Pixels(table, model.spec, workers=runtime.workers, cache_bytes=0)
+    with ProgressBar(len(files) * views, "Predicting", enabled=progress) as bar:
+        probs = predict_probs(model, pixels, tta=tta, runtime=runtime, advance=bar.advance)
+    return [
+        {
+            "path": str(path),
+            "pred": model.class_names[row.argmax()],
+            "prob": float(row.max()),
+            "probs": {name: float(p) for name, p in zip(model.class_names, row, strict=True)},
+        }
+        for path, row in zip(paths, probs, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from .bench import Bench, Data, find_data, make_bench, require_validation, say_left_out
@@ -17,12 +16,12 @@ from .closing import FitResult, finish, leaked_rows, leave_usable, trained_on, w
 from .dataset import ImageTable, Splits, check_images, load_images
 from .diary import Diary
 from .errors import HeadstartError, Interrupted, ModelError, RecipeError, SetupError
-from .evaluation import evaluate, predict_probs, tta_views
+from .evaluation import evaluate, tta_views
 from .freezing import set_freeze_line
 from .handover import change_classes
 from .harm import single_changes, transform_costs
 from .mixing import check_mixing
-from .pixels import Augment, Pixels
+from .pixels import Augment
 from .recipe import FINE_TUNE_STAGE, POLICIES, RECIPES, AugmentSpec, HeadSpec, Recipe, Stage, load_recipe
 from .run import check_run_path, open_run
 from .runtime import Runtime, make_runtime
@@ -275,51 +274,6 @@ def check_transforms(
     say_left_out(table, True)
     with ProgressBar(len(table) * (1 + len(single_changes(augment))), "Trying changes", enabled=progress) as bar:
         return transform_costs(model, table, augment, runtime=runtime, advance=bar.advance)
-
-
-def predict_files(
-    run: str | Path | Classifier,
-    paths: Sequence[str | Path],
-    *,
-    tta: str | int = "none",
-    device: str = "auto",
-    precision: str = "fp32",
-    workers: int | None = None,
-    progress: bool = False,
-) -> list[dict[str, Any]]:
-    """Predict pictures with a saved model.
-
-    Args:
-        tta: average over several views of each picture; see `tta_views`.
-
-    Returns:
-        One dict per picture in the order given: `path`, `pred`, `prob`, and `probs` {class name: probability}.
-    Raises:
-        DataError: a file cannot be read.
-    """
-    views = len(tta_views(tta))
-    runtime = make_runtime(device=device, precision=precision, workers=workers)
-    model = run.to(runtime.device) if isinstance(run, Classifier) else load(run, device=runtime.device)
-    files = tuple(Path(path) for path in paths)
-    table = ImageTable(
-        root=Path.cwd(),
-        paths=files,
-        labels=np.zeros(len(files), dtype=np.int64),
-        class_names=model.class_names,
-        split_names=("",) * len(files),
-    )
-    pixels = Pixels(table, model.spec, workers=runtime.workers, cache_bytes=0)
-    with ProgressBar(len(files) * views, "Predicting", enabled=progress) as bar:
-        probs = predict_probs(model, pixels, tta=tta, runtime=runtime, advance=bar.advance)
-    return [
-        {
-            "path": str(path),
-            "pred": model.class_names[row.argmax()],
-            "prob": float(row.max()),
-            "probs": {name: float(p) for name, p in zip(model.class_names, row, strict=True)},
-        }
-        for path, row in zip(paths, probs, strict=True)
-    ]
 
 
 def _say_seen(diary: Diary, splits: Splits) -> None:
