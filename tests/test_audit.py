@@ -368,12 +368,19 @@ def test_the_result_is_written_whole_and_read_back(
     assert main(["audit", str(trees), "--fast", "--out", str(out), "--quiet"]) == 0
     table = capsys.readouterr().out
     assert table.index("unreadable") < table.index("near-leaks") < table.index("few-pictures")
-    assert "\n         train/ash/empty.jpg\n\nerror " in table
+    assert "\n         train/ash/empty.jpg: an empty file (0 bytes)\n\nerror " in table
     assert "\n         train/ash/ash_21.jpg and test/ash/again.png\n" in table
     sheets = {"near-leaks.jpg", "unreadable.jpg", "few-pictures.jpg"}
     assert {path.name for path in out.iterdir()} == {"audit.json", "audit.html", *sheets}
     with Image.open(out / "near-leaks.jpg") as sheet:
         assert sheet.width > 200
+    (out / "mine.jpg").write_bytes(b"")
+    Path(trees / "test/ash/again.png").unlink()
+    assert main(["audit", str(trees), "--fast", "--out", str(out), "--quiet"]) == 0
+    assert {path.name for path in out.glob("*.jpg")} == {*sheets, "mine.jpg"} - {"near-leaks.jpg"}  # of an audit before
+    scene(3).save(trees / "test/ash/again.png")
+    assert main(["audit", str(trees), "--fast", "--out", str(out), "--quiet"]) == 0
+    capsys.readouterr()
     result = read_audit(out / "audit.json")
     assert result.of_kind("near-leaks")[0].groups == (("train/ash/ash_21.jpg", "test/ash/again.png"),)
     assert main(["audit", str(trees), "--fast", "--json", "--quiet"]) == 0

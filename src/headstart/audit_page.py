@@ -78,7 +78,7 @@ def _headline(result: AuditResult) -> str:
     pairs = [
         ("Pictures", f"{result.pictures:,}"),
         ("Classes", f"{len(result.class_names):,}"),
-        ("Splits", ", ".join(f"{sum(n.values()):,} {esc(split)}" for split, n in result.counts.items())),
+        ("Splits", ", ".join(f"{n:,} {esc(split)}" for split, n in result.split_sizes.items()) or "none yet"),
     ]
     start = f'<a class="start" href="#review">Review {_counted(_queue(result), "doubtful label")}</a>'
     name = Path(result.root).name or result.root

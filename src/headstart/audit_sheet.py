@@ -12,20 +12,20 @@ from PIL import Image, ImageDraw
 
 from .dataset import open_image
 from .errors import DataError
-from .findings import AuditResult, Finding
+from .findings import UNOPENED, AuditResult, Finding, read_audit
 from .run import replacing, to_json, write_atomic
 
 AUDIT_FILE = "audit.json"
 THUMBNAIL_PX, COLUMNS, MOST_THUMBNAILS = 128, 8, 64
 LINES, LINE_PX, GAP_PX = 3, 14, 6  # of text below a thumbnail: one for its name, two for what is said of it
 INDENT, WIDTH = " " * 9, 100  # of the text in the terminal
-MOST_NAMED, MOST_GROUPS = 3, 2  # files of a finding, and groups of them, in the terminal
+MOST_NAMED, MOST_GROUPS, MOST_UNREAD = 3, 2, 10  # files of a finding in the terminal, groups, unreadable ones
 
 
 def findings_text(result: AuditResult) -> str:
     """Findings, most severe first, each with its sentence, advice and first files; a line that says so without any."""
-    counts = ", ".join(f"{sum(classes.values()):,} {split}" for split, classes in result.counts.items())
-    head = f"{result.pictures:,} pictures ({counts}), {len(result.class_names):,} classes"
+    sizes = ", ".join(f"{n:,} {split}" for split, n in result.split_sizes.items())
+    head = f"{result.pictures:,} pictures{f' ({sizes})' if sizes else ''}, {len(result.class_names):,} classes"
     if not result.findings:
         return f"{head}: nothing was found."
     blocks = (
@@ -42,9 +42,9 @@ def _filled(text: str) -> str:
     )
 
 
-def _indented(line: str, by: str) -> str:
-    """The line on a line of its own; nothing for an empty one."""
-    return f"\n{by}{line}" if line else ""
+def _indented(lines: str, by: str) -> str:
+    """These lines behind others; nothing where there are none."""
+    return "\n" + textwrap.indent(lines, by) if lines else ""
 
 
 def finding_line(finding: Finding) -> str:
@@ -54,9 +54,16 @@ def finding_line(finding: Finding) -> str:
 
 
 def first_files(finding: Finding) -> str:
-    """The first files, or the first groups; empty without any. Sheets and audit.json have all of them."""
+    """The first files, or the first groups; empty without any. The sheets and audit.json have all of them.
+
+    What cannot be read has a line for each file, with the reason.
+    """
     if not finding.files:
         return ""
+    if finding.kind in UNOPENED:
+        lines = [f"{file}: {why}" for file, why in zip(finding.files, finding.details, strict=True)]
+        left = len(lines) - MOST_UNREAD
+        return "\n".join([*lines[:MOST_UNREAD], *([f"and {left:,} more"] if left > 0 else [])])
     if finding.examples:
         return f"such as {', '.join(finding.files[:MOST_NAMED])}"
     groups = finding.groups or (finding.files,)
@@ -75,20 +82,41 @@ def _listed(files: Sequence[str]) -> str:
 def write_audit(result: AuditResult, folder: str | Path) -> Path:
     """Write `audit.json` and a sheet for each finding that names files; returns the path of audit.json.
 
-    A sheet is called `KIND.jpg`, the second of a kind `KIND-2.jpg`. Files of those names in the folder are replaced.
+    A sheet is called `KIND.jpg`, the second of a kind `KIND-2.jpg`. Files of those names in the folder are replaced,
+    and sheets of an earlier audit there are removed.
     """
     folder = Path(folder).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    sheets = _sheets(result.findings)
+    for name in _earlier_sheets(folder) - set(sheets):
+        (folder / name).unlink(missing_ok=True)
     write_atomic(folder / AUDIT_FILE, to_json(result.to_dict(), indent=1) + b"\n")
+    for name, finding in sheets.items():
+        sheet = draw_sheet(finding, Path(result.root), result.unopened)
+        with replacing(folder / name) as temporary, temporary.open("xb") as file:
+            sheet.save(file, "JPEG", quality=85)
+    return folder / AUDIT_FILE
+
+
+def _sheets(findings: Sequence[Finding]) -> dict[str, Finding]:
+    """File name -> the finding that it shows."""
     seen: Counter[str] = Counter()
-    for finding in result.findings:
+    sheets = {}
+    for finding in findings:
         if finding.files:
             seen[finding.kind] += 1
             number = f"-{seen[finding.kind]}" if seen[finding.kind] > 1 else ""
-            sheet = draw_sheet(finding, Path(result.root), result.unopened)
-            with replacing(folder / f"{finding.kind}{number}.jpg") as temporary, temporary.open("xb") as file:
-                sheet.save(file, "JPEG", quality=85)
-    return folder / AUDIT_FILE
+            sheets[f"{finding.kind}{number}.jpg"] = finding
+    return sheets
+
+
+def _earlier_sheets(folder: Path) -> set[str]:
+    """Names of the sheets that an earlier audit has written into the folder."""
+    try:
+        names = _sheets(read_audit(folder / AUDIT_FILE).findings)
+    except Exception:  # none there, or whatever somebody has called audit.json
+        return set()
+    return {name for name in names if Path(name).name == name}
 
 
 def draw_sheet(finding: Finding, root: Path, unopened: Set[str] = frozenset()) -> Image.Image:

@@ -102,20 +102,20 @@ def _hidden_part(part: str) -> tuple[str, str | float]:
     return "activation", part
 
 
-def read_augment(text: str) -> str | AugmentSpec:
-    """A policy's name as it is, or the ranges from a JSON file."""
+def read_augment(text: str, flag: str = "--augment") -> str | AugmentSpec:
+    """A policy's name as it is, or the ranges from a JSON file, as given behind `flag`."""
     if text in POLICIES:
         return text
     path = Path(text)
     if not path.is_file():
         raise RecipeError(
-            f"--augment is {text!r}: neither a policy ({', '.join(POLICIES)}) nor a file."
+            f"{flag} is {text!r}: neither a policy ({', '.join(POLICIES)}) nor a file."
             f"{near_matches(text, tuple(POLICIES))}"
         )
     try:
         return AugmentSpec.from_dict(json.loads(path.read_text(encoding="utf-8")), where=text)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RecipeError(f"--augment {text}: not a JSON file ({error}).") from None
+        raise RecipeError(f"{flag} {text}: not a JSON file ({error}).") from None
 
 
 def picture_overrides(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def add_transforms_option(parser: argparse.ArgumentParser) -> None:
 
 def run_transforms(args: argparse.Namespace) -> int:
     """Try the changes, print the table; returns the exit code."""
-    policy = read_augment(args.transforms) if args.transforms else None
+    policy = read_augment(args.transforms, "--transforms") if args.transforms else None
     from . import recipes
 
     rows = recipes.check_transforms(

@@ -92,6 +92,11 @@ class AuditResult:
         """Files that cannot be read, and are not opened for a thumbnail."""
         return frozenset(file for one in self.findings if one.kind in UNOPENED for file in one.files)
 
+    @property
+    def split_sizes(self) -> dict[str, int]:
+        """Split -> pictures; empty for a folder without splits."""
+        return {split: sum(classes.values()) for split, classes in self.counts.items() if split != "all"}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `audit.json` holds them."""
         return dataclasses.asdict(self)
