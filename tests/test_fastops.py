@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import timm
@@ -12,10 +13,12 @@ import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from headstart import fastops, numerics
 from headstart.fastops import (
     DepthwiseConv,
+    InPlaceReLU6,
     depthwise_grad_input,
     fast_depthwise,
     fast_squeeze_excite,
@@ -220,6 +223,29 @@ def test_norm_in_training_mode_is_not_fused() -> None:
     assert torch.equal(net.norm.running_mean, twin.norm.running_mean)
     assert net.norm.num_batches_tracked == 1
     assert net.norm.act.inplace
+
+
+def test_relu6_in_place_copies_nothing_and_has_the_stock_gradient() -> None:
+    x = torch.cat([draw(2, 3, 4, 4, dtype=torch.float32) * 5, torch.tensor([0.0, 6.0]).expand(2, 3, 4, 2)], dim=3)
+    for a, b in zip(
+        gradients(lambda t: InPlaceReLU6.apply(t * 1), x), gradients(lambda t: F.relu6(t * 1), x), strict=True
+    ):
+        assert torch.equal(a, b)
+    net = nn.Sequential(nn.Conv2d(3, 6, 1), BatchNormAct2d(6, act_layer=nn.ReLU6), nn.Conv2d(6, 2, 1)).eval()
+
+    class Clones(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.count += func is torch.ops.aten.clone.default
+            return func(*args, **(kwargs or {}))
+
+    found = []
+    for fused in (False, True):
+        with fuse_fixed_batchnorm(net) if fused else nullcontext(), Clones() as clones:
+            net(x).sum().backward()
+        found.append(clones.count)
+    assert found == [1, 0]
 
 
 def test_convolution_that_others_read_is_not_fused() -> None:

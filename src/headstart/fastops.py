@@ -197,9 +197,31 @@ class _FusedNorm(nn.BatchNorm2d):
         return super().forward(input) if self.training else input
 
 
+class InPlaceReLU6(torch.autograd.Function):
+    """min(max(x, 0), 6) in place, with a backward that reads the result: the stock one copies the input for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        result = F.relu6(x, inplace=True)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (result,) = ctx.saved_tensors
+        wanted: Tensor = torch.ops.aten.hardtanh_backward(grad, result, 0.0, 6.0)
+        return wanted
+
+
 class _FusedNormAct(BatchNormAct2d):
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = super().forward(x) if self.training else self.act(self.drop(x))  # type: ignore[no-untyped-call]
+        if self.training:
+            return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
+        x = self.drop(x)
+        is_copied = type(self.act) is nn.ReLU6 and self.act.inplace and x.requires_grad and torch.is_grad_enabled()
+        result: Tensor = InPlaceReLU6.apply(x) if is_copied else self.act(x)
         return result
 
 
