@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from conftest import make_picture
-from headstart import Entrant, RecipeError, Shootout, fine_tune, load, load_images, shootout, split
+from headstart import Entrant, ImageTable, RecipeError, Shootout, Splits, fine_tune, load, load_images, shootout, split
 from headstart.cli import main
 from headstart.cli_shootout import shootout_table
-from headstart.contest import estimated_seconds, pareto_front
+from headstart.contest import _seen, estimated_seconds, pareto_front
 from headstart.recipe import HEAD_STAGE, RECIPES, Recipe, Stage
 from headstart.run import read_run
 
@@ -114,6 +114,10 @@ def test_a_run_folder_takes_part_with_its_own_weights(shot: Shootout) -> None:
             Entrant.parse(wrong)
 
 
+def ours_of(table: ImageTable) -> Splits:
+    return split(table, seed=PLAN.seed)
+
+
 def test_a_run_folder_goes_through_a_whole_shootout_and_what_it_has_seen_is_told(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,12 +138,19 @@ def test_a_run_folder_goes_through_a_whole_shootout_and_what_it_has_seen_is_told
     assert final.metrics["val"]["log_loss"] == row["fine_tuned"]["log_loss"]
     # What the run had in its own train and validation splits, by name.
     met = {Path(p["path"]).name for p in read_run(base).splits if p["split"] != "test"}
-    ours = split(load_images(folder), seed=PLAN.seed)
+    ours = ours_of(table)
     assert row["seen"] == {
         part: sum(path.name in met for path in ours.named()[part].paths) for part in ("val", "test")
     }  # fmt: skip
     assert row["seen"]["test"] > 0
     assert "seen" not in other
+    # A head alone was trained there: its backbone has met nothing.
+    alone = fine_tune(
+        split(table, seed=5), backbone="test_resnet", weights="none", recipe=replace(PLAN, stages=PLAN.stages[:1]),
+        out=tmp_path / "head", audit=False, **MACHINE,
+    ).run_path  # fmt: skip
+    assert _seen(Entrant.parse(str(alone)), ours_of(table), False) == {}
+    assert _seen(Entrant.parse(str(base)), ours_of(table), False) == {"seen": row["seen"]}
     told = f"and {row['seen']['test']} test pictures trained this run or chose its state"
     assert told in found.page_path.read_text()
     assert told in shootout_table(found.results)

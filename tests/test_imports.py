@@ -174,6 +174,7 @@ SIDEWAYS = {
     ("lr_finder", "bench"),
     ("lr_finder", "recipes"),
     ("sweeps", "bench"),
+    ("sweeps", "comparison"),
     ("sweeps", "recipes"),
     ("demo", "recipes"),
     ("cli", "cli_audit"),

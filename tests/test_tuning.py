@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 import headstart
-from headstart import Recipe, RecipeError, Space, Stage, find_lr, fine_tune, load_images, split, sweep
+from headstart import ModelError, Recipe, RecipeError, Space, Stage, find_lr, fine_tune, load_images, split, sweep
 from headstart.bench import Bench
 from headstart.cli import main
 from headstart.features import make_source
@@ -185,6 +186,21 @@ def test_tpe_draws_from_ranges_and_lines(photos: Path, tmp_path: Path) -> None:
     more = [t["values"] for t in sweep(bench, trials=5, **call, **stored).results["trials"]]
     assert len({json.dumps(values) for values in more}) == 5
     assert more == [t["values"] for t in sweep(bench, trials=5, **call, out=tmp_path / "at once").results["trials"]]
+
+
+def test_random_weights_go_to_every_backbone_and_a_wrong_line_is_found_before_any_trial(
+    photos: Path, tmp_path: Path
+) -> None:
+    bench = bench_of(photos)
+    space = Space(values={"backbone": ("test_resnet", "test_vit")})
+    quick = replace(HEAD, stages=(replace(HEAD.stages[0], epochs=1),))
+    found = sweep(bench, space=space, recipe=quick, out=tmp_path / "out", **NET)  # of weights none
+    assert [t["state"] for t in found.results["trials"]] == ["complete", "complete"]
+    assert tuned_on(tmp_path / "out" / "best.json")["weights"] == "none"
+    lines = Space(values={"freeze_line": ("head", "nowhere")})
+    with pytest.raises(ModelError, match="'nowhere' selects nothing"):
+        sweep(bench, space=lines, recipe=quick, out=tmp_path / "wrong", **NET)
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_a_hopeless_trial_is_ended_early(photos: Path, tmp_path: Path) -> None:

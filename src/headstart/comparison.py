@@ -139,7 +139,7 @@ def compare(
         raise RecipeError("The test split is empty, but a comparison is made on it. Hold some out: --test 0.15.")
     overrides = {p.name: _overrides(spec_overrides or {}, (budgets or {}).get(p.name)) for p in plans}
     # A line that selects nothing is found before hours are spent on the others.
-    sizes = {plan.name: _check_lines(plan, backbone, bench, overrides[plan.name]) for plan in plans}
+    sizes = {plan.name: check_lines(plan, backbone, bench, overrides[plan.name]) for plan in plans}
     settings = {
         "backbone": backbone,
         "weights": str(weights or "hub"),
@@ -188,8 +188,12 @@ def _overrides(shared: Mapping[str, Any], budget: Budget | None) -> dict[str, An
     return {**shared, **({"image_size": size} if size is not None else {})}
 
 
-def _check_lines(plan: Recipe, backbone: str, bench: Bench, overrides: Mapping[str, Any]) -> int:
-    """Place every line once; returns the side of the pictures."""
+def check_lines(plan: Recipe, backbone: str, bench: Bench, overrides: Mapping[str, Any]) -> int:
+    """Place every line once, on random weights; returns the side of the pictures.
+
+    Raises:
+        ModelError: a line that selects nothing.
+    """
     model = create_classifier(backbone, bench.splits.class_names, head=plan.head, weights="none", **overrides)
     for stage in plan.stages:
         set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)

@@ -208,11 +208,18 @@ def _probed(
 
 def _seen(one: Entrant, splits: Splits, show: bool) -> dict[str, Any]:
     """How many of the pictures that score it a run folder has met before: its figures are then too good."""
-    if one.weights is None or not is_run(one.weights):
+    if one.weights is None or not is_run(one.weights) or not _trained_its_backbone(Path(one.weights)):
         return {}
     row = {"seen": {part: int(trained_on(Path(one.weights), splits.named()[part]).sum()) for part in ("val", "test")}}
     say(f"{one.label}: {seen_words(row)}", enabled=show and any(row["seen"].values()))
     return row
+
+
+def _trained_its_backbone(run: Path) -> bool:
+    """Whether its backbone is more than the weights it began with; a run that began with another's is taken to be."""
+    metrics = read_run(run).metrics
+    began_with_a_run = is_run(metrics.get("weights") or "")
+    return began_with_a_run or any(stage["freeze_line"] != "head" for stage in metrics.get("stages", []))
 
 
 def _costs(model: Classifier, bench: Bench) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .bench import Bench, data_digest, make_bench, settle
+from .comparison import check_lines
 from .errors import HeadstartError, RecipeError, SetupError
 from .owners import is_gone, this_process
 from .plots import plot_parallel
@@ -140,6 +141,9 @@ def sweep(
         seed=plan.seed, share=share, progress=progress, **data_options,
     )  # fmt: skip
     bench = bench.without_test()
+    where = dict.fromkeys((str(p.get("backbone", backbone)), p.get("freeze_line")) for p in space.grid())
+    for name, line in where:  # before hours are spent on the trials in front of one that cannot be
+        check_lines(trial_recipe(plan, {"freeze_line": line} if line else {}), name, bench, spec_overrides or {})
     settings = {
         "data": data_digest(bench.splits), "recipe": json.loads(to_json(plan.to_dict())), "backbone": backbone,
         "weights": str(weights or "hub"), "pictures": json.loads(to_json(dict(spec_overrides or {}))),
@@ -269,7 +273,7 @@ def _try(
     try:
         recipe = trial_recipe(plan, point)
         result = fine_tune(
-            bench, recipe=recipe, backbone=name, weights=weights if name == backbone else None,
+            bench, recipe=recipe, backbone=name, weights=_own(weights, name, backbone),
             spec_overrides=overrides, log=watch,
         )  # fmt: skip
     except optuna.TrialPruned:
@@ -295,6 +299,11 @@ def _try(
         f" ({time.perf_counter() - started:.1f} s)",
         enabled=progress,
     )
+
+
+def _own(weights: str | Path | None, name: str, backbone: str) -> str | Path | None:
+    """What was given, for the backbone it was given with; a file or run fits no other, `none` fits all."""
+    return weights if name == backbone or str(weights) == "none" else None
 
 
 def describe(point: Mapping[str, Any]) -> str:
@@ -326,7 +335,7 @@ def _finish(results: dict[str, Any], plan: Recipe, folder: Path) -> Sweep:
         recipe = replace(trial_recipe(plan, best["values"]), name="best")
         settings = results["settings"]
         backbone = str(best["values"].get("backbone", settings["backbone"]))
-        weights = settings["weights"] if backbone == settings["backbone"] and settings["weights"] != "hub" else None
+        weights = _own(settings["weights"], backbone, settings["backbone"]) if settings["weights"] != "hub" else None
         write_tuned(
             folder / "best.json", recipe, backbone=backbone, weights=weights_of(plan, weights),
             pictures=settings["pictures"],
