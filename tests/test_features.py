@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,23 @@ def test_stored_features_equal_recomputed_ones(photos: Path) -> None:
     redrawn = store_features(model, other_seed, views=2, runtime=CPU)
     assert torch.equal(redrawn[:, 0], stored[:, 0])  # the plain view knows no seed
     assert not torch.equal(redrawn[:, 1], stored[:, 1])
+
+
+def test_the_frozen_pass_computes_in_bfloat16_and_validation_in_float32(photos: Path) -> None:
+    splits = split(load_images(photos))
+    model = create_classifier(TinyNet(), splits.class_names, data_spec=SPEC)
+    set_freeze_line(model, "head")
+    train, val = Pixels(splits.train, SPEC), Pixels(splits.val, SPEC)
+    exact = make_source(train, val, model, views=1, runtime=CPU)
+    half = make_source(train, val, model, views=1, runtime=replace(CPU, dtype=torch.bfloat16))
+    assert isinstance(exact.train, FeatureSource)
+    assert isinstance(half.train, FeatureSource)
+    assert half.train.features.dtype == torch.float32
+    apart = (half.train.features - exact.train.features).norm() / exact.train.features.norm()
+    assert 1e-4 < float(apart) < 5e-2
+    assert isinstance(exact.val, FeatureSource)
+    assert isinstance(half.val, FeatureSource)
+    assert torch.equal(half.val.features, exact.val.features)
 
 
 def test_pixels_are_the_same_with_and_without_a_cache(photos: Path) -> None:
