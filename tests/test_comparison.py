@@ -15,7 +15,7 @@ from conftest import make_picture
 from headstart import Budget, CheckpointError, ModelError, RecipeError, compare, read_run
 from headstart.cli import main
 from headstart.comparison import _pair_sentence, named_recipe, run_name
-from headstart.metrics import holm, paired_difference
+from headstart.metrics import holm, judge_pairs, paired_difference
 from headstart.recipe import RECIPES, load_recipe
 
 MACHINE: dict[str, Any] = {
@@ -107,6 +107,19 @@ def test_an_interval_that_leaves_0_out_where_nothing_is_shown_says_why() -> None
     assert told.endswith("0 lies outside, but beside the other 9 pairs chance explains that (p = 0.30).")
     assert "by the exact test" in _pair_sentence({**pair, "p": 0.06, "p_adjusted": 0.06}, 1)
     assert "lies outside" not in _pair_sentence({**pair, "low": -0.02, "p": 0.3, "p_adjusted": 0.3}, 10)
+
+
+def test_a_difference_is_shown_where_test_and_interval_agree() -> None:
+    # Six pictures that one of three trainings gets right more often: a small p, an interval that takes 0 in.
+    three = np.zeros((3, 400))
+    three[0, :6] = 1
+    few, many = paired_difference(three, 0 * three), paired_difference(np.ones(40), np.arange(40) % 4 > 0)
+    assert few["p"] < 0.05
+    assert few["low"] < 0
+    pairs: list[dict[str, Any]] = [dict(few), dict(many), {**many, "p": 0.04}]
+    judge_pairs(pairs)
+    assert [pair["shown"] for pair in pairs] == [False, True, False]
+    assert pairs[2]["p_adjusted"] == pytest.approx(2 * few["p"])
 
 
 class Parser(HTMLParser):

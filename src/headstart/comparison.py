@@ -20,7 +20,7 @@ from .comparison_page import write_comparison
 from .dataset import ImageTable, Splits
 from .errors import HeadstartError, RecipeError
 from .freezing import set_freeze_line
-from .metrics import holm, paired_difference, wilson_interval
+from .metrics import judge_pairs, paired_difference, wilson_interval
 from .recipe import RECIPES, Recipe, load_recipe
 from .recipes import fine_tune, weights_of
 from .run import RunRecord, read_run, to_json, write_atomic
@@ -251,8 +251,8 @@ def summarise(runs: Mapping[str, Sequence[RunRecord]], splits: Splits) -> dict[s
         # The one that is better on validation first: the test split chooses nothing.
         a, b = sorted((a, b), key=lambda e: e["val"]["log_loss"])
         pairs.append({"a": a["name"], "b": b["name"], **paired_difference(right[a["name"]], right[b["name"]])})
-    for pair, p in zip(pairs, holm([pair["p"] for pair in pairs]), strict=True):
-        pair["p_adjusted"], pair["shown"] = p, p < 0.05
+    judge_pairs(pairs)
+    for pair in pairs:
         pair["sentence"] = _pair_sentence(pair, len(pairs))
     return {
         "class_names": list(splits.class_names),

@@ -28,7 +28,7 @@ from .errors import HeadstartError, RecipeError
 from .features import FeatureSource, make_source
 from .freezing import set_freeze_line
 from .linear import fit_ridge
-from .metrics import holm, paired_difference, wilson_interval
+from .metrics import judge_pairs, paired_difference, wilson_interval
 from .once import fast_kernels
 from .recipe import Recipe, load_recipe
 from .recipes import weights_of
@@ -327,8 +327,8 @@ def _pairs(runs: Mapping[str, RunRecord]) -> list[dict[str, Any]]:
     pairs: list[dict[str, Any]] = [
         {"a": a, "b": b, **paired_difference(right[a], right[b])} for a, b in combinations(right, 2)
     ]
-    for pair, p in zip(pairs, holm([pair["p"] for pair in pairs]), strict=True):
-        pair["p_adjusted"], pair["shown"] = p, p < 0.05
+    judge_pairs(pairs)
+    for pair in pairs:
         better, worse = (pair["a"], pair["b"]) if pair["difference"] > 0 else (pair["b"], pair["a"])
         points, n = 100 * abs(pair["difference"]), f"{pair['n']:,} validation pictures"
         pair["sentence"] = (

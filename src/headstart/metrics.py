@@ -89,6 +89,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def judge_pairs(pairs: Sequence[dict[str, Any]]) -> None:
+    """Say of each pair what `paired_difference` found whether it shows a difference beside the others.
+
+    Adds p_adjusted (Holm's) and shown: below 0.05, and 0 lies outside the interval. The two can disagree where few
+    pictures differ, and what lies within the interval is no difference.
+    """
+    for pair, p in zip(pairs, holm([pair["p"] for pair in pairs]), strict=True):
+        pair["p_adjusted"], pair["shown"] = p, p < 0.05 and not pair["low"] <= 0 <= pair["high"]
+
+
 def sample_losses(probs: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
     """Minus the log of the probability given to the true class, `[N]` in nats.
 
