@@ -350,7 +350,8 @@ def _pairs(results: Mapping[str, Any]) -> str:
         table(header, rows, label="pairs of recipes", numbers=range(1, 5)),
         "<p class='note'>Both recipes answer the same test pictures, so only those count that one of them alone gets "
         "right: McNemar's exact test for one seed, turning signs at random for the mean of several; p adjusted for the "
-        "number of pairs (Holm). Shown: p is below 0.05 and the interval leaves 0 out. It tells how far other pictures could change the answer, not other trainings.</p>",
+        "number of pairs (Holm). Shown: p is below 0.05 and the interval leaves 0 out. It tells how far other pictures "
+        "could change the answer, not other trainings.</p>",
     )
 
 
