@@ -1,6 +1,7 @@
 """How many stored views of a picture are as good as a fresh one in every epoch?
 
     python benchmarks/views.py run [--sets flowers5,hymenoptera,hotdog] [--seeds 0,1,2]
+    python benchmarks/views.py stored --sets hotdog                   # without the fresh ones: a fourth of the price
     python benchmarks/views.py pixels --sets flowers5 --seeds 0       # fresh views through the whole network
     python benchmarks/views.py fine-tune --sets flowers5 --seeds 0    # the same question for the second stage
     python benchmarks/views.py table [--write]                        # the tables in docs/benchmarks.md
@@ -23,6 +24,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,8 +88,9 @@ def outcome(result: StageResult, scored: Evaluation, **known: object) -> Record:
     }  # fmt: skip
 
 
-def head_stages(name: str, seed: int) -> list[Record]:
+def head_stages(name: str, seed: int, *, kinds: tuple[int | str, ...] = (*VIEWS, FRESH)) -> list[Record]:
     """The head stage with every number of stored views and with fresh ones, from the same first weights."""
+    needed = 1 + STAGE.epochs if FRESH in kinds else max(map(int, kinds))
     bench, model = opened(name, seed)
     headstart.set_freeze_line(model, STAGE.freeze_line)
     parts = {
@@ -104,16 +107,14 @@ def head_stages(name: str, seed: int) -> list[Record]:
                 parts["train"].batch(chosen, [view] * len(chosen))
 
     _, decoding = timed(decode)
-    features, passing = timed(
-        lambda: store_features(model, parts["train"], views=1 + STAGE.epochs, runtime=bench.runtime)
-    )
+    features, passing = timed(lambda: store_features(model, parts["train"], views=needed, runtime=bench.runtime))
     exact = replace(bench.runtime, dtype=torch.float32)
     (val, test), scoring = timed(
         lambda: [store_features(model, parts[split], runtime=exact) for split in ("val", "test")]
     )
     each, untrained = passing / features.shape[1], snapshot(model)
     found = []
-    for kind in (*VIEWS, FRESH):
+    for kind in kinds:
         restore(model, untrained)
         views = STAGE.epochs if kind == FRESH else int(kind)
         source = (
@@ -242,6 +243,7 @@ def table() -> str:
 
 JOBS: dict[str, tuple[Callable[[str, int], list[Record]], str, str]] = {
     "run": (head_stages, "head", FRESH),
+    "stored": (partial(head_stages, kinds=VIEWS), "head", str(VIEWS[-1])),
     "pixels": (head_from_pixels, "head", PIXELS),
     "fine-tune": (fine_tuning, "fine-tune", str(VIEWS[-1])),
 }
