@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from headstart.cli_shootout import shootout_table
 from headstart.contest import _seen, estimated_seconds, pareto_front
 from headstart.recipe import HEAD_STAGE, RECIPES, Recipe, Stage
 from headstart.run import read_run
+from headstart.shootout_page import _names
 
 MACHINE: dict[str, Any] = {"device": "cpu", "precision": "fp32", "workers": 1, "spec_overrides": {"image_size": 32}}
 PLAN = Recipe(
@@ -179,6 +181,18 @@ def test_the_front_is_what_nothing_cheaper_matches() -> None:
 def test_an_estimate_counts_views_and_three_passes_a_step() -> None:
     plan = Recipe(stages=(HEAD_STAGE, replace(RECIPES["fine-tune"].stages[1], epochs=5, views=4)))
     assert estimated_seconds(plan, 100, 0.01) == pytest.approx((HEAD_STAGE.views + 4 + 15) * 100 * 0.01)
+
+
+def test_labels_lie_on_no_mark() -> None:
+    def row(label: str, ms: float) -> dict[str, Any]:
+        return {"label": label, "ms": ms, "probe": {"accuracy": 0.7}, "fine_tuned": {"accuracy": 0.5}}
+
+    rows = [row("mobilenetv2_100 (a)", 300.0), row("mobilenetv2_100 (b)", 308.0), row("mobilenetv2_100 (c)", 303.0)]
+    labels = _names(rows, "ms", float, lambda share: 400 * (1 - share), "", 200.0)
+    heights = sorted(float(found) for label in labels for found in re.findall(r' y="([0-9.]+)"', label))
+    assert len(heights) == 3
+    assert all(abs(height - 4 - 200) >= 10 for height in heights)
+    assert min(np.diff(heights)) >= 14
 
 
 def test_the_page_is_whole_and_loads_nothing(shot: Shootout) -> None:

@@ -192,12 +192,19 @@ def _mark(row: Row, at: float, y: Any) -> str:
 
 
 def _names(rows: Sequence[Row], cost: str, x: Any, y: Any, chosen: str, middle: float) -> list[str]:
-    """The labels above their marks, to the side where there is room, moved apart where they would lie on each other."""
+    """The labels above their marks, to the side where there is room, moved down where they would cover anything."""
     placed: list[tuple[float, float]] = []
+    marks = [
+        (x(row[cost]), y(row[kind]["accuracy"])) for row in rows for kind in ("probe", "fine_tuned") if kind in row
+    ]
     parts = []
     for row in sorted(rows, key=lambda r: y(_final(r))):
         at, height = x(row[cost]), y(_final(row)) - 9
-        while any(abs(height - other) < 14 and abs(at - near) < 170 for near, other in placed):
+        wide = 6.5 * len(row["label"])
+        begins = at + 7 - wide if at > middle else at - 5
+        while any(abs(height - other) < 14 and abs(at - near) < 170 for near, other in placed) or any(
+            abs(height - 4 - other) < 10 and begins - 6 < near < begins + wide + 6 for near, other in marks
+        ):
             height += 3
         placed.append((at, height))
         anchor = {"text_anchor": "end"} if at > middle else {}
