@@ -158,6 +158,8 @@ def test_the_page_is_whole_and_loads_nothing(compared: Any) -> None:
 
 def test_the_same_call_goes_on_and_other_settings_are_refused(compared: Any, folder: Path) -> None:
     before = (compared.path / "head-seed0" / "model.safetensors").stat().st_mtime_ns
+    older = compared.path / "head-seed0" / "recipe.json"  # by a version that had no momentum
+    older.write_text("".join(line for line in older.read_text().splitlines(True) if '"momentum"' not in line))
     call = {"recipes": ("scratch", "head"), "budgets": {k: BUDGETS[k] for k in ("scratch", "head")}, "seeds": (0, 1)}
     again = compare(folder, out=compared.path, **call, **MACHINE)
     assert (compared.path / "head-seed0" / "model.safetensors").stat().st_mtime_ns == before

@@ -223,7 +223,8 @@ def run_or_read(
     if path.exists():
         try:
             earlier = read_run(path)
-            same = earlier.recipe == json.loads(to_json(plan.to_dict()))
+            # As recipes, not as text: a run of a version that did not know an option yet was made with its default.
+            same = Recipe.from_dict(earlier.recipe, where=str(path)) == plan
             scored = [split for split in ("val", "test") if earlier.metrics.get(split)]
             whole = scored == (["val", "test"] if len(bench.splits.test) else ["val"])
             if same and image_size(earlier) == size and whole:
