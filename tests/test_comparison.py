@@ -13,10 +13,12 @@ from scipy.stats import binomtest
 
 from conftest import make_picture
 from headstart import Budget, CheckpointError, ModelError, RecipeError, compare, read_run
+from headstart.bench import make_bench
 from headstart.cli import main
 from headstart.comparison import _pair_sentence, named_recipe, run_name
 from headstart.metrics import holm, judge_pairs, paired_difference
 from headstart.recipe import RECIPES, load_recipe
+from headstart.runtime import make_runtime
 
 MACHINE: dict[str, Any] = {
     "backbone": "test_resnet", "weights": "none", "device": "cpu", "precision": "fp32", "workers": 1,
@@ -87,6 +89,17 @@ def test_the_head_stage_is_trained_once_per_seed(compared: Any) -> None:
     entry = compared.results["recipes"][2]
     own = read_run(compared.path / entry["runs"][0]).metrics["stages"]
     assert entry["seconds"][0] == pytest.approx(sum(s["seconds"] + s["shared_seconds"] for s in own))
+
+
+def test_what_a_seed_stored_is_dropped_before_the_next(folder: Path, tmp_path: Path) -> None:
+    bench = make_bench(folder, runtime=make_runtime(device="cpu", precision="fp32", workers=1), cache=False)
+    call: dict[str, Any] = {"recipes": ("head",), "budgets": {"head": Budget((1,))}}
+    machine = {name: MACHINE[name] for name in ("backbone", "weights", "spec_overrides")}
+    compare(bench, seeds=(0,), out=tmp_path / "one", **call, **machine)
+    held = len(bench._sources)
+    assert held
+    compare(bench, seeds=(0, 1), out=tmp_path / "two", **call, **machine)
+    assert len(bench._sources) == held
 
 
 def test_pairs_count_the_pictures_that_one_alone_gets_right(compared: Any) -> None:

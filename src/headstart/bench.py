@@ -150,6 +150,11 @@ class Bench:
         if key is not None:
             self._stages[key] = _KeptStage(result, snapshot(model), seconds)
 
+    def forget(self) -> None:
+        """Drop stored features and finished stages, which runs of another seed would not use."""
+        self._sources.clear()
+        self._stages.clear()
+
     def _source_key(self, model: Classifier, train: Pixels, val: Pixels, place: Placement) -> str | None:
         line, at = model.freeze_line, place.cut.at if place.cut else None
         weights = tensors_digest(model.backbone.state_dict().items()) if self.share else ""

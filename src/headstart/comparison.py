@@ -151,7 +151,9 @@ def compare(
     folder = settle(out, FILE, settings, overwrite=overwrite)
     started = time.perf_counter()
     runs: dict[str, list[RunRecord]] = {plan.name: [] for plan in plans}
-    for seed in seeds:  # seed by seed, so that what a seed shares can go when it is done
+    for seed in seeds:
+        if seed != seeds[0]:
+            bench.forget()  # what the seed before has shared
         for plan in plans:
             say(f"{plan.name}, seed {seed}", enabled=progress)
             runs[plan.name].append(
