@@ -211,6 +211,27 @@ def test_frozen_modules_stay_in_evaluation_mode() -> None:
     assert modes(model) == expected
 
 
+class Told(nn.Linear):
+    """Does something of its own when the mode changes."""
+
+    told: tuple[bool, ...] = ()
+
+    def train(self, mode: bool = True) -> Told:
+        self.told += (mode,)
+        return super().train(mode)
+
+
+def test_a_head_that_does_more_than_note_the_mode_is_asked_to() -> None:
+    model = create_classifier(TinyNet(), NAMES, head=Told(8, 3), data_spec=SPEC)
+    set_freeze_line(model, "head")
+    model.head.told = ()
+    model.train()
+    model.eval()
+    assert model.head.told == (True, False)
+    model.train()
+    assert [n for n, training in modes(model).items() if training] == ["", "head"]
+
+
 @pytest.mark.parametrize("entry", ["forward", "features", "feature_map"])
 def test_every_way_in_keeps_frozen_statistics(entry: str) -> None:
     model = create_classifier(

@@ -109,8 +109,17 @@ class Classifier(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for everything behind the freeze line; what stands in front stays in evaluation mode."""
-        super().train(mode)
-        self.keep_frozen()
+        modules = list(self.modules())
+        if any(type(module).train is not nn.Module.train for module in modules[1:]):
+            super().train(mode)  # a module of the user's own may do more than note the mode
+            self.keep_frozen()
+            return self
+        # Modes are changed before and after every scoring: only where they differ, and no frozen one back and forth.
+        kept = {id(module) for module in self._kept_in_eval}
+        for module in modules:
+            wanted = mode and id(module) not in kept
+            if module.training is not wanted:
+                module.training = wanted
         return self
 
     def keep_frozen(self) -> None:
