@@ -67,8 +67,11 @@ def recorded(name: str, group: str) -> Record | None:
 
 def table() -> str:
     """Markdown: a row for each set and recipe."""
-    out = ["| set | recipe | trained | seeds | budget | seconds | accuracy | log loss | precision | recall | verdict |"]
-    out.append("|---|---|---|---|---|---|---|---|---|---|---|")
+    out = [
+        "| set | recipe | trained | seeds | budget | seconds | accuracy | log loss | precision | recall "
+        "| still learning | generalises | overfits |"
+    ]
+    out.append("|---" * 13 + "|")
     sentences = []
     for name in SETS:
         for record in filter(None, (recorded(name, group) for group in ("scratch", "seeds"))):
@@ -82,7 +85,7 @@ def table() -> str:
                     f"{'+'.join(map(str, budget['epochs']))} epochs, {budget['image_size']} px", f"{seconds:.0f}",
                     f"{test['accuracy']:.3f} ({low:.3f} - {high:.3f})", f"{test['log_loss']:.3f}",
                     f"{test['weighted_precision']:.3f}", f"{test['weighted_recall']:.3f}",
-                    "; ".join(f"{v['question'].rstrip('?').lower()}: {v['answer']}" for v in entry["verdicts"]),
+                    *(verdict["answer"] for verdict in entry["verdicts"]),
                 )  # fmt: skip
                 out.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*out, "", *sentences])
