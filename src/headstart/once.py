@@ -64,8 +64,7 @@ def store_features(
     part = _Frozen(
         model.backbone, "features", forward, lambda x: model.features(x).float(), (model.num_features,), torch.float32
     )
-    stored = _run_once(model, part, pixels, views=views, runtime=runtime, batch_size=batch_size, advance=advance)
-    return stored.rows.reshape(len(pixels), views, -1)
+    return _Pass(model, part, pixels, views, runtime, batch_size, advance).run().rows.reshape(len(pixels), views, -1)
 
 
 def store_activations(
@@ -84,7 +83,7 @@ def store_activations(
     """
     dtype = cut.dtype if runtime.dtype == torch.float32 else runtime.dtype
     part = _Frozen(cut.prefix, cut.at, nn.Module.__call__, lambda x: cut.prefix(model.enter(x)), cut.shape, dtype)
-    return _run_once(model, part, pixels, views=views, runtime=runtime, batch_size=batch_size, advance=advance)
+    return _Pass(model, part, pixels, views, runtime, batch_size, advance).run()
 
 
 @dataclass(frozen=True)
@@ -103,56 +102,43 @@ class _Frozen:
     dtype: torch.dtype
 
 
-def _run_once(
-    model: Classifier,
-    part: _Frozen,
-    pixels: Pixels,
-    *,
-    views: int,
-    runtime: Runtime,
-    batch_size: int,
-    advance: Advance | None,
-) -> Stored:
-    """What an earlier run has kept of this part, pictures and views, or else what the part gives now."""
-    job = _Pass(model, part, pixels, views=views, runtime=runtime, batch_size=batch_size, advance=advance)
-    compiled = runtime.compile == "on"
-    stored = job.earlier(compiled=compiled)
-    if stored is not None:
-        return stored
-    was_training = model.training
-    model.eval()
-    try:
-        with fast_kernels(model if part.net is model.backbone else part.net, runtime):
-            if runtime.compile == "auto" and job.compile_pays():
-                compiled, stored = True, job.earlier(compiled=True)
-            quick = job.compiled() if compiled and stored is None else None
-            if compiled and quick is None and stored is None:
-                stored = job.earlier(compiled=False)
-            return job.compute(quick) if stored is None else stored
-    finally:
-        model.train(was_training)
-        job.discard()
-
-
+@dataclass
 class _Pass:
     """One pass of a part over all pictures and views, in batches that the processes share."""
 
-    def __init__(
-        self,
-        model: Classifier,
-        part: _Frozen,
-        pixels: Pixels,
-        *,
-        views: int,
-        runtime: Runtime,
-        batch_size: int,
-        advance: Advance | None,
-    ) -> None:
-        self.model, self.part, self.pixels, self.views = model, part, pixels, views
-        self.runtime, self.batch_size, self.advance = runtime, batch_size, advance
-        self.disk: RowStore | None = None
-        self.places = torch.arange(len(pixels) * views)
-        self.chunks = self.places.split(batch_size * runtime.world)
+    model: Classifier
+    part: _Frozen
+    pixels: Pixels
+    views: int
+    runtime: Runtime
+    batch_size: int
+    advance: Advance | None
+    disk: RowStore | None = None
+
+    def __post_init__(self) -> None:
+        self.places = torch.arange(len(self.pixels) * self.views)
+        self.chunks = self.places.split(self.batch_size * self.runtime.world)
+
+    def run(self) -> Stored:
+        """What an earlier run has kept of this part, pictures and views, or else what the part gives now."""
+        model, compiled = self.model, self.runtime.compile == "on"
+        stored = self.earlier(compiled=compiled)
+        if stored is not None:
+            return stored
+        was_training = model.training
+        model.eval()
+        try:
+            with fast_kernels(model if self.part.net is model.backbone else self.part.net, self.runtime):
+                if self.runtime.compile == "auto" and self.compile_pays():
+                    compiled, stored = True, self.earlier(compiled=True)
+                quick = self.compiled() if compiled and stored is None else None
+                if compiled and quick is None and stored is None:
+                    stored = self.earlier(compiled=False)
+                return self.compute(quick) if stored is None else stored
+        finally:
+            model.train(was_training)
+            if self.disk:
+                self.disk.discard()
 
     def earlier(self, *, compiled: bool) -> Stored | None:
         """What an earlier run has kept; from here on the rows' place on disk is that of this kind of function."""
@@ -238,11 +224,6 @@ class _Pass:
             return stored
         facts = {"channels_last": stored.channels_last, "made": str(stored.dtype).removeprefix("torch.")}
         return replace(stored, rows=self.disk.finish(stored.rows, facts))
-
-    def discard(self) -> None:
-        """Leave nothing half done behind."""
-        if self.disk:
-            self.disk.discard()
 
     def _begin(self, out: Tensor, made: torch.dtype) -> Stored:
         """Room for all rows, in the layout in which the first ones came."""
