@@ -98,6 +98,14 @@ def test_a_fall_that_jitters_and_ends_at_its_lowest_is_neither_yes_nor_no() -> N
     assert still_learning(made_history([*losses[:-1], 0.71])).answer == "no"  # the lowest was before
 
 
+def test_a_way_back_from_overfitting_is_not_learning() -> None:
+    losses = [0.7, 0.3, 0.15, 0.16, 0.2, 0.22, 0.21, 0.205, 0.195, 0.19, 0.185, 0.18]
+    verdict = still_learning(made_history(losses))
+    assert verdict.answer == "no"
+    assert "no clear fall below what it was before" in verdict.sentence
+    assert still_learning(made_history([*losses[:-4], 0.16, 0.15, 0.14, 0.13])).answer == "yes"
+
+
 def test_still_learning_needs_enough_scores() -> None:
     assert still_learning([]).answer == "unclear"
     assert still_learning(made_history([0.9, 0.6, 0.4])).answer == "unclear"

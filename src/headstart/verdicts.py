@@ -186,17 +186,20 @@ def still_learning(history: Sequence[Record]) -> Verdict:
     return Verdict(
         question,
         "no",
-        f"Over the last {epochs} epochs of stage {name!r} the validation loss shows no clear fall (from {tail[0]:.3f} "
-        f"to {tail[-1]:.3f}, the best at epoch {attempt[best].get('epoch', best)}): "
+        f"Over the last {epochs} epochs of stage {name!r} the validation loss shows no clear fall below what it was "
+        f"before (from {tail[0]:.3f} to {tail[-1]:.3f}, the best at epoch {attempt[best].get('epoch', best)}): "
         "more epochs of this kind would probably not help.",
         good=True,
     )
 
 
 def clear_fall(losses: NDArray[np.float64]) -> float | None:
-    """By how much the last third of these validation losses falls, where it falls clearly; else None."""
+    """By how much the last third of these validation losses falls, where it falls clearly; else None.
+
+    A fall that has not come down to what was reached before is a way back from overfitting, not learning.
+    """
     tail = losses[-max(LEARNING_STATES, math.ceil(len(losses) / 3)) :]
-    if len(tail) < LEARNING_STATES or not np.isfinite(tail).all():
+    if len(tail) < LEARNING_STATES or not np.isfinite(tail).all() or tail.min() > np.nanmin(losses):
         return None
     epochs = len(tail) - 1
     slope, error = _trend(tail)
