@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,16 +28,17 @@ class Mix:
     box: tuple[float, float, float, float] | None = None
 
 
-def draw_mix(n: int, *, mixup: float, cutmix: float, rng: np.random.Generator) -> Mix | None:
+def draw_mix(n: int, *, mixup: float, cutmix: float, seed: Sequence[int]) -> Mix | None:
     """How a batch of n pictures is mixed; None where the stage mixes nothing.
 
     The share is drawn from Beta(a, a), where a is `mixup` or `cutmix`; where both are given, each batch takes one of
     them by the toss of a coin. CutMix's rectangle has the picture's own aspect and covers 1 - share of it; what falls
-    off the edge does not count.
+    off the edge does not count. seed: of the draw.
     Reference: Zhang et al. 2018, arXiv 1710.09412; Yun et al. 2019, arXiv 1905.04899.
     """
     if not mixup and not cutmix:
         return None
+    rng = np.random.default_rng(seed)
     cuts = bool(cutmix) and (not mixup or rng.random() < 0.5)
     strength = cutmix if cuts else mixup
     share = rng.beta(strength, strength)

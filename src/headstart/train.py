@@ -124,10 +124,8 @@ class _Stage:
         return self._sum_over_processes(total) / count
 
     def _mix(self, n: int, epoch: int, batch: int) -> Mix | None:
-        if not self.stage.mixup and not self.stage.cutmix:
-            return None
-        rng = np.random.default_rng([self.seed, epoch, 2, batch, self.runtime.rank])
-        return draw_mix(n, mixup=self.stage.mixup, cutmix=self.stage.cutmix, rng=rng)
+        seed = (self.seed, epoch, 2, batch, self.runtime.rank)
+        return draw_mix(n, mixup=self.stage.mixup, cutmix=self.stage.cutmix, seed=seed)
 
     def _optimizer_step(self) -> None:
         stage = self.stage
