@@ -13,7 +13,7 @@ import torch
 
 from conftest import make_picture
 from headstart import Recipe, RecipeError, advise, create_classifier, fine_tune, load_images, load_recipe, split
-from headstart.advising import LARGE_FROM, Facts, decide
+from headstart.advising import LARGE_FROM, Facts, _half_side, decide
 from headstart.cli import main
 from headstart.pixels import Pixels
 from headstart.probing import FINAL, blocks_to_probe, pooled_features, probe
@@ -101,6 +101,18 @@ def test_features_of_a_block_are_those_of_a_backbone_that_ends_there(folder: Pat
     turned = pooled_features(model, pixels, mirrored=True, runtime=runtime)[FINAL]
     assert not torch.allclose(turned, found[FINAL])
     assert not any(module._forward_hooks for module in model.modules())
+    small = pooled_features(model, pixels, side=16, runtime=runtime)[FINAL]
+    batch = pixels.batch(list(range(len(pixels))), [0] * len(pixels)).float()
+    with torch.inference_mode():
+        expected = model.eval().features(torch.nn.functional.avg_pool2d(batch, 2))
+    torch.testing.assert_close(small, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("backbone", "side"), [("test_resnet", 32), ("vit_tiny_patch16_224", None)])
+def test_random_weights_see_half_the_side_where_the_backbone_takes_it(backbone: str, side: int | None) -> None:
+    model = create_classifier(backbone, ["a", "b"], weights="none", image_size=64)
+    assert _half_side(model) == side
+    assert model.training
 
 
 # ---- from figures to a recipe ----------------------------------------------------------------------------------

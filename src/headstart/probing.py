@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from .backbones import pool_output
 from .blocks import block_name
@@ -57,6 +58,7 @@ def pooled_features(
     *,
     blocks: Sequence[str] = (),
     mirrored: bool = False,
+    side: int | None = None,
     runtime: Runtime,
     advance: Advance | None = None,
 ) -> dict[str, Tensor]:
@@ -64,6 +66,7 @@ def pooled_features(
 
     Args:
         mirrored: left and right are swapped.
+        side: the pictures are reduced to this side, in pixels; None is the network's own.
         advance: called with the number of pictures done.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in (*blocks, FINAL)}
@@ -84,7 +87,8 @@ def pooled_features(
                 )
             for part in torch.arange(len(pixels)).split(BATCH_SIZE):
                 batch = pixels.batch(part.tolist(), [0] * len(part)).to(runtime.device)
-                keep(FINAL, model.features(batch.flip(-1) if mirrored else batch))
+                batch = batch.flip(-1) if mirrored else batch
+                keep(FINAL, model.features(batch if side is None else interpolate(batch.float(), side, mode="area")))
                 if advance:
                     advance(len(part))
             for hook in hooks:
