@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -15,11 +16,9 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headstart import fastops, numerics
+from headstart import fastconv, fastops, numerics
+from headstart.fastconv import Convolution, InPlaceReLU6, depthwise_grad_input
 from headstart.fastops import (
-    DepthwiseConv,
-    InPlaceReLU6,
-    depthwise_grad_input,
     fast_depthwise,
     fast_squeeze_excite,
     fast_training,
@@ -45,15 +44,17 @@ def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    return Convolution.apply(x, weight, bias, (stride, stride), (padding, padding), (1, 1), len(weight), None)  # type: ignore[no-any-return, no-untyped-call]
+
+
 CASES = [(k, s, p, size) for k in (3, 5, 7) for s in (1, 2) for p in (k // 2, 0, 1) for size in ((9, 12), (11, 11))]
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding", "size"), CASES)
 def test_depthwise_gradients_in_float64(kernel: int, stride: int, padding: int, size: tuple[int, int]) -> None:
     x, weight, bias = draw(3, 4, *size), draw(4, 1, kernel, kernel, seed=1), draw(4, seed=2)
-    ours = gradients(
-        lambda a, w, b: DepthwiseConv.apply(a, w, b, (stride, stride), (padding, padding)), x, weight, bias
-    )
+    ours = gradients(lambda a, w, b: depthwise(a, w, b, stride, padding), x, weight, bias)
     stock = gradients(lambda a, w, b: F.conv2d(a, w, b, stride, padding, 1, 4), x, weight, bias)
     for a, b in zip(ours, stock, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -65,7 +66,7 @@ def test_depthwise_gradients_in_float64(kernel: int, stride: int, padding: int, 
 def test_grad_input_by_transposed_convolution(
     kernel: int, size: tuple[int, int], chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fastops, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(fastconv, "_CHUNK_BYTES", chunk)
     x, weight, padding = draw(3, 4, *size), draw(4, 1, kernel, kernel, seed=1), kernel // 2
     out, grad_x = gradients(lambda a: F.conv2d(a, weight, None, 2, padding, 1, 4), x)
     grad = draw(*out.shape, seed=9)
@@ -78,7 +79,7 @@ def test_grad_input_by_transposed_convolution(
 def test_depthwise_gradients_in_low_precision(dtype: torch.dtype, kernel: int, stride: int) -> None:
     x, weight = draw(4, 32, 14, 14).to(dtype), draw(32, 1, kernel, kernel, seed=1).to(dtype)
     padding = kernel // 2
-    ours = gradients(lambda a, w: DepthwiseConv.apply(a, w, None, (stride, stride), (padding, padding)), x, weight)
+    ours = gradients(lambda a, w: depthwise(a, w, None, stride, padding), x, weight)
     exact = gradients(lambda a, w: F.conv2d(a, w, None, stride, padding, 1, 32), x.double(), weight.double())
     stock = gradients(lambda a, w: F.conv2d(a, w, None, stride, padding, 1, 32), x, weight)
     assert torch.equal(ours[0], stock[0]), "the forward is the stock one"
@@ -163,6 +164,7 @@ def spread_norms(net: nn.Module) -> nn.Module:
     return net
 
 
+FUSED_NORMS = ("_FusedNorm", "_FusedNormAct")
 NETS = ("mobilenetv3_small_100", "tf_efficientnet_b0", "resnet18")
 
 
@@ -181,7 +183,8 @@ def test_fused_fixed_batchnorm_in_float64(backbone: nn.Module) -> None:
     )
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in backbone.modules())
     with fuse_fixed_batchnorm(backbone) as done:
-        assert done.converted == norms > 10
+        fused = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d) and m.__class__.__name__ in FUSED_NORMS]
+        assert done.converted >= len(fused) == norms > 10
         assert list(backbone.state_dict()) == keys
         for a, b in zip(net_gradients(backbone, x), stock, strict=True):
             assert relative(a, b) < 1e-9 or float(b.norm()) < 1e-12
@@ -232,25 +235,87 @@ def test_relu6_in_place_copies_nothing_and_has_the_stock_gradient() -> None:
     ):
         assert torch.equal(a, b)
     net = nn.Sequential(nn.Conv2d(3, 6, 1), BatchNormAct2d(6, act_layer=nn.ReLU6), nn.Conv2d(6, 2, 1)).eval()
-
-    class Clones(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            self.count += func is torch.ops.aten.clone.default
-            return func(*args, **(kwargs or {}))
-
     found = []
+    fastconv.activations_fuse()  # its own trial copies, once in a process
     for fused in (False, True):
-        with fuse_fixed_batchnorm(net) if fused else nullcontext(), Clones() as clones:
+        with fuse_fixed_batchnorm(net) if fused else nullcontext(), Calls() as calls:
             net(x).sum().backward()
-        found.append(clones.count)
+        found.append(calls.count["clone"])
     assert found == [1, 0]
 
 
 def test_convolution_that_others_read_is_not_fused() -> None:
     with fuse_fixed_batchnorm(Pair(shared=True).eval()) as done:
         assert done.converted == 0
+
+
+class Chains(nn.Module):
+    """A convolution, a norm and an activation in each way in which networks write them."""
+
+    def __init__(self, act: type[nn.Module]) -> None:
+        super().__init__()
+        self.inside = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), BatchNormAct2d(16, act_layer=act))
+        self.conv, self.norm, self.drop, self.act = nn.Conv2d(16, 16, 3, 2), nn.BatchNorm2d(16), nn.Identity(), act()
+        self.depthwise, self.bare = nn.Conv2d(16, 16, 5, 2, groups=16), act()
+        self.last = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.drop(self.norm(self.conv(self.inside(x)))))
+        return self.last(self.bare(self.depthwise(x)))  # type: ignore[no-any-return]
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that are run, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish])
+def test_convolutions_do_the_activation_after_them(act: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    net, x = spread_norms(Chains(act)), draw(4, 3, 29, 31, dtype=torch.float32) * 3
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    stock, classes = net_gradients(net, x), [type(m) for m in net.modules()]
+    keeps_result = act in (nn.ReLU, nn.ReLU6)
+    with fuse_fixed_batchnorm(net) as done:
+        assert done.converted == 4  # three chains, in one of them a norm and an activation
+        with torch.no_grad(), Calls() as calls:
+            assert relative(net(x), stock[0]) < 1e-6
+        assert calls.count["_convolution_pointwise"] == 3
+        assert not calls.count.keys() & {"relu", "relu_", "hardtanh", "hardtanh_", "silu", "silu_", "hardswish"}
+        with Calls() as calls:
+            ours = net_gradients(net, x)
+        assert calls.count["_convolution_pointwise"] == 3 * keeps_result
+        for a, b in zip(ours, stock, strict=True):
+            assert relative(a, b) < 1e-5
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Calls() as calls:
+            assert relative(net(x), stock[0]) < 3e-2
+        assert not calls.count["_convolution_pointwise"]
+        net.norm.train()  # then the activation is none of the convolution's business
+        twin = copy.deepcopy(net)
+        fastops.restore_stock(twin)
+        with torch.no_grad():
+            assert relative(net(x), twin(x)) < 1e-6
+        assert [type(m) for m in twin.modules()] == classes
+        net.norm.eval()
+    assert [type(m) for m in net.modules()] == classes
+    assert not any({"stock", "norm", "act", "done"} & vars(m).keys() for m in net.modules())
+
+
+def test_activations_are_done_apart_where_pytorch_cannot_fuse_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = spread_norms(Chains(nn.ReLU6)), draw(2, 3, 29, 31, dtype=torch.float32)
+    stock = net(x)
+    monkeypatch.setattr(fastconv, "_with_activation", lambda *_: torch.zeros(2, 8, 5, 5))  # a wrong kernel
+    fastconv.activations_fuse.cache_clear()
+    with fuse_fixed_batchnorm(net), torch.no_grad():
+        assert relative(net(x), stock.detach()) < 1e-6
+    fastconv.activations_fuse.cache_clear()
 
 
 def test_squeeze_excite_gradients_in_float64() -> None:

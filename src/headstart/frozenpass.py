@@ -11,7 +11,8 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from .cut import Forward, Whole
-from .fastops import conv_norm_pairs, restore_stock, scale_and_shift
+from .fastconv import scale_and_shift
+from .fastops import conv_chains, restore_stock
 
 # What a compile takes, and the share of a pass that it saves, by device and number format; nothing where none is
 # given. On a CPU in float32 a compiled network is no quicker than the kernels of `fastops` (mobilenetv2_100, resnet18:
@@ -105,9 +106,9 @@ def frozen_forward(
     """
     copy = deepcopy(module).eval().requires_grad_(False)
     restore_stock(copy)
-    pairs = conv_norm_pairs(copy, forward)
-    for conv_name, norm_name in pairs:
-        _fold(copy, conv_name, norm_name)
+    pairs = [(chain.conv, chain.norm) for chain in conv_chains(copy, forward) if chain.norm]
+    for pair in pairs:
+        _fold(copy, *pair)
     copy.to(dtype).to(memory_format=torch.channels_last)
     if forward is not nn.Module.__call__:
         copy = Whole(copy, forward).eval()

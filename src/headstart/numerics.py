@@ -96,5 +96,5 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     never_mmap = mallopt(-4, 0)  # M_MMAP_MAX
-    never_trim = mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    never_trim = mallopt(-1, -1)  # M_TRIM_THRESHOLD: no size
     return bool(never_mmap and never_trim)
