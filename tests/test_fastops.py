@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headstart import fastconv, fastops, numerics
-from headstart.fastconv import Convolution, InPlaceReLU6, depthwise_grad_input
+from headstart.fastconv import Convolution, InPlaceReLU6, depthwise_grad_input, pointwise_gradients
 from headstart.fastops import (
-    fast_depthwise,
+    fast_gradients,
     fast_squeeze_excite,
     fast_training,
     fuse_fixed_batchnorm,
@@ -89,6 +89,39 @@ def test_depthwise_gradients_in_low_precision(dtype: torch.dtype, kernel: int, s
         assert relative(a, b) < (1e-6 if dtype == torch.float32 else max(5e-3, 1.01 * relative(c, b)))
 
 
+@pytest.mark.parametrize(("d", "c"), [(3, 8), (8, 3), (5, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_pointwise_gradients_in_float64(d: int, c: int, bias: bool) -> None:
+    x, weight, grad = draw(2, d, 5, 7), draw(c, d, 1, 1, seed=1), draw(2, c, 5, 7, seed=2)
+    ours = pointwise_gradients(grad, x, weight, True, True, bias)
+    stock = torch.ops.aten.convolution_backward(
+        grad, x, weight, [c], (1, 1), (0, 0), (1, 1), False, [0, 0], 1, [True, True, bias]
+    )
+    for a, b in zip(ours, stock, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert ours[0].is_contiguous(memory_format=torch.channels_last)
+    assert pointwise_gradients(grad, x, weight, False, False, False) == (None, None, None)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_pointwise_gradients_are_products_where_those_pay(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(fastconv, "products_pay", lambda: pays)
+    monkeypatch.setattr(fastops, "products_pay", lambda: pays)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1, bias=False), nn.Conv2d(6, 6, 1, stride=2))
+    x = draw(4, 3, 9, 11, dtype=torch.float32)
+    stock = net_gradients(net, x)
+    with fast_gradients(net) as done:
+        assert done.converted == 2 * pays
+        with Calls() as calls:
+            ours = net_gradients(net, x)
+        assert calls.count["convolution_backward"] == (1 if pays else 3)
+        for a, b in zip(ours, stock, strict=True):
+            assert relative(a, b) < 1e-5
+
+
 class Block(nn.Module):
     """Convolutions of every kind that is, or is not, to be converted."""
 
@@ -123,7 +156,7 @@ def test_conversion_keeps_keys_and_results_and_can_be_undone() -> None:
     torch.manual_seed(0)
     net, x = Block().double(), draw(2, 8, 29, 31)
     stock, keys, classes = net_gradients(net, x), list(net.state_dict()), [type(m) for m in net.modules()]
-    with fast_depthwise(net) as done:
+    with fast_gradients(net) as done:
         assert done.converted == 3
         assert isinstance(net.same, fastops.FastConv2dSame)
         assert type(net.dilated) is type(net.plain) is type(net.worded) is nn.Conv2d
@@ -143,7 +176,7 @@ def test_converted_under_autocast() -> None:
         draw(4, 16, 14, 14, dtype=torch.float32),
     )
     exact = net_gradients(copy.deepcopy(net).double(), x.double())
-    with fast_depthwise(net):
+    with fast_gradients(net):
         ours = net_gradients(net, x, autocast=True)
     assert ours[0].dtype == torch.bfloat16
     assert all(g.dtype == torch.float32 for g in ours[1:])

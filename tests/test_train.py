@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from headstart.averaging import snapshot
 from headstart.classifier import Classifier
 from headstart.features import FeatureSource, StageData
 from headstart.schedule import batches_of_epoch, class_weight_vector, learning_rate, make_optimizer, views_of_epoch
-from headstart.train import fit
+from headstart.train import _Stage, fit
 from tiny import SPEC, TinyNet
 
 CPU = make_runtime(device="cpu", precision="fp32", workers=1)
@@ -412,3 +413,14 @@ def test_gradients_are_clipped_to_the_norm_given() -> None:
 
     fit(model, DATA, stage, lr=1.0, runtime=CPU, report=measure)
     assert moved[0] == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(("validation", "scored"), [(20, 100), (80, 160), (400, 256)])
+def test_training_pictures_that_layers_run_for_are_scored_in_proportion_to_validation(
+    validation: int, scored: int
+) -> None:
+    stored, val = made_features(), SimpleNamespace(labels=torch.zeros(validation))
+    through_layers = SimpleNamespace(labels=torch.zeros(1000))
+    for train, expected in ((stored, 256), (through_layers, scored)):
+        run = SimpleNamespace(data=SimpleNamespace(train=train, val=val))
+        assert _Stage._train_scored(run) == expected  # type: ignore[arg-type]

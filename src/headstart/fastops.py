@@ -18,7 +18,18 @@ from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, fx, nn
 
 from .cut import Forward, trace
-from .fastconv import FUSED, STRIP, Done, FastConv2d, FastConv2dSame, activate, is_depthwise, stock_activation
+from .fastconv import (
+    FUSED,
+    STRIP,
+    Done,
+    FastConv2d,
+    FastConv2dSame,
+    activate,
+    is_depthwise,
+    is_pointwise,
+    products_pay,
+    stock_activation,
+)
 
 
 class Undo:
@@ -56,7 +67,7 @@ class _FusedNormAct(BatchNormAct2d):
 
 _FAST_CONV: dict[type, type] = {nn.Conv2d: FastConv2d, Conv2dSame: FastConv2dSame}
 _FUSED_NORM: dict[type, type] = {nn.BatchNorm2d: _FusedNorm, BatchNormAct2d: _FusedNormAct}
-_MARKS = {"norm", "depthwise", "act"}
+_MARKS = {"norm", "gradients", "act"}
 _STOCK: dict[type, type] = {fast: stock for stock, fast in {**_FAST_CONV, **_FUSED_NORM}.items()}
 
 
@@ -73,13 +84,13 @@ def _is_plain_conv(module: nn.Module) -> bool:
 
 
 def _has_slow_backward(module: nn.Module) -> bool:
-    """Is this a depthwise convolution that one of the two remedies is for?"""
-    return (
-        isinstance(module, nn.Conv2d)
-        and _is_plain_conv(module)
-        and is_depthwise(module.weight, module.groups, module.dilation)
-        and (module.kernel_size[1] > STRIP or max(module.stride) > 1)
-    )
+    """Is this a convolution that one of the remedies is for?"""
+    if not isinstance(module, nn.Conv2d) or not _is_plain_conv(module):
+        return False
+    if is_depthwise(module.weight, module.groups, module.dilation):
+        return module.kernel_size[1] > STRIP or max(module.stride) > 1
+    padding = cast("tuple[int, ...]", module.padding)
+    return is_pointwise(module.kernel_size, module.stride, padding, module.groups) and products_pay()
 
 
 def _mark(conv: nn.Module, key: str, value: Any) -> Callable[[], None]:
@@ -95,13 +106,13 @@ def _mark(conv: nn.Module, key: str, value: Any) -> Callable[[], None]:
     return undo
 
 
-def fast_depthwise(module: nn.Module) -> Undo:
-    """Let the depthwise convolutions in `module` that have slow gradients on a CPU use the fast ones, in place.
+def fast_gradients(module: nn.Module) -> Undo:
+    """Let the convolutions in `module` whose stock gradients are slow on a CPU use the fast ones, in place.
 
     The forward is the stock one, bit for bit; parameters, buffers and their names do not change. On other devices, and
     where no gradient is wanted, the stock operation runs.
     """
-    return Undo(_mark(m, "depthwise", True) for m in module.modules() if _has_slow_backward(m))
+    return Undo(_mark(m, "gradients", True) for m in module.modules() if _has_slow_backward(m))
 
 
 class Chain(NamedTuple):
@@ -287,5 +298,5 @@ def restore_stock(module: nn.Module) -> None:
 
 def fast_training(module: nn.Module, forward: Forward = nn.Module.__call__) -> Undo:
     """Everything here that makes a training step on a CPU faster, in place; leave the context to undo it."""
-    done = [fast_depthwise(module), fast_squeeze_excite(module), fuse_fixed_batchnorm(module, forward)]
+    done = [fast_gradients(module), fast_squeeze_excite(module), fuse_fixed_batchnorm(module, forward)]
     return Undo([each.undo for each in done])

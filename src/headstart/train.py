@@ -29,7 +29,9 @@ from .runtime import Runtime, prefetch
 from .schedule import batches_of_epoch, in_numbers, learning_rate, make_optimizer, views_of_epoch
 from .stage_result import Log, Progress, Record, Report, StageResult
 
-TRAIN_SCORE_LIMIT = 256  # training pictures scored in evaluation mode each epoch; enough for a +-6 point interval
+# Training pictures scored in evaluation mode each epoch: enough for a +-6 point interval. Where layers run for them,
+# no more than twice the validation pictures, which they are compared with, but these at least.
+TRAIN_SCORE_LIMIT, TRAIN_SCORE_LEAST = 256, 100
 COLLAPSE_CHECKS_PER_EPOCH = 4
 COLLAPSE_EPOCHS = 2
 COLLAPSE_SUBSET = 256
@@ -74,7 +76,7 @@ class _Stage:
         check_mixing(stage, model.freeze_line)
         check_linear(model, data, stage)
         n = len(data.train.labels)
-        self.train_subset = torch.from_numpy(epoch_order(n, seed=0, epoch=0)[:TRAIN_SCORE_LIMIT])
+        self.train_subset = torch.from_numpy(epoch_order(n, seed=0, epoch=0)[: self._train_scored()])
         self.steps_per_epoch = -(
             -len(batches_of_epoch(n, data.train.labels, stage, seed=seed, epoch=1)) // stage.accumulate
         )
@@ -88,6 +90,11 @@ class _Stage:
                 f"stage {self.stage.name!r}: BatchNorm cannot learn its statistics from batches of one picture."
                 " Take a batch size of 2 or more, and at least two training pictures."
             )
+
+    def _train_scored(self) -> int:
+        if isinstance(self.data.train, FeatureSource):
+            return TRAIN_SCORE_LIMIT
+        return min(TRAIN_SCORE_LIMIT, max(TRAIN_SCORE_LEAST, 2 * len(self.data.val.labels)))
 
     def epoch(self, epoch: int, *, pool: ThreadPoolExecutor, after_step: Callable[[], None]) -> float:
         """Train one epoch (from 1) and return the mean training loss, weights and smoothing included."""
