@@ -53,8 +53,8 @@ soak: $(INSTALLED) ## read ten thousand mutated pictures and twenty thousand mut
 
 bench: $(INSTALLED) ## train with other tools beside this one (hours; pictures and weights in HEADSTART_SHARED)
 	$(BIN)/python benchmarks/peers.py run
-	for script in step size stores views head checkpointing; do $(BIN)/python benchmarks/$$script.py run || exit 1; done
-	for script in peers step size stores views head checkpointing; do \
+	for script in step kernels size stores views head checkpointing; do $(BIN)/python benchmarks/$$script.py run || exit 1; done
+	for script in peers step kernels size stores views head checkpointing; do \
 	$(BIN)/python benchmarks/$$script.py table --write > /dev/null || exit 1; done
 
 clean: ## remove the virtual environment and all caches

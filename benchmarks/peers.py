@@ -307,6 +307,26 @@ def reached(ours: Record, val_accuracy: float) -> float | None:
     return next((e["seconds"] for e in ours["curve"] if e["val_accuracy"] >= val_accuracy - 1e-6), None)
 
 
+def sooner(theirs: str) -> list[float]:
+    """How many times sooner, by the wall, headstart had the validation accuracy with which a peer's whole run ended.
+
+    0 where the default run never had it.
+    """
+    found = by_key()
+    times = []
+    for (name, seed, peer), record in found.items():
+        mine = found.get((name, seed, "headstart"))
+        if peer == theirs and mine and not record.get("part"):
+            there = reached(mine, record["val_accuracy"])
+            times.append(record["seconds"] / there if there else 0.0)
+    return times
+
+
+def _sooner(theirs: str) -> str:
+    times = sooner(theirs)
+    return "" if not times else f"{statistics.median(times):.0f}x" if statistics.median(times) else "never"
+
+
 def by_key() -> dict[tuple[str, int, str], Record]:
     return {(r["set"], r["seed"], r["run"]): r for r in records()}
 
@@ -382,8 +402,9 @@ def verdict(values: Sequence[float], bar: float) -> str:
 def bar_rows() -> list[str]:
     """Ratios by processor and by wall seconds, their medians over all sets and seeds, and whether each bar is held."""
     rows = [
-        "| headstart's default against | bar | ratio, processor | ratio, wall | runs | by processor seconds |",
-        "|---|---|---|---|---|---|",
+        "| headstart's default against | bar | ratio, processor | ratio, wall | runs | by processor seconds "
+        "| sooner at the peer's own accuracy, wall |",
+        "|---|---|---|---|---|---|---|",
     ]
     wanted = [(key, "head stage", "head_", bar, ("headstart", "headstart_head")) for key, bar in HEADS.items()]
     wanted += [(key, "whole run", "", WHOLE_BAR, ("headstart",)) for key in WHOLE]
@@ -396,6 +417,7 @@ def bar_rows() -> list[str]:
         cells = (
             f"{what}: {RUNS[key].title}", f"{bar:g}x", f"{about}{statistics.median(processor):.1f}x{spread}",
             f"{statistics.median(wall):.1f}x" if wall else "-", len(processor), verdict(processor, bar),
+            _sooner(key) if what == "whole run" else "",
         )  # fmt: skip
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return rows

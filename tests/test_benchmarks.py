@@ -81,9 +81,9 @@ def test_ratios_are_within_a_set_and_seed_and_a_missed_bar_is_said(peers: Module
     )  # fmt: skip
     assert peers.ratios("keras", "seconds") == [8.0]
     rows = {row.split(" | ")[0]: row for row in peers.bar_rows()}
-    assert rows["| whole run: Keras, head then top 20 layers"].endswith("| 8.0x | 8.0x | 1 | held |")
-    assert rows["| head stage: Keras, head then top 20 layers"].endswith("| 8.0x | 8.0x | 1 | missed: 8.0 of 20 |")
-    assert rows["| whole run: fastai `fine_tune(4)`"].endswith("| 2.5x | 2.5x | 1 | missed: 2.5 of 5 |")
+    assert rows["| whole run: Keras, head then top 20 layers"].endswith("| 8.0x | 8.0x | 1 | held | 16x |")
+    assert rows["| head stage: Keras, head then top 20 layers"].endswith("| 8.0x | 8.0x | 1 | missed: 8.0 of 20 |  |")
+    assert rows["| whole run: fastai `fine_tune(4)`"].endswith("| 2.5x | 2.5x | 1 | missed: 2.5 of 5 | 5x |")
 
 
 def test_the_table_tells_when_headstart_got_where_the_peer_ended(peers: ModuleType) -> None:
@@ -95,6 +95,9 @@ def test_the_table_tells_when_headstart_got_where_the_peer_ended(peers: ModuleTy
     rows = {row.split(" | ")[0]: row.split(" | ") for row in peers.run_rows("flowers5")}
     assert rows["| fastai `fine_tune(4)`"][7] == "50.0"
     assert rows["| Keras, head then top 20 layers"][7] == "- (not in 1 of 1)"
+    assert (peers.sooner("fastai"), peers.sooner("keras")) == ([2.0], [0.0])
+    bars = {row.split(" | ")[0]: row for row in peers.bar_rows()}
+    assert bars["| whole run: Keras, head then top 20 layers"].endswith("| never |")
 
 
 def test_the_parts_of_the_default_run_add_up_to_it(peers: ModuleType) -> None:
@@ -190,7 +193,7 @@ def test_views_are_compared_with_the_default_on_the_seeds_that_both_have(peers: 
 # In one process: each script imports PyTorch.
 TABLES = (
     "peers", "step", "size", "stores", "checkpointing", "views", "head", "frozen_pass", "compare_sets", "advice",
-    "sweep_preset",
+    "sweep_preset", "kernels",
 )  # fmt: skip
 
 
