@@ -44,6 +44,7 @@ def _style() -> str:
         ".cards .soft{font-size:.88rem;margin:0 0 8px} .cards p{font-size:.93rem;margin:0 0 8px}"
         ".cards .answer{font-weight:650} .pairs li{margin:0 0 6px;max-width:86ch} .pairs{padding-left:1.1em}"
         ".charts figcaption{font-size:1rem}"
+        "@media (min-width:561px){.narrow{display:none}} @media (max-width:560px){.broadly{display:none}}"
     )
     return "\n".join(rules)
 
@@ -128,8 +129,16 @@ def _color(i: int) -> str:
 
 
 def _forest(entries: Sequence[Entry], baseline: float) -> str:
-    """Test accuracy of each recipe with its interval, one row each, on one axis that the intervals fill."""
-    left, right, row, width = 150.0, 70.0, 30.0, 860.0
+    """Test accuracy of each recipe with its interval, drawn for a page and for a phone; the page shows what fits."""
+    broad = _forest_of(entries, baseline, width=860, left=150, letters=20, ticks=6, class_="broadly")
+    return broad + _forest_of(entries, baseline, width=400, left=96, letters=11, ticks=3, class_="narrow")
+
+
+def _forest_of(
+    entries: Sequence[Entry], baseline: float, *, width: float, left: float, letters: int, ticks: int, class_: str
+) -> str:
+    """One row for each recipe, on one axis that the intervals fill."""
+    right, row = 70.0, 30.0
     low = min(e["test"]["accuracy_ci95"][0] for e in entries)
     high = max(e["test"]["accuracy_ci95"][1] for e in entries)
     low, high = max(0.0, low - 0.03), min(1.0, high + 0.02)
@@ -139,7 +148,7 @@ def _forest(entries: Sequence[Entry], baseline: float) -> str:
         return float(left + (width - left - right) * (share - low) / (high - low))
 
     parts = []
-    for tick in nice_ticks(low, high, 6):
+    for tick in nice_ticks(low, high, ticks):
         parts.append(tag("line", x1=x(tick), x2=x(tick), y1=8.0, y2=bottom, class_="grid"))
         parts.append(text(x(tick), bottom + 17, f"{100 * tick:g} %", text_anchor="middle"))
     if low < baseline < high:
@@ -152,14 +161,14 @@ def _forest(entries: Sequence[Entry], baseline: float) -> str:
         bar = tag("rect", x=x(a), y=y - 6, width=max(2.0, x(b) - x(a)), height=12.0, rx=3, class_="span")
         dot = tag("circle", cx=x(value), cy=y, r=5.5)
         seeds = "".join(tag("circle", cx=x(v), cy=y, r=1.8) for v in e["test"]["accuracy_per_seed"])
-        label = text(left - 12, y + 4, _short(e["name"], 20), text_anchor="end")
+        label = text(left - 12, y + 4, _short(e["name"], letters), text_anchor="end")
         figure_ = text(width - right + 10, y + 4, f"{100 * value:.1f} %")
         parts.append(tag("g", bar + seeds + dot + label + figure_, class_=f"series {_color(i)}"))
     title = "Test accuracy with 95 % interval: " + "; ".join(
         f"{e['name']} {100 * e['test']['accuracy']:.1f} %" for e in entries
     )
     height = bottom + (38 if low < baseline < high else 24)
-    return f"<figure>{svg(width, height, ''.join(parts), title)}</figure>"
+    return f'<figure class="{class_}">{svg(width, height, "".join(parts), title)}</figure>'
 
 
 def _short(words: str, letters: int) -> str:
