@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headstart import fastconv, fastops, numerics
+from headstart.cut import trace
 from headstart.fastconv import Convolution, InPlaceReLU6, depthwise_grad_input, pointwise_gradients
 from headstart.fastops import (
     fast_gradients,
@@ -339,6 +340,24 @@ def test_convolutions_do_the_activation_after_them(act: type[nn.Module]) -> None
         net.norm.eval()
     assert [type(m) for m in net.modules()] == classes
     assert not any({"stock", "norm", "act", "done"} & vars(m).keys() for m in net.modules())
+
+
+def test_fast_kernels_within_fast_kernels_change_nothing() -> None:
+    net, x = spread_norms(Chains(nn.ReLU6)), draw(2, 3, 29, 31, dtype=torch.float32)
+    classes = [type(m) for m in net.modules()]
+    with torch.no_grad():
+        stock = net(x)
+        with fast_training(net):
+            fused = [type(m) for m in net.modules()]
+            with fast_training(net):
+                assert relative(net(x), stock) < 1e-6
+            assert [type(m) for m in net.modules()] == fused
+            assert relative(net(x), stock) < 1e-6
+            whole, graph = trace(net, nn.Module.__call__)
+            traced = fx.GraphModule(whole, graph)
+            assert relative(traced(x), stock) < 1e-6
+        assert relative(traced(x), stock) < 1e-6  # it still holds the activations
+    assert [type(m) for m in net.modules()] == classes
 
 
 def test_activations_are_done_apart_where_pytorch_cannot_fuse_them(monkeypatch: pytest.MonkeyPatch) -> None:

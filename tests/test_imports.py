@@ -122,6 +122,7 @@ SIDEWAYS = {
     ("audit_quick", "findings"),
     ("audit_quick", "inspection"),
     ("audit_quick", "shortcuts"),
+    ("cut", "fastconv"),
     ("fastops", "cut"),
     ("fastops", "fastconv"),
     ("checkpointing", "cut"),

@@ -19,6 +19,8 @@ from timm.layers.drop import DropBlock2d, DropPath
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, fx, nn
 
+from .fastconv import Done
+
 Forward = Callable[[Any, Tensor], Any]
 
 # Modules whose behaviour hangs on their own training flag, and those whose class may be exchanged for a faster one:
@@ -29,6 +31,7 @@ _LEAVES: tuple[type[nn.Module], ...] = (
     nn.LayerNorm,
     nn.modules.dropout._DropoutNd,
     nn.Conv2d,
+    Done,
     SqueezeExcite,
     DropPath,
     DropBlock2d,

@@ -112,7 +112,8 @@ def fast_gradients(module: nn.Module) -> Undo:
     The forward is the stock one, bit for bit; parameters, buffers and their names do not change. On other devices, and
     where no gradient is wanted, the stock operation runs.
     """
-    return Undo(_mark(m, "gradients", True) for m in module.modules() if _has_slow_backward(m))
+    slow = [m for m in module.modules() if _has_slow_backward(m) and "gradients" not in m.__dict__]
+    return Undo(_mark(m, "gradients", True) for m in slow)
 
 
 class Chain(NamedTuple):
@@ -187,6 +188,8 @@ def fuse_fixed_batchnorm(module: nn.Module, forward: Forward = nn.Module.__call_
     for chain in conv_chains(module, forward):
         conv, norm, act = (None if name is None else module.get_submodule(name) for name in chain)
         assert conv is not None
+        if conv.__dict__.keys() & {"norm", "act"}:
+            continue  # within another such context, which takes back its own
         if norm is not None:
             steps.append(_fuse(conv, norm))
         if act is not None:
