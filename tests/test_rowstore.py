@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,17 @@ import torch
 from torch import nn
 
 from conftest import make_picture
-from headstart import Recipe, Stage, create_classifier, fine_tune, load_images, make_runtime, set_freeze_line, split
+from headstart import (
+    Recipe,
+    Stage,
+    create_classifier,
+    fastconv,
+    fine_tune,
+    load_images,
+    make_runtime,
+    set_freeze_line,
+    split,
+)
 from headstart.classifier import Classifier
 from headstart.features import ActivationSource, FeatureSource, make_source
 from headstart.pixels import Pixels
@@ -41,16 +51,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
 def computed() -> Iterator[list[int]]:
     """Batch sizes that convolutions on three channels (the stem of a network) see meanwhile."""
     seen: list[int] = []
-    conv2d = nn.functional.conv2d
 
-    def counted(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if x.shape[1] == 3 and type(x) is torch.Tensor and x.device.type != "meta":
-            seen.append(len(x))
-        return conv2d(x, *args, **kwargs)
+    def counted(convolve: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def run(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if x.shape[1] == 3 and type(x) is torch.Tensor and x.device.type != "meta":
+                seen.append(len(x))
+            return convolve(x, *args, **kwargs)
+
+        return run
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(nn.functional, "conv2d", counted)
-    patch.setattr(torch, "conv2d", counted)
+    patch.setattr(fastconv, "_with_activation", counted(fastconv._with_activation))
+    patch.setattr(nn.functional, "conv2d", counted(nn.functional.conv2d))
+    patch.setattr(torch, "conv2d", nn.functional.conv2d)
     try:
         yield seen
     finally:
