@@ -23,13 +23,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-SHARED = Path(os.environ.get("HEADSTART_SHARED", HERE.parents[1] / "shared"))
-WEIGHTS = SHARED / "weights" / "mobilenetv2_100.safetensors"
+from records import HERE, SHARED, WEIGHTS, append, newest, show
+
 # What counts as the audit: room and function, its name in the record, and the clock (of the thread, or of all threads).
 PARTS = (
     ("pixelstore", "look_of_bytes", "looks", time.thread_time),
@@ -79,8 +77,6 @@ def _cpu_seconds() -> float:
 
 def measure(name: str, recipe: str) -> list[dict[str, Any]]:
     """The first and the second fit of a set, each in a process of its own."""
-    from headstart.run import environment
-
     records = []
     with tempfile.TemporaryDirectory() as folder:
         for cache in ("empty", "filled"):
@@ -88,39 +84,24 @@ def measure(name: str, recipe: str) -> list[dict[str, Any]]:
             env = {**os.environ, "HEADSTART_CACHE": str(Path(folder) / "cache")}
             done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
             figures = json.loads(done.stdout.splitlines()[-1])
-            records.append({"set": name, "recipe": recipe, "cache": cache, **figures, "machine": environment()})
+            records.append({"set": name, "recipe": recipe, "cache": cache, **figures})
     return records
 
 
 def table() -> str:
     """The records as a table; the last one of each line counts."""
-    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for path in sorted(HERE.glob("results/audit_cost-*.jsonl")):
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            rows[record["set"], record["recipe"], record["cache"]] = record
     lines = [
         "| set | recipe | cache | pictures | fit, CPU s | looks | quick | labels | fast part's share | with labels |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for (name, recipe, cache), one in rows.items():
+    for one in newest("audit_cost", "set", "recipe", "cache"):
         looks, quick, labels = (one["cpu_seconds_of"][part] for part in ("looks", "quick", "labels"))
         shares = [100 * part / one["cpu_seconds"] for part in (looks + quick, looks + quick + labels)]
         lines.append(
-            f"| {name} | {recipe} | {cache} | {one['pictures']:,} | {one['cpu_seconds']:.1f} | {looks:.2f}"
-            f" | {quick:.2f} | {labels:.2f} | {shares[0]:.1f} % | {shares[1]:.1f} % |"
+            f"| {one['set']} | {one['recipe']} | {one['cache']} | {one['pictures']:,} | {one['cpu_seconds']:.1f}"
+            f" | {looks:.2f} | {quick:.2f} | {labels:.2f} | {shares[0]:.1f} % | {shares[1]:.1f} % |"
         )
     return "\n".join(lines)
-
-
-def write_table(text: str) -> None:
-    """Replace what stands between the marks in docs/audit.md."""
-    path = HERE.parent / "docs" / "audit.md"
-    page = path.read_text(encoding="utf-8")
-    start, rest = page.split("<!-- cost:", 1)
-    note, rest = rest.split("-->", 1)
-    end = rest.split("<!-- end of cost -->", 1)[1]
-    path.write_text(f"{start}<!-- cost:{note}-->\n{text}\n<!-- end of cost -->{end}", encoding="utf-8")
 
 
 def main() -> None:
@@ -139,15 +120,12 @@ def main() -> None:
         print(json.dumps(fit_once(SHARED / "data" / args.set, args.recipe, Path(args.out))))
         return
     if args.command == "run":
-        day = datetime.now(UTC).date().isoformat()
         for recipe in args.recipes.split(","):
             for name in args.sets.split(","):
-                with (HERE / "results" / f"audit_cost-{day}.jsonl").open("a") as file:
-                    for record in measure(name, recipe):
-                        file.write(json.dumps(record) + "\n")
-    print(table())
-    if args.command == "table" and args.write:
-        write_table(table())
+                for record in measure(name, recipe):
+                    append("audit_cost", record)
+    write = args.command == "table" and args.write
+    show(table(), "cost", write=write, page=HERE.parent / "docs" / "audit.md")
 
 
 if __name__ == "__main__":

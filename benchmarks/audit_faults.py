@@ -20,22 +20,19 @@ Records are appended to benchmarks/results/audit_faults-DATE.jsonl; of repeated 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from audit_gain import WEIGHTS, flip
+from audit_gain import flip
 from PIL import Image, ImageEnhance, ImageOps
+from records import HERE, SHARED, WEIGHTS, append, newest, parser, show
 
 import headstart
 from headstart.audit_copies import find_copies
@@ -46,13 +43,10 @@ from headstart.inspection import Look, look, look_at
 from headstart.metrics import wilson_interval
 from headstart.once import store_features
 from headstart.pixels import Pixels
-from headstart.run import environment
 from headstart.runtime import make_runtime
 from headstart.shortcuts import find_shortcuts
 from headstart.threads import map_threads
 
-HERE = Path(__file__).parent
-SHARED = Path(os.environ.get("HEADSTART_SHARED", HERE.parents[1] / "shared"))
 SETS = ("hotdog", "cats_dogs", "flowers5", "hymenoptera", "dogs10", "emotions3")
 FLIPPED_SETS = ("hotdog", "cats_dogs", "flowers5")
 FLIPPED_SHARES = (0.05, 0.1)
@@ -336,9 +330,7 @@ PARTS = {
 
 def records() -> list[dict[str, Any]]:
     """Every record ever appended; of repeated runs the last one counts."""
-    files = sorted((HERE / "results").glob("audit_faults-*.jsonl"))
-    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
-    return list({(r["part"], r["set"], r["seed"], r["what"]): r for r in map(json.loads, lines)}.values())
+    return newest("audit_faults", "part", "set", "seed", "what")
 
 
 def share(found: int, n: int) -> str:
@@ -439,39 +431,21 @@ def tables() -> str:
     return "\n\n".join(out)
 
 
-def write_tables(text: str) -> None:
-    """Replace what stands between the marks in docs/audit.md."""
-    path = HERE.parent / "docs" / "audit.md"
-    page = path.read_text(encoding="utf-8")
-    start, rest = page.split("<!-- faults:", 1)
-    note, rest = rest.split("-->", 1)
-    end = rest.split("<!-- end of faults -->", 1)[1]
-    path.write_text(f"{start}<!-- faults:{note}-->\n{text}\n<!-- end of faults -->{end}", encoding="utf-8")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--sets", default=",".join(SETS))
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/audit.md")
-    options = parser.parse_args()
+    line = parser(__doc__, "run", page="docs/audit.md")
+    line.add_argument("--parts", default=",".join(PARTS))
+    line.add_argument("--sets", default=",".join(SETS))
+    line.add_argument("--seeds", default="0,1,2")
+    options = line.parse_args()
     if options.what == "table":
-        print(tables())
-        if options.write:
-            write_tables(tables())
+        show(tables(), "faults", write=options.write, page=HERE.parent / "docs" / "audit.md")
         return
-    (HERE / "results").mkdir(exist_ok=True)
-    log = HERE / "results" / f"audit_faults-{datetime.now(UTC):%Y-%m-%d}.jsonl"
     for part in options.parts.split(","):
         for name in options.sets.split(","):
             for seed in map(int, options.seeds.split(",") if part != "real" else "0"):
                 for record in PARTS[part](name, seed):
-                    record |= {"when": datetime.now(UTC).isoformat(timespec="seconds"), "versions": environment()}
-                    with log.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(record) + "\n")
-                    print({k: v for k, v in record.items() if k not in ("versions", "when")}, flush=True)
+                    append("audit_faults", record)
+                    print(record, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ not run again.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import subprocess
 import sys
@@ -25,9 +23,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-HERE = Path(__file__).parent
+from records import HERE, RESULTS, SHARED, WEIGHTS, newest, parser, show
+
 EXAMPLES = HERE.parent / "examples"
-SHARED = Path(os.environ.get("HEADSTART_SHARED", HERE.parents[1] / "shared"))
 BACKBONE = "mobilenetv2_100"
 
 
@@ -96,9 +94,7 @@ RUNS = {
 
 def records() -> dict[str, dict]:
     """The last record of each example."""
-    files = sorted((HERE / "results").glob("examples-*.jsonl"))
-    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
-    return {record["example"]: record for record in map(json.loads, lines)}
+    return {record["example"]: record for record in newest("examples", "example")}
 
 
 def run_one(name: str, seeds: list[int], log: Path) -> None:
@@ -107,7 +103,7 @@ def run_one(name: str, seeds: list[int], log: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         words = [str(SHARED / "data" / example.data), "--backbone", BACKBONE, *example.options]
         words += ["--seeds", ",".join(map(str, seeds))]
-        words += ["--weights", str(SHARED / "weights" / f"{BACKBONE}.safetensors")]
+        words += ["--weights", str(WEIGHTS)]
         words += ["--out", str(Path(folder) / name), "--record", str(log)]
         subprocess.run(
             [sys.executable, EXAMPLES / f"{name}.py", *words],
@@ -191,29 +187,16 @@ def _sweep_table(trials: list[dict]) -> str:
     return "\n".join(rows)
 
 
-def write_into_readme(text: str) -> None:
-    """Replace what stands between the two result marks of examples/README.md."""
-    path = EXAMPLES / "README.md"
-    start, rest = path.read_text(encoding="utf-8").split("<!-- results:", 1)
-    note, rest = rest.split("-->", 1)
-    end = rest.split("<!-- end of results -->", 1)[1]
-    path.write_text(f"{start}<!-- results:{note}-->\n{text}\n<!-- end of results -->{end}", encoding="utf-8")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--only", default=",".join(RUNS))
-    parser.add_argument("--seeds", help="such as 0,1,2; otherwise those of each example")
-    parser.add_argument("--write", action="store_true", help="put the tables into examples/README.md")
-    options = parser.parse_args()
+    line = parser(__doc__, "run", page="examples/README.md")
+    line.add_argument("--only", default=",".join(RUNS))
+    line.add_argument("--seeds", help="such as 0,1,2; otherwise those of each example")
+    options = line.parse_args()
     if options.what == "table":
-        print(table())
-        if options.write:
-            write_into_readme(table())
+        show(table(), "results", write=options.write, page=EXAMPLES / "README.md")
         return
-    (HERE / "results").mkdir(exist_ok=True)
-    log = HERE / "results" / f"examples-{datetime.now(UTC):%Y-%m-%d}.jsonl"
+    RESULTS.mkdir(exist_ok=True)
+    log = RESULTS / f"examples-{datetime.now(UTC):%Y-%m-%d}.jsonl"
     for name in options.only.split(","):
         seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else list(RUNS[name].seeds)
         if records().get(name, {}).get("seeds") != seeds:

@@ -12,22 +12,15 @@ seconds are upper bounds.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
+
+from records import SHARED, WEIGHTS, append, parser, read
 
 import headstart
 from headstart.recipe import FINE_TUNE_STAGE, RECIPES
-
-HERE = Path(__file__).parent
-SHARED = Path(os.environ.get("HEADSTART_SHARED", HERE.parents[1] / "shared"))
-WEIGHTS = SHARED / "weights" / "mobilenetv2_100.safetensors"
 
 # What each changes in the default fine-tuning stage; `lr` is the stage's own rate.
 VARIANTS: tuple[dict[str, Any], ...] = (
@@ -75,15 +68,10 @@ def run_one(name: str, seed: int) -> list[dict[str, Any]]:
     return records
 
 
-def log_path(day: str) -> Path:
-    return HERE / "results" / f"fine_tuning_variants-{day}.jsonl"
-
-
 def table() -> str:
     """Markdown: each variant's validation loss, meaned over the seeds that have it, best first."""
-    lines = [line for path in sorted(log_path("*").parent.glob(log_path("*").name)) for line in path.open()]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for record in map(json.loads, lines):
+    for record in read("fine_tuning_variants"):
         variant = record["variant"]
         text = variant if variant == "head" else ", ".join(f"{k} {v}" for k, v in variant.items())
         groups.setdefault((record["set"], text), []).append(record)
@@ -97,20 +85,17 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--sets", default="flowers5")
-    parser.add_argument("--seeds", default="0,1,2")
-    options = parser.parse_args()
+    line = parser(__doc__, "run")
+    line.add_argument("--sets", default="flowers5")
+    line.add_argument("--seeds", default="0,1,2")
+    options = line.parse_args()
     if options.what == "table":
         print(table())
         return
-    with log_path(f"{datetime.now(UTC):%Y-%m-%d}").open("a") as file:
-        for seed in map(int, options.seeds.split(",")):
-            for name in options.sets.split(","):
-                for record in run_one(name, seed):
-                    file.write(json.dumps(record) + "\n")
-                    file.flush()
+    for seed in map(int, options.seeds.split(",")):
+        for name in options.sets.split(","):
+            for record in run_one(name, seed):
+                append("fine_tuning_variants", record)
 
 
 if __name__ == "__main__":

@@ -18,20 +18,18 @@ import io
 import json
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
 from PIL import Image
+from records import append
 
 from headstart import create_classifier
 from headstart.decode import open_image
 from headstart.inspection import look_of_bytes
 from headstart.transforms import RESAMPLING, DataSpec, as_tensor, evaluation_view, working_image, working_size
 
-RESULTS = Path(__file__).parent / "results"
 SIZES = ((2000, 1500), (3000, 2000), (4000, 3000))
 
 
@@ -104,7 +102,7 @@ def main() -> None:
     except ImportError:
         pass
     record: dict[str, object] = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"), "pillow": PIL.__version__,
+        "pillow": PIL.__version__,
         "backbone": args.backbone, "weights": args.weights != "none",
     }  # fmt: skip
     apart: dict[str, list[np.ndarray]] = {"block means": [], "draft": []}
@@ -129,8 +127,7 @@ def main() -> None:
         full, drafts = (model.features(torch.stack([as_tensor(pair[k]) for pair in views])) for k in (0, 1))
     record["features of drafts off by"] = round(float((full - drafts).norm() / full.norm()), 4)
     print(json.dumps(record, indent=1))
-    with (RESULTS / f"large_pictures-{datetime.now(UTC):%Y-%m-%d}.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    append("large_pictures", record)
 
 
 if __name__ == "__main__":

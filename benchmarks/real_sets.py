@@ -14,35 +14,26 @@ finished runs are not run again.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
 import statistics
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
+from records import HERE, SHARED, WEIGHTS, append, parser, read, show
 from scipy import stats
 
 import headstart
 from headstart.recipe import RECIPES, Recipe
-from headstart.run import environment
 
-HERE = Path(__file__).parent
-SHARED = Path(os.environ.get("HEADSTART_SHARED", HERE.parents[1] / "shared"))
 SETS = ("hotdog", "cats_dogs", "dogs10", "hymenoptera", "flowers5", "emotions3")
 BACKBONE = "mobilenetv2_100"
 
 
 def records() -> list[dict]:
     """Every record ever appended; of repeated runs of one recipe the last one counts."""
-    lines = [
-        line for path in sorted((HERE / "results").glob("real_sets-*.jsonl")) for line in path.read_text().splitlines()
-    ]
-    runs = [r for r in map(json.loads, lines) if "set" in r]
+    runs = [r for r in read("real_sets") if "set" in r]
     return list({(r["set"], r["seed"], r["recipe_id"]): r for r in runs}.values())
 
 
@@ -64,7 +55,7 @@ def run_one(name: str, seed: int) -> dict:
     table = headstart.load_images(folder, test_folder="val" if name == "hymenoptera" else None)
     splits = headstart.split(table, seed=seed)
     model = headstart.create_classifier(
-        BACKBONE, splits.class_names, weights=str(SHARED / "weights" / f"{BACKBONE}.safetensors"),
+        BACKBONE, splits.class_names, weights=str(WEIGHTS),
         interpolation="bilinear", seed=seed,
     )  # fmt: skip
     stages, trained = [], time.perf_counter() - started
@@ -99,8 +90,6 @@ def run_one(name: str, seed: int) -> dict:
         "n": {"train": len(splits.train), "val": len(splits.val), "test": len(splits.test)},
         "stages": stages,
         "threads": torch.get_num_threads(),
-        "versions": environment(),
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -111,7 +100,7 @@ def collapse_one(name: str, seed: int) -> dict:
     table = headstart.load_images(SHARED / "data" / name, test_folder="val" if name == "hymenoptera" else None)
     splits = headstart.split(table, seed=seed)
     model = headstart.create_classifier(
-        BACKBONE, splits.class_names, weights=str(SHARED / "weights" / f"{BACKBONE}.safetensors"),
+        BACKBONE, splits.class_names, weights=str(WEIGHTS),
         interpolation="bilinear", seed=seed,
     )  # fmt: skip
     results = []
@@ -135,7 +124,6 @@ def collapse_one(name: str, seed: int) -> dict:
         "val_loss_returned": results[1].best.loss,
         "caught": any(event["kind"] == "rollback" for event in results[1].events),
         "events": results[1].events,
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -177,35 +165,18 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def write_into_readme(text: str) -> None:
-    """Replace what stands between the two result marks."""
-    path = HERE.parent / "README.md"
-    page = path.read_text(encoding="utf-8")
-    start, rest = page.split("<!-- results:", 1)
-    note, rest = rest.split("-->", 1)
-    end = rest.split("<!-- end of results -->", 1)[1]
-    path.write_text(f"{start}<!-- results:{note}-->\n{text}\n<!-- end of results -->{end}", encoding="utf-8")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "table", "collapse"))
-    parser.add_argument("--sets", default=",".join(SETS))
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--write", action="store_true", help="put the table into the README")
-    options = parser.parse_args()
+    line = parser(__doc__, "run", "collapse", page="README.md")
+    line.add_argument("--sets", default=",".join(SETS))
+    line.add_argument("--seeds", default="0,1,2")
+    options = line.parse_args()
     if options.what == "table":
-        print(table())
-        if options.write:
-            write_into_readme(table())
+        show(table(), "results", write=options.write, page=HERE.parent / "README.md")
         return
-    (HERE / "results").mkdir(exist_ok=True)
-    log = HERE / "results" / f"real_sets-{datetime.now(UTC):%Y-%m-%d}.jsonl"
     if options.what == "collapse":
         for name in options.sets.split(","):
             record = collapse_one(name, seed=0)
-            with log.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            append("real_sets", record)
             print(name, "caught" if record["caught"] else "NOT CAUGHT", record["events"], flush=True)
         return
     done = {(r["set"], r["seed"]) for r in records_of_default()}
@@ -214,8 +185,7 @@ def main() -> None:
             if (name, seed) in done:
                 continue
             record = run_one(name, seed)
-            with log.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            append("real_sets", record)
             print(
                 name,
                 seed,
