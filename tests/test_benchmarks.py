@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -190,10 +191,25 @@ def test_views_are_compared_with_the_default_on_the_seeds_that_both_have(peers: 
     assert rows["**2**"][6:] == ["", "", " |"]
 
 
+def test_the_gpu_script_runs_on_a_cpu(peers: ModuleType) -> None:
+    import records
+
+    words = "run --device cpu --networks resnet18 --batch 8 --rounds 1 --calls 1 --no-compile --parts frozen,step"
+    import gpu
+
+    with mock.patch.object(sys, "argv", ["gpu.py", *words.split()]):
+        gpu.main()
+    made = records.read("gpu")
+    assert [sorted(one["figures"]) for one in made] == [["augmented", "plain", "recorded"], ["by hand", "ours"]]
+    assert "none was at hand" in gpu.table()
+    records.append("gpu", made[0] | {"device": "H1"})
+    assert "| H1 | frozen | resnet18 | 8 | plain " in gpu.table()
+
+
 # In one process: each script imports PyTorch.
 TABLES = (
     "peers", "step", "size", "stores", "checkpointing", "views", "head", "frozen_pass", "compare_sets", "advice",
-    "sweep_preset", "kernels",
+    "sweep_preset", "kernels", "gpu",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ LAYERS = (
     (
         *("tuned", "owners"),
         *("folders", "manifest", "groups", "prepared", "archives", "named_sets", "sources", "arrays", "sizes"),
-        *("decode", "isolate", "order", "threads", "dataset", "transforms", "augment"),
+        *("decode", "isolate", "order", "threads", "dataset", "transforms", "augment", "batchviews"),
         *("metrics", "modelfile", "run", "runtime", "store", "terminal", "memory"),
         *("autoaugment", "heads", "tracing", "cut", "fastconv", "fastops", "numerics", "frozenpass", "checkpointing"),
         *(
@@ -90,6 +90,11 @@ SIDEWAYS = {
     ("isolate", "decode"),
     ("transforms", "dataset"),
     ("augment", "autoaugment"),
+    ("transforms", "memory"),
+    ("batchviews", "memory"),
+    ("augment", "memory"),
+    ("batchviews", "augment"),
+    ("batchviews", "transforms"),
     ("augment", "transforms"),
     ("doubtful", "audit_files"),
     ("doubtful", "dataset"),

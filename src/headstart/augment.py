@@ -12,6 +12,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from .autoaugment import auto_augment
 from .errors import RecipeError
+from .memory import sent
 from .order import random_stream
 from .recipe import AugmentSpec
 from .threads import map_threads
@@ -34,14 +36,15 @@ _Pixels = npt.NDArray[np.uint8]
 _Matrix = npt.NDArray[np.float64]
 
 # One number in [0, 1) per change, always drawn in this order: turning one change on leaves the others as they were.
-_DRAWS = (
+DRAWS = (
     "area", "ratio", "x", "y", "rotation", "shift_x", "shift_y", "zoom", "hflip", "vflip",
     "brightness", "contrast", "red", "green", "blue", "downsample",
 )  # fmt: skip
+_GREY = (0.299, 0.587, 0.114)  # of red, green and blue
 # Picture pixels per view pixel up to which bilinear sampling is left to itself. Against a view sampled five times as
 # finely (photographs, rotated by 7 degrees) it is closest, and as sharp, at 1.5; shrinking the picture first to 1.0
 # loses 10 dB and a fifth of the sharpness.
-_MOST_STEP = 1.5
+MOST_STEP = 1.5
 _VIEW_PURPOSE, _AUTO_PURPOSE, _ERASE_PURPOSE = 4, 5, 6
 _rng_lock = threading.Lock()
 
@@ -58,17 +61,7 @@ def augmented_view(image: _Pixels, spec: DataSpec, augment: Augment, *, seed: in
     Raises:
         RecipeError: the callable returns no picture, or one that it has normalised.
     """
-    if not isinstance(augment, AugmentSpec):
-        return _user_view(image, spec, augment, seed=seed, index=index, view=view)
-    drawn = _spec_view(image, spec, augment, view_rng(seed, index, view))
-    if augment.auto != "none":
-        rng = np.random.Generator(random_stream(seed, index, _AUTO_PURPOSE, view))
-        drawn = auto_augment(
-            drawn, augment.auto, ops=augment.auto_ops, magnitude=augment.auto_magnitude, fill=spec.fill, rng=rng
-        )
-    if augment.erasing:
-        drawn = _erase(drawn, augment, spec, np.random.Generator(random_stream(seed, index, _ERASE_PURPOSE, view)))
-    return drawn
+    return augmented_batch([image], spec, augment, seed=seed, indices=[index], views=[view])[0]
 
 
 def augmented_batch(
@@ -87,9 +80,27 @@ def augmented_batch(
         workers: threads; 0 is one per CPU core, 1 stays in the calling thread.
     """
     out = torch.empty((len(images), 3, spec.image_size, spec.image_size), dtype=torch.uint8)
+    if isinstance(augment, AugmentSpec):
+        sizes = np.array([image.shape[1::-1] for image in images])
+        rngs = [view_rng(seed, index, view) for index, view in zip(indices, views, strict=True)]
+        plans = view_plans(sizes, spec, augment, np.array([rng.random(len(DRAWS)) for rng in rngs]))
 
     def fill(i: int) -> None:
-        out[i] = augmented_view(images[i], spec, augment, seed=seed, index=indices[i], view=views[i])
+        at = {"seed": seed, "index": indices[i], "view": views[i]}
+        if not isinstance(augment, AugmentSpec):
+            out[i] = _user_view(images[i], spec, augment, **at)
+            return
+        drawn = _spec_view(images[i], spec, augment, plans, i, rngs[i])
+        if augment.auto != "none":
+            rng = np.random.Generator(random_stream(seed, indices[i], _AUTO_PURPOSE, views[i]))
+            drawn = auto_augment(
+                drawn, augment.auto, ops=augment.auto_ops, magnitude=augment.auto_magnitude, fill=spec.fill, rng=rng
+            )
+        box = erased_box(augment, spec.image_size, **at)
+        out[i] = drawn
+        if box is not None:
+            left, top, right, bottom = box
+            out[i, :, top:bottom, left:right] = torch.tensor(spec.fill, dtype=torch.uint8)[:, None, None]
 
     map_threads(fill, range(len(images)), workers=workers)
     return out
@@ -100,65 +111,109 @@ def view_rng(seed: int, index: int, view: int) -> np.random.Generator:
     return np.random.Generator(random_stream(seed, index, _VIEW_PURPOSE, view))
 
 
+@dataclass(frozen=True)
+class ViewPlans:
+    """What is done to each of B pictures, but for noise, operations and rectangles.
+
+    Attributes:
+        maps: view coordinates (u, v, 1), from -1 to 1, to picture pixels, float64 [B, 2, 3].
+        sides: at how many points along each side the picture is read, [B]; fewer than the view has: down-sampled.
+        gain, contrast: what channels are multiplied by, float32 [B, 3], and contrast, float32 [B].
+    """
+
+    maps: _Matrix
+    sides: npt.NDArray[np.int64]
+    gain: Tensor
+    contrast: Tensor
+
+
+def view_plans(sizes: npt.NDArray[np.int64], spec: DataSpec, augment: AugmentSpec, draws: _Matrix) -> ViewPlans:
+    """What the random numbers come to.
+
+    Args:
+        sizes: (width, height) of each picture, [B, 2]. draws: in [0, 1), in the order of `DRAWS`, [B, 16].
+    """
+    drawn = dict(zip(DRAWS, draws.T, strict=True))
+    sides = np.maximum(1, np.round(spec.image_size * (1 - (1 - augment.downsample) * drawn["downsample"])))
+    bright = 1 + augment.brightness * _either_way(drawn["brightness"])
+    contrast = 1 + augment.contrast * _either_way(drawn["contrast"])
+    channels = 1 + augment.channel_brightness * _either_way(_columns(drawn, "red", "green", "blue"))
+    gain = torch.from_numpy(bright[:, None] * channels).float()
+    return ViewPlans(
+        _maps(sizes, spec, augment, drawn), sides.astype(np.int64), gain, torch.from_numpy(contrast).float()
+    )
+
+
 def view_map(width: int, height: int, spec: DataSpec, augment: AugmentSpec, draws: dict[str, float]) -> _Matrix:
-    """All geometry as one map, float64 [2, 3]: view coordinates (u, v, 1), each from -1 to 1, to picture pixels.
+    """The map of one picture, float64 [2, 3], from its random numbers by name; see `ViewPlans`."""
+    drawn = {name: np.array([value]) for name, value in draws.items()}
+    return np.asarray(_maps(np.array([[width, height]]), spec, augment, drawn)[0])
+
+
+def _maps(sizes: npt.NDArray[np.int64], spec: DataSpec, augment: AugmentSpec, drawn: dict[str, _Matrix]) -> _Matrix:
+    """All geometry as one map a picture.
 
     A window of the picture is chosen (the random resized crop; without one, what the evaluation view shows); zoom,
     rotation, flips and translation move about within that window. The window keeps the sense of `spec.fit`: for
     `crop` its aspect is the view's, for `squash` the picture's, for `letterbox` it is a part of the padded square.
     """
-    centre, extent = _window(width, height, spec, augment, draws)
-    angle = math.radians(augment.rotation * _either_way(draws["rotation"]))
-    scale = 1 + augment.zoom * _either_way(draws["zoom"])
-    cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
-    flip = np.diag([-1.0 if draws["hflip"] < augment.hflip else 1.0, -1.0 if draws["vflip"] < augment.vflip else 1.0])
-    linear = np.diag(extent) / 2 @ flip @ np.array([[cos, -sin], [sin, cos]])
+    centre, extent = _windows(sizes.astype(np.float64), spec, augment, drawn)
+    angle = np.radians(augment.rotation * _either_way(drawn["rotation"])).tolist()
+    scale = 1 + augment.zoom * _either_way(drawn["zoom"])
+    # The functions of `math`: numpy's may differ in the last bit from machine to machine.
+    cos, sin = (scale * np.array([function(a) for a in angle]) for function in (math.cos, math.sin))
+    flip = np.where(_columns(drawn, "hflip", "vflip") < (augment.hflip, augment.vflip), -1.0, 1.0)
+    turned = np.stack([np.stack([cos, -sin], 1), np.stack([sin, cos], 1)], 1)
+    linear = (extent / 2 * flip)[:, :, None] * turned
     # The window is 2 wide in view coordinates, so a shift by the whole side is 2.
-    shift = 2 * augment.translation * np.array([_either_way(draws["shift_x"]), _either_way(draws["shift_y"])])
-    offset = centre - linear @ shift
-    return np.column_stack([linear, offset])
+    shift = 2 * augment.translation * _either_way(_columns(drawn, "shift_x", "shift_y"))
+    offset = centre - (linear * shift[:, None, :]).sum(2)
+    return np.concatenate([linear, offset[:, :, None]], 2)
 
 
-def _either_way(draw: float) -> float:
-    """A draw in [0, 1) as one in [-1, 1)."""
+def _columns(drawn: dict[str, _Matrix], *names: str) -> _Matrix:
+    return np.stack([drawn[name] for name in names], 1)
+
+
+def _either_way(draw: _Matrix) -> _Matrix:
+    """Draws in [0, 1) as ones in [-1, 1)."""
     return 2 * draw - 1
 
 
-def _spec_view(image: _Pixels, spec: DataSpec, augment: AugmentSpec, rng: np.random.Generator) -> Tensor:
-    draws = dict(zip(_DRAWS, rng.random(len(_DRAWS)).tolist(), strict=True))
-    height, width = image.shape[:2]
-    matrix = view_map(width, height, spec, augment, draws)
+def _spec_view(
+    image: _Pixels, spec: DataSpec, augment: AugmentSpec, plans: ViewPlans, i: int, rng: np.random.Generator
+) -> Tensor:
     # Down-sampling is the same map read at fewer points, so the picture is still sampled once before it is enlarged.
-    size = max(1, round(spec.image_size * (1 - (1 - augment.downsample) * draws["downsample"])))
-    view = _sample(image, matrix, size, spec)
+    size = int(plans.sides[i])
+    view = _sample(image, plans.maps[i], size, spec)[None]
     if size != spec.image_size:
-        view = F.interpolate(view[None], (spec.image_size, spec.image_size), mode="bilinear", align_corners=False)[0]
-    view = _photometric(view, augment, draws)
+        view = F.interpolate(view, (spec.image_size, spec.image_size), mode="bilinear", align_corners=False)
+    if augment.changes_light:
+        view = relit(view, plans.gain[i : i + 1], plans.contrast[i : i + 1])
     if augment.noise:
         view = view + _gauss(rng, view.shape).mul_(255 * augment.noise)
-    return view.round_().clamp_(0, 255).to(torch.uint8)
+    return view[0].round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _window(
-    width: int, height: int, spec: DataSpec, augment: AugmentSpec, draws: dict[str, float]
+def _windows(
+    pictures: _Matrix, spec: DataSpec, augment: AugmentSpec, drawn: dict[str, _Matrix]
 ) -> tuple[_Matrix, _Matrix]:
-    """Centre (x, y) and extent (width, height), in pixels, of the part of the picture the view shows."""
-    picture = np.array([width, height], dtype=np.float64)
+    """Centre (x, y) and extent (width, height), in pixels, of the part of each picture the view shows, [B, 2] both."""
     if augment.crop_scale == (1.0, 1.0):
-        left, top, right, bottom = shown_box(width, height, spec)
-        return np.array([left + right, top + bottom]) / 2, np.array([right - left, bottom - top])
+        boxes = np.array([shown_box(int(width), int(height), spec) for width, height in pictures])
+        return (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     low, high = augment.crop_scale
-    area = low + (high - low) * draws["area"]
+    area = low + (high - low) * drawn["area"]
     narrow, broad = augment.crop_ratio
-    ratio = narrow * (broad / narrow) ** draws["ratio"]  # 3:4 is as likely as 4:3
+    ratio = np.array([narrow * (broad / narrow) ** draw for draw in drawn["ratio"].tolist()])  # 3:4 as likely as 4:3
     # Area is a share of the whole picture (`letterbox`: of the padded square). For `crop` that is torchvision's rule,
     # but a window that does not fit is shrunk with its ratio kept, where torchvision draws ten times and then gives up.
-    limit = np.full(2, picture.max()) if spec.fit == "letterbox" else picture
-    base = np.full(2, math.sqrt(width * height)) if spec.fit == "crop" else limit
-    extent = base * math.sqrt(area) * np.array([math.sqrt(ratio), 1 / math.sqrt(ratio)])
-    extent = extent * min(1.0, float((limit / extent).min()))
-    free = np.maximum(picture - extent, 0)  # a window wider than the picture (letterbox) stays centred on it
-    return picture / 2 + free * (np.array([draws["x"], draws["y"]]) - 0.5), extent
+    limit = pictures.max(1, keepdims=True).repeat(2, 1) if spec.fit == "letterbox" else pictures
+    base = np.sqrt(pictures.prod(1, keepdims=True)) if spec.fit == "crop" else limit
+    extent = base * np.sqrt(area)[:, None] * np.stack([np.sqrt(ratio), 1 / np.sqrt(ratio)], 1)
+    extent = extent * np.minimum(1.0, (limit / extent).min(1))[:, None]
+    free = np.maximum(pictures - extent, 0)  # a window wider than the picture (letterbox) stays centred on it
+    return pictures / 2 + free * (_columns(drawn, "x", "y") - 0.5), extent
 
 
 def _sample(image: _Pixels, matrix: _Matrix, size: int, spec: DataSpec) -> Tensor:
@@ -189,10 +244,10 @@ def _cut(image: _Pixels, matrix: _Matrix, low: _Matrix, high: _Matrix) -> tuple[
 def _shrunk(image: _Pixels, matrix: _Matrix, size: int) -> tuple[_Pixels, _Matrix]:
     """The picture shrunk with antialiasing where the map would otherwise step over pixels."""
     step = np.sqrt((matrix[:, :2] ** 2).sum(axis=1)) * 2 / size  # picture pixels per view pixel, along x and y
-    if step.max() <= _MOST_STEP:
+    if step.max() <= MOST_STEP:
         return image, matrix
     height, width = image.shape[:2]
-    factor = np.maximum(step / _MOST_STEP, 1)
+    factor = np.maximum(step / MOST_STEP, 1)
     wide, high = (max(1, round(side)) for side in np.array([width, height]) / factor)
     small = np.array(Image.fromarray(image).resize((wide, high), Image.Resampling.BILINEAR))
     return small, matrix * np.array([[wide / width], [high / height]])
@@ -216,34 +271,33 @@ def _grid_sample(image: _Pixels, matrix: _Matrix, size: int, spec: DataSpec) -> 
     return (F.grid_sample(pixels - fill, grid[None], mode, "zeros", align_corners=False) + fill)[0]
 
 
-def _photometric(view: Tensor, augment: AugmentSpec, draws: dict[str, float]) -> Tensor:
-    """Brightness multiplies; contrast moves away from or towards the view's mean grey; both at once, in place."""
-    if not (augment.brightness or augment.contrast or augment.channel_brightness):
-        return view
-    bright = 1 + augment.brightness * _either_way(draws["brightness"])
-    contrast = 1 + augment.contrast * _either_way(draws["contrast"])
-    channels = [1 + augment.channel_brightness * _either_way(draws[name]) for name in ("red", "green", "blue")]
-    gain = torch.tensor([bright * channel for channel in channels])
-    grey = (view.mean(dim=(1, 2)) * gain * torch.tensor([0.299, 0.587, 0.114])).sum()
-    return view.mul_((gain * contrast).view(3, 1, 1)).add_(grey * (1 - contrast))
+def relit(views: Tensor, gain: Tensor, contrast: Tensor) -> Tensor:
+    """Views [B, 3, S, S] in floating point, changed in place: brightness multiplies; contrast moves away from or
+    towards the view's mean grey."""
+    weights = sent(torch.tensor(_GREY), views.device)
+    grey = (views.mean(dim=(2, 3)) * gain * weights).sum(1)
+    factor = gain * contrast[:, None]
+    return views.mul_(factor[:, :, None, None]).add_((grey * (1 - contrast))[:, None, None, None])
 
 
-def _erase(view: Tensor, augment: AugmentSpec, spec: DataSpec, rng: np.random.Generator) -> Tensor:
-    """With the chance `erasing` one rectangle in the mean colour, which is 0 once it is normalised.
+def erased_box(
+    augment: AugmentSpec, size: int, *, seed: int, index: int, view: int
+) -> tuple[int, int, int, int] | None:
+    """With the chance `erasing` the rectangle (left, top, right, bottom) that gets the mean colour, 0 when normalised.
 
     Area and aspect are torchvision's: 2 to 33 % of the picture, 0.3 to 3.3, cut short where it would not fit.
     Reference: Zhong et al. 2020, arXiv 1708.04896.
     """
+    if not augment.erasing:
+        return None
+    rng = np.random.Generator(random_stream(seed, index, _ERASE_PURPOSE, view))
     chance, area, ratio, x, y = rng.random(5).tolist()
     if chance >= augment.erasing:
-        return view
-    size = view.shape[-1]
+        return None
     side, aspect = size * math.sqrt(0.02 + 0.31 * area), 0.3 * 11**ratio
     width, height = (max(1, min(size, round(side * f))) for f in (math.sqrt(aspect), 1 / math.sqrt(aspect)))
     left, top = round((size - width) * x), round((size - height) * y)
-    view = view.clone()
-    view[:, top : top + height, left : left + width] = torch.tensor(spec.fill, dtype=torch.uint8)[:, None, None]
-    return view
+    return left, top, left + width, top + height
 
 
 @functools.cache

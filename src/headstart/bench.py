@@ -94,7 +94,7 @@ class Bench:
             )
         kept = self._pixels.get(name)
         if kept is None or kept.spec != spec:  # one preprocessing at a time, so that memory stays bounded
-            kept = Pixels(table, spec, workers=self.runtime.workers, store=store)
+            kept = Pixels(table, spec, workers=self.runtime.workers, store=store, device=self.runtime.gpu)
         if self.share:
             self._pixels[name] = kept
         return kept.with_views(augment, seed=seed)

@@ -147,16 +147,18 @@ class Classifier(nn.Module):
             id(m) in kept for m in self.backbone.modules()
         )
 
-    def enter(self, pixels: torch.Tensor) -> torch.Tensor:
+    def enter(self, pixels: torch.Tensor, *, are_ours: bool = False) -> torch.Tensor:
         """Normalised pictures from pixels [N, 3, S, S] on the 0-255 scale: the classifier's door.
 
+        Args:
+            are_ours: they are known to be on that scale, and no value is looked at, for which a GPU would be waited.
         Raises:
             ModelError: another shape, or pixels that were normalised before.
         """
         self.keep_frozen()
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ModelError(f"The classifier takes pixels [N, 3, S, S]; it was given {tuple(pixels.shape)}.")
-        if _looks_normalised(pixels):
+        if not are_ours and _looks_normalised(pixels):
             raise ModelError(
                 "The classifier takes pixels on the 0-255 scale and normalises them itself; it was given values from "
                 f"{float(pixels.min()):.3g} to {float(pixels.max()):.3g}. Leave out the scaling before it."

@@ -24,7 +24,6 @@ from .recipe import POLICIES
 from .runtime import Runtime, make_runtime
 from .terminal import ProgressBar
 
-BATCH_SIZE = 32  # one batch shape everywhere: the same picture in the same batch then gives the same bits
 MOST_VIEWS = 100
 
 
@@ -86,7 +85,7 @@ def predict_logits(
         return logits.float()
 
     with fast_kernels(model, runtime), torch.inference_mode(), runtime.autocast():
-        for part in mine.split(BATCH_SIZE):
+        for part in mine.split(runtime.batch_size):
             batch = pixels.batch(part.tolist(), [view] * len(part))
             rows.append(in_portions(compute, batch, runtime.portion, doing="while scoring"))
             if advance:
@@ -223,7 +222,7 @@ class Score:
 
 
 def score(
-    model: Classifier, source: Source, *, indices: Tensor, runtime: Runtime, batch_size: int = BATCH_SIZE
+    model: Classifier, source: Source, *, indices: Tensor, runtime: Runtime, batch_size: int | None = None
 ) -> Score:
     """Plain cross-entropy (nats), accuracy and top-5 accuracy of these pictures, in evaluation mode, plain views."""
     logits = source_logits(model, source, indices=indices, runtime=runtime, batch_size=batch_size)
@@ -235,7 +234,7 @@ def score(
 
 
 def source_logits(
-    model: Classifier, source: Source, *, indices: Tensor, runtime: Runtime, batch_size: int = BATCH_SIZE
+    model: Classifier, source: Source, *, indices: Tensor, runtime: Runtime, batch_size: int | None = None
 ) -> Tensor:
     """Logits [len(indices), C], float32 on the CPU, of these pictures in their plain views, in evaluation mode."""
     mine = runtime.share(indices)
@@ -247,7 +246,7 @@ def source_logits(
         return source.forward(model, inputs.to(runtime.device)).float()
 
     with torch.inference_mode(), runtime.autocast():
-        for part in mine.split(batch_size):
+        for part in mine.split(batch_size or runtime.batch_size):
             inputs = source.batch(part.tolist(), [0] * len(part))
             rows.append(in_portions(compute, inputs, runtime.portion, doing="while scoring"))
     model.train(was_training)

@@ -19,6 +19,7 @@ from torch import Tensor
 from .backbones import backbone_output
 from .classifier import Classifier
 from .cut import Cut, cut_or_reason
+from .memory import sent
 from .once import Advance, Stored, fast_kernels, store_activations, store_features
 from .pixels import Pixels
 from .recipe import AugmentSpec
@@ -73,8 +74,12 @@ class PixelSource:
     def batch(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
         return self.pixels.batch(indices, views)
 
+    def enter(self, model: Classifier, inputs: Tensor) -> Tensor:
+        """What the backbone takes, with every module in the mode that it has to have."""
+        return model.enter(inputs, are_ours=True)
+
     def forward(self, model: Classifier, inputs: Tensor) -> Tensor:
-        return model(inputs)  # type: ignore[no-any-return]
+        return model.finish(backbone_output(model.backbone, self.enter(model, inputs), pool=model.pool))
 
     def kernels(self, model: Classifier, runtime: Runtime) -> AbstractContextManager[object]:
         return fast_kernels(model, runtime)
@@ -89,13 +94,15 @@ class FeatureSource:
 
     in_background = False  # a batch of rows takes less time than handing it to a thread
 
-    def __init__(self, features: Tensor, labels: Tensor) -> None:
+    def __init__(self, features: Tensor, labels: Tensor, device: torch.device | None = None) -> None:
         self.features, self.labels = features, labels
+        self._rows = features if device is None else features.to(device)  # a GPU's own copy; else the same
         self.num_views: int | None = features.shape[1]
         self.nbytes = features.nbytes
 
     def batch(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
-        return self.features[torch.as_tensor(indices), torch.as_tensor(views)]
+        places = torch.as_tensor(indices) * self._rows.shape[1] + torch.as_tensor(views)
+        return self._rows.flatten(0, 1).index_select(0, sent(places, self._rows.device))
 
     def forward(self, model: Classifier, inputs: Tensor) -> Tensor:
         # The head is small and its inputs are stored: float32 costs nothing here and loses nothing.
@@ -120,10 +127,14 @@ class ActivationSource:
     def batch(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
         return self.stored.take(torch.as_tensor(indices) * self._views + torch.as_tensor(views))
 
-    def forward(self, model: Classifier, inputs: Tensor) -> Tensor:
+    def enter(self, model: Classifier, inputs: Tensor) -> Tensor:
+        """What the suffix takes, with every module in the mode that it has to have."""
         model.keep_frozen()
         self.cut.suffix.training = model.training  # its modules are the model's, which has set their modes
-        return model.finish(self.cut.suffix(inputs))
+        return inputs
+
+    def forward(self, model: Classifier, inputs: Tensor) -> Tensor:
+        return model.finish(self.cut.suffix(self.enter(model, inputs)))
 
     def kernels(self, model: Classifier, runtime: Runtime) -> AbstractContextManager[object]:
         return fast_kernels(self.cut.suffix.train_graph, runtime)
@@ -263,7 +274,8 @@ def make_source(
     for part, n, how in ((train, place.views, runtime), (val, 1, as_predict)):
         if place.cut is None:
             features = store_features(model, part, views=n, runtime=how, batch_size=batch_size, advance=advance)
-            sources.append(FeatureSource(features, _labels(part)))
+            held = runtime.gpu if runtime.holds(features.nbytes) else None
+            sources.append(FeatureSource(features, _labels(part), held))
         else:
             stored = store_activations(
                 model, place.cut, part, views=n, runtime=how, batch_size=batch_size, advance=advance

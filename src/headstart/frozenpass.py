@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from .cut import Forward, Whole
 from .fastconv import scale_and_shift
@@ -49,13 +50,25 @@ class FrozenForward:
         batch_size: every call computes on this many pictures (short ones are filled up and trimmed); None: as given.
         compiled: does a compiled function run? Compilation happens at the first call; where it fails this turns False,
             `compile_error` says why, and the module runs as it is.
+
+        recorded: on a GPU the kernels of the first shape that comes are recorded as one CUDA graph, which starts them
+            all at once. Where that fails this turns False; then, and with other shapes, they are started one by one.
     """
 
     def __init__(
-        self, module: nn.Module, *, dtype: torch.dtype, folded: int, batch_size: int | None, compiled: bool
+        self,
+        module: nn.Module,
+        *,
+        dtype: torch.dtype,
+        folded: int,
+        batch_size: int | None,
+        compiled: bool,
+        recorded: bool,
     ) -> None:
         self.module, self.dtype, self.folded, self.batch_size = module, dtype, folded, batch_size
         self.compiled, self.compile_error = compiled, ""
+        self._graph: _Recorded | None = None
+        self._records = recorded and not compiled
         self._call: Callable[[Tensor], Tensor] = (
             torch.compile(module, dynamic=False, options={"freezing": True}) if compiled else module
         )
@@ -75,7 +88,7 @@ class FrozenForward:
 
     def _run(self, x: Tensor) -> Any:
         if not self.compiled:
-            return self._call(x)
+            return self._replayed(x) if x.is_cuda and self._records else self._call(x)
         try:
             return self._call(x)
         except Exception as error:  # no compiler, a broken cache, an operation inductor cannot do: all recoverable
@@ -83,12 +96,56 @@ class FrozenForward:
             self._call = self.module
             return self._call(x)
 
+    def _replayed(self, x: Tensor) -> Any:
+        if self._graph is None:
+            try:
+                self._graph = _Recorded(self._call, x)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # an operation that no graph takes: it computes the same without one
+                self._records = False
+                return self._call(x)
+        return self._graph(x) if self._graph and self._graph.input.shape == x.shape else self._call(x)
+
+
+class _Recorded:
+    """A function's kernels on inputs of one shape, recorded as a CUDA graph; see PyTorch's notes on CUDA graphs.
+
+    Raises:
+        RuntimeError: what was recorded does not give what the function gives of another input.
+    """
+
+    def __init__(self, call: Callable[[Tensor], Tensor], example: Tensor) -> None:
+        # Neither the graph's tensors nor its memory may be inference mode's, which outside of it nobody may write to.
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(example.device):
+            self.input = example.clone(memory_format=torch.preserve_format)
+            side = torch.cuda.Stream(example.device)
+            side.wait_stream(torch.cuda.current_stream(example.device))
+            with torch.cuda.stream(side):
+                for _ in range(3):  # libraries choose their kernels and take their memory before anything is recorded
+                    call(self.input)
+            torch.cuda.current_stream(example.device).wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            # Other threads go on making batches meanwhile.
+            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
+                self.output = call(self.input)
+            other = example.flip(0)
+            if not torch.allclose(self(other), call(other), rtol=1e-2, atol=1e-2):
+                raise RuntimeError("the graph gives another result")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.input.copy_(x)
+        with torch.cuda.device(x.device):
+            self.graph.replay()
+        return self.output.clone(memory_format=torch.preserve_format)  # the next replay writes over it
+
 
 def frozen_forward(
     module: nn.Module,
     *,
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
+    recorded: bool = False,
     batch_size: int | None = None,
     forward: Forward = nn.Module.__call__,
 ) -> FrozenForward:
@@ -102,6 +159,7 @@ def frozen_forward(
         dtype: float32, or bfloat16 where `bf16_works`.
         compiled: also compile with inductor's freezing, at the first call (tens of seconds; wants a C++ compiler on
             a CPU); each further batch shape costs as much again, so give `batch_size` too.
+        recorded: see `FrozenForward`; left out before PyTorch 2.13, which a failed recording leaves unwell.
         forward: what of the module to run.
     """
     copy = deepcopy(module).eval().requires_grad_(False)
@@ -112,7 +170,10 @@ def frozen_forward(
     copy.to(dtype).to(memory_format=torch.channels_last)
     if forward is not nn.Module.__call__:
         copy = Whole(copy, forward).eval()
-    return FrozenForward(copy, dtype=dtype, folded=len(pairs), batch_size=batch_size, compiled=compiled)
+    return FrozenForward(
+        copy, dtype=dtype, folded=len(pairs), batch_size=batch_size, compiled=compiled,
+        recorded=recorded and TorchVersion(torch.__version__) >= "2.13",
+    )  # fmt: skip
 
 
 def _fold(module: nn.Module, conv_name: str, norm_name: str) -> None:

@@ -15,14 +15,18 @@ from .backbones import backbone_output
 from .checkpointing import segments
 from .classifier import Classifier
 from .features import ActivationSource, FeatureSource, PixelSource, Source
-from .memory import Portion, is_out_of_memory, peak_bytes
+from .memory import Portion, is_out_of_memory, peak_bytes, sent
 from .mixing import Mix, mix_inputs
 from .recipe import Stage
-from .runtime import Runtime, free_memory_bytes
+from .runtime import Runtime, free_bytes
 from .schedule import class_weight_vector, views_of_epoch
 
 # A step may take this share of the free memory, by a measurement that leaves out the kernels' scratch space.
 MEMORY_SHARE = 0.6
+# On a GPU in bfloat16 a compiled step takes about 0.7 of the time (published tables; see `frozenpass.SAVED`), and its
+# compilation a minute or so: from so many pictures times epochs on that time comes back. A number of pictures and no
+# measured time, so that a run takes the same way whenever it is made.
+COMPILED_FROM = 200_000
 
 Forward = Callable[[Classifier, Tensor], Tensor]
 
@@ -49,20 +53,32 @@ class Gradients:
         self.model, self.source, self.stage, self.runtime = model, source, stage, runtime
         self.portion = portion or Portion()
         self._forward: Forward = source.forward
+        self._compiled: CompiledForward | None = None
         if stage.checkpointing:
             found = checkpointed(source, model)
             if isinstance(found, str):
                 self.portion.note("checkpointing", f"All activations are kept: {found}.")
             else:
                 self._forward = found
-        weights = class_weight_vector(stage, source.labels, len(model.class_names))
-        self.class_weights = None if weights is None else weights.to(runtime.device)
+        elif runtime.gpu and isinstance(source, (ActivationSource, PixelSource)) and self._compiling_pays():
+            self._forward = self._compiled = CompiledForward(source)
+        # On both sides: to ask the device what a step weighs would be to wait for it.
+        self.weights = class_weight_vector(stage, source.labels, len(model.class_names))
+        self.class_weights = None if self.weights is None else self.weights.to(runtime.device)
+
+    def _compiling_pays(self) -> bool:
+        """Whether the step is compiled; a line says so."""
+        asked, pictures = self.runtime.compile, len(self.source.labels) * self.stage.epochs
+        pays = asked == "on" or (asked == "auto" and self.runtime.dtype != torch.float32 and pictures >= COMPILED_FROM)
+        if pays:
+            self.portion.note(
+                "compile", f"The training step is compiled, which takes a minute or so ({pictures:,} to go)."
+            )
+        return pays
 
     def weight(self, labels: Tensor) -> float:
         """What these pictures weigh in a mean loss."""
-        if self.class_weights is None:
-            return float(len(labels))
-        return float(self.class_weights.cpu()[labels].sum())
+        return float(len(labels)) if self.weights is None else float(self.weights[labels].sum())
 
     def mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The training loss of logits [N, C], class weights and smoothing included."""
@@ -85,14 +101,22 @@ class Gradients:
                     total += self._backward(batch, weight)
                 return total
             except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
                 self.model.zero_grad(set_to_none=True)
+                if not is_out_of_memory(error):
+                    if not (self._compiled and self._compiled.at_work):
+                        raise
+                    # Of a compiler's many ways to fail some show in the backward pass alone.
+                    self._forward, self._compiled = self.source.forward, None
+                    words = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
+                    self.portion.note("compile", f"The training step runs as it is: compiled it failed ({words}).")
+                    continue
+                if self._compiled:
+                    self._compiled.shape = None  # parts are smaller from now on
                 largest = max(len(batch.labels) for batch in batches)
                 self.portion.halve(largest, error, doing=f"in stage {self.stage.name!r}")
 
     def _backward(self, batch: Batch, weight: float) -> Tensor:
-        inputs, share = batch.inputs.to(self.runtime.device, non_blocking=True), 1.0
+        inputs, share = sent(batch.inputs, self.runtime.device), 1.0
         partners = batch.labels
         if batch.mix:  # before the batch is parted, so that the pictures are mixed as they would have been
             inputs, share = mix_inputs(inputs, batch.mix)
@@ -114,7 +138,7 @@ class Gradients:
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return nn.functional.cross_entropy(
             logits.float(),
-            labels.to(logits.device),
+            sent(labels, logits.device),
             weight=self.class_weights,
             label_smoothing=self.stage.label_smoothing,
             reduction="sum",
@@ -127,25 +151,27 @@ class Gradients:
         views = views_of_epoch(indices, self.source.num_views, epoch=1)
         batch = Batch(self.source.batch(indices.tolist(), views.tolist()), self.source.labels[indices])
         self.model.train()
+        forward, self._forward = self._forward, self.source.forward if self._compiled else self._forward
         try:
             with torch.random.fork_rng(devices=[]):
                 return peak_bytes(lambda: self._backward(batch, float(n)), self.runtime.device)
         finally:
+            self._forward = forward
             self.model.zero_grad(set_to_none=True)
             restore(self.model, state)
             self.model.train(was_training)
 
-    def fit_to_memory(self, free_bytes: int | None = None) -> None:
+    def fit_to_memory(self, free: int | None = None) -> None:
         """Compute as large a power of two of pictures at once as memory holds, up to the stage's batch.
 
         Steps of two and of four pictures are measured, which tells what each further picture takes.
 
         Args:
-            free_bytes: None asks the machine.
+            free: bytes; None asks the machine.
         """
         if isinstance(self.source, FeatureSource):  # a head on stored features takes next to nothing
             return
-        free = free_bytes if free_bytes is not None else self._free_bytes()
+        free = free_bytes(self.runtime.device) if free is None else free
         two, four = self.step_bytes(2), self.step_bytes(4)
         each = max(1, (four - two) // 2)
         batch = min(self.stage.batch_pictures, len(self.source.labels))
@@ -159,15 +185,38 @@ class Gradients:
             f" {free / 1e9:.1f} GB are free.",
         )
 
-    def _free_bytes(self) -> int:
-        if self.runtime.device.type == "cuda":
-            return int(torch.cuda.mem_get_info(self.runtime.device)[0])
-        return free_memory_bytes()
-
     def _optimizer_bytes(self) -> int:
         """Adam's two averages and the running average of the weights."""
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         return trained * (2 + (self.stage.ema > 0))
+
+
+class CompiledForward:
+    """A source's forward pass, compiled for the shape that comes first; others run as they are.
+
+    at_work: whether it has run compiled. shape: what it is compiled for; None: for what comes next.
+    """
+
+    def __init__(self, source: ActivationSource | PixelSource) -> None:
+        self._source, self.at_work = source, False
+        self.shape: torch.Size | None = None
+        torch.compiler.reset()  # PyTorch gives up on a function that it has compiled for eight models
+        self._quick: Callable[[Classifier, Tensor], Tensor] = torch.compile(_behind_the_door(source), dynamic=False)
+
+    def __call__(self, model: Classifier, inputs: Tensor) -> Tensor:
+        self.shape = self.shape or inputs.shape
+        if inputs.shape != self.shape:
+            return self._source.forward(model, inputs)
+        self.at_work = True
+        return self._quick(model, self._source.enter(model, inputs))
+
+
+def _behind_the_door(source: ActivationSource | PixelSource) -> Forward:
+    """What runs after `enter`, without the checks that ask for values."""
+    if isinstance(source, ActivationSource):
+        suffix = source.cut.suffix
+        return lambda model, x: model.finish(suffix(x))
+    return lambda model, x: model.finish(backbone_output(model.backbone, x, pool=model.pool))
 
 
 def checkpointed(source: Source, model: Classifier) -> Forward | str:
@@ -187,9 +236,6 @@ def checkpointed(source: Source, model: Classifier) -> Forward | str:
         return parts
 
     def forward(model: Classifier, inputs: Tensor) -> Tensor:
-        if isinstance(source, ActivationSource):
-            model.keep_frozen()
-            return model.finish(parts(inputs))
-        return model.finish(parts(model.enter(inputs)))
+        return model.finish(parts(source.enter(model, inputs)))
 
     return forward

@@ -18,6 +18,14 @@ from .errors import SetupError
 _CPU_WORDS = ("can't allocate memory", "not enough memory", "cannot allocate memory", "bad allocation", "bad_alloc")
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; a CUDA GPU is not waited for, which reads what it is sent before the call returns.
+
+    Other devices may read later, when a passing tensor is no longer there.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: of a GPU, or of the CPU, whose allocator raises a plain RuntimeError.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import ModelError
 from .freezing import FreezeLine
+from .memory import sent
 from .recipe import Stage
 
 
@@ -55,7 +56,7 @@ def mix_inputs(inputs: Tensor, mix: Mix) -> tuple[Tensor, float]:
     CutMix takes pictures [B, C, H, W]; its rectangle is rounded to whole pixels and the share follows.
     """
     inputs = inputs if inputs.is_floating_point() else inputs.float()
-    others = inputs[mix.partners.to(inputs.device)]
+    others = inputs[sent(mix.partners, inputs.device)]
     if mix.box is None:
         return torch.lerp(others, inputs, mix.share), mix.share
     height, width = inputs.shape[-2:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +18,14 @@ from .classifier import Classifier
 from .cut import Cut, Forward
 from .fastops import fast_training
 from .frozenpass import SAVED, TOLERANCES, FrozenForward, compile_pays, frozen_forward
-from .memory import in_portions
+from .memory import in_portions, sent
 from .pixels import Pixels
 from .rowstore import RowStore, row_store
 from .runtime import Runtime, prefetch
 
 Advance = Callable[[int], None]
 
+_RECORDED_FROM = 4  # a pass of fewer batches is over before its kernels are recorded
 _TIMED_FROM = 100  # in a pass of fewer batches no compile pays, so none is timed
 
 
@@ -43,7 +45,7 @@ class Stored:
 
     def take(self, places: Tensor) -> Tensor:
         """Rows in the layout and format in which they were computed."""
-        chosen = self.rows.index_select(0, places).to(self.dtype)
+        chosen = self.rows.index_select(0, sent(places, self.rows.device)).to(self.dtype)
         return chosen.permute(0, 3, 1, 2) if self.channels_last else chosen
 
 
@@ -64,7 +66,8 @@ def store_features(
     part = _Frozen(
         model.backbone, "features", forward, lambda x: model.features(x).float(), (model.num_features,), torch.float32
     )
-    return _Pass(model, part, pixels, views, runtime, batch_size, advance).run().rows.reshape(len(pixels), views, -1)
+    stored = _Pass(model, part, pixels, views, runtime, batch_size, advance).run()
+    return stored.rows.cpu().reshape(len(pixels), views, -1)
 
 
 def store_activations(
@@ -77,9 +80,10 @@ def store_activations(
     batch_size: int = 32,
     advance: Advance | None = None,
 ) -> Stored:
-    """Run the part in front of the cut once per picture and view; kept on the CPU, in the runtime's number format.
+    """Run the part in front of the cut once per picture and view; kept in the runtime's number format.
 
-    The memory is taken once, in its full size. Under several processes each computes its share.
+    On a GPU they stay there where they fit, else they are kept on the CPU. The memory is taken once, in its full size.
+    Under several processes each computes its share.
     """
     dtype = cut.dtype if runtime.dtype == torch.float32 else runtime.dtype
     part = _Frozen(cut.prefix, cut.at, nn.Module.__call__, lambda x: cut.prefix(model.enter(x)), cut.shape, dtype)
@@ -114,15 +118,22 @@ class _Pass:
     batch_size: int
     advance: Advance | None
     disk: RowStore | None = None
+    kind: str = ""
 
     def __post_init__(self) -> None:
+        if self.runtime.gpu:
+            self.batch_size = max(self.batch_size, self.runtime.batch_size)
         self.places = torch.arange(len(self.pixels) * self.views)
         self.chunks = self.places.split(self.batch_size * self.runtime.world)
 
     def run(self) -> Stored:
         """What an earlier run has kept of this part, pictures and views, or else what the part gives now."""
-        model, compiled = self.model, self.runtime.compile == "on"
-        stored = self.earlier(compiled=compiled)
+        model = self.model
+        # Not in float32: a GPU rounds its products to TensorFloat-32, those of folded weights otherwise than others.
+        own = "folded" if self.runtime.gpu and self.runtime.dtype != torch.float32 else "module"
+        kinds = ["compiled"] if self.runtime.compile == "on" else []
+        kinds += [own, "module"]  # each where the one before it is not to be used
+        stored = self.earlier(kinds[0])
         if stored is not None:
             return stored
         was_training = model.training
@@ -130,21 +141,27 @@ class _Pass:
         try:
             with fast_kernels(model if self.part.net is model.backbone else self.part.net, self.runtime):
                 if self.runtime.compile == "auto" and self.compile_pays():
-                    compiled, stored = True, self.earlier(compiled=True)
-                quick = self.compiled() if compiled and stored is None else None
-                if compiled and quick is None and stored is None:
-                    stored = self.earlier(compiled=False)
+                    kinds = ["compiled", *kinds]
+                for kind in dict.fromkeys(kinds):
+                    stored = self.earlier(kind) if kind != self.kind else None
+                    quick = self.tried(kind, own) if stored is None and kind != "module" else None
+                    if stored or quick:
+                        break
                 return self.compute(quick) if stored is None else stored
         finally:
             model.train(was_training)
             if self.disk:
                 self.disk.discard()
 
-    def earlier(self, *, compiled: bool) -> Stored | None:
-        """What an earlier run has kept; from here on the rows' place on disk is that of this kind of function."""
+    def earlier(self, kind: str) -> Stored | None:
+        """What an earlier run has kept; from here on the rows' place on disk is that of this kind of function.
+
+        Kinds: the `module` as it is, a `folded` copy of it (see `frozen_forward`), or a `compiled` one.
+        """
+        self.kind = kind
         self.disk = row_store(
             self.model, self.part.net, self.part.at, self.pixels,
-            views=self.views, batch_size=self.batch_size, runtime=self.runtime, compiled=compiled,
+            views=self.views, batch_size=self.batch_size, runtime=self.runtime, kind=kind,
         )  # fmt: skip
         kept = self.disk.load() if self.disk else None
         if not self.runtime.agrees(kept is not None) or not kept:
@@ -155,6 +172,7 @@ class _Pass:
             self.disk.tell(f"Features stored by an earlier run are used: {shown}.")
         if self.advance:
             self.advance(len(self.runtime.share(torch.arange(len(rows)))))
+        rows = rows.to(self.runtime.device) if self.runtime.holds(rows.nbytes) else rows
         return Stored(rows, facts["channels_last"], getattr(torch, facts["made"]))
 
     def compile_pays(self) -> bool:
@@ -168,34 +186,41 @@ class _Pass:
             self._note(why)
         return pays
 
-    def compiled(self) -> FrozenForward | None:
-        """The part as a compiled function, tried on the first batch; None, and a line, where it is not to be used.
+    def tried(self, kind: str, own: str) -> FrozenForward | None:
+        """The part as a function of this kind, tried on the first batch; None, and a line, where it is not to be used.
 
-        That is where the compiler fails, where results lie further apart than rounding explains, and, unless
-        compiling was asked for, where a batch takes no less time than before.
+        That is where it fails, where results lie further apart than rounding explains, and, unless compiling was asked
+        for, where a compiled function takes no less time than the device's own kind.
         """
-        if self.runtime.compile == "on":
+        compiled = kind == "compiled"
+        if compiled and self.runtime.compile == "on":
             self._note("The frozen layers are compiled, which takes a minute or so.")
         reason = ""
         try:
-            quick = frozen_forward(
-                self.part.net, dtype=self.runtime.dtype, compiled=True, batch_size=self.batch_size,
-                forward=self.part.forward,
-            )  # fmt: skip
-            mine, own = (self._run(f, self._first).float() for f in (self._through(quick), self.part.compute))
-            apart = float((mine - own).norm() / own.norm().clamp_min(1e-30))
+            quick = self._quick(kind)
+            mine, exact = (self._run(f, self._first).float() for f in (self._through(quick), self.part.compute))
+            apart = float((mine - exact).norm() / exact.norm().clamp_min(1e-30))
             reason = quick.compile_error and f"compiling failed ({quick.compile_error.splitlines()[0]})"
             if not reason and not apart <= TOLERANCES[self.runtime.dtype]:
-                reason = f"compiled, their output is {apart:.1g} apart"
+                reason = f"{kind}, their output is {apart:.1g} apart"
+            if not reason and compiled and self.runtime.compile == "auto":
+                rival = self.part.compute if own == "module" else self._through(self._quick(own))
+                before, now = self._seconds(rival), self._seconds(self._through(quick))
+                reason = "" if now < before else f"compiled, a batch takes {now:.2g} s instead of {before:.2g}"
         except Exception as error:  # a module that cannot be copied, say
-            reason = f"compiling failed ({type(error).__name__}: {(str(error) or '-').splitlines()[0]})"
-        if not reason and self.runtime.compile == "auto":
-            before, now = self._seconds(self.part.compute), self._seconds(self._through(quick))
-            reason = "" if now < before else f"compiled, a batch takes {now:.2g} s instead of {before:.2g}"
+            doing = "compiling" if compiled else "folding"
+            reason = f"{doing} failed ({type(error).__name__}: {(str(error) or '-').splitlines()[0]})"
         if self.runtime.agrees(not reason):
             return quick
-        self._note(f"The frozen layers run as they are: {reason or 'compiling failed in another process'}.")
+        self._note(f"The frozen layers run as they are: {reason or f'{kind} they failed in another process'}.")
         return None
+
+    def _quick(self, kind: str) -> FrozenForward:
+        return frozen_forward(
+            self.part.net, dtype=self.runtime.dtype, compiled=kind == "compiled", forward=self.part.forward,
+            batch_size=self.batch_size if kind == "compiled" else None,
+            recorded=kind == "folded" and len(self.chunks) >= _RECORDED_FROM,
+        )  # fmt: skip
 
     def compute(self, quick: FrozenForward | None) -> Stored:
         """Fill a store of the part's row shape and format, allocated once, batch by batch."""
@@ -215,15 +240,24 @@ class _Pass:
                     stored = self._begin(out, made)
                 now = stored.rows[chunk[0] : chunk[-1] + 1]
                 now[:] = out.permute(0, 2, 3, 1) if stored.channels_last else out
-                if self.disk:
+                if self.disk and stored.rows.device.type == "cpu":
                     self.disk.filled(now)
                 if self.advance:
                     self.advance(len(mine))
         assert stored is not None, "Pixels of no picture raise"
-        if self.disk is None or (quick and not quick.compiled):  # it failed on the way: rows of two functions
+        if self.disk is None or (self.kind == "compiled" and quick and not quick.compiled):
+            return stored  # there is no disk, or compiling failed on the way: rows of two functions
+        rows, facts = stored.rows, {"channels_last": stored.channels_last, "made": str(stored.dtype)[len("torch.") :]}
+        if rows.device.type == "cpu":
+            return replace(stored, rows=self.disk.finish(rows, facts))
+        kept = self.disk.begin(tuple(rows.shape), rows.dtype)
+        if not self.disk.is_open:
             return stored
-        facts = {"channels_last": stored.channels_last, "made": str(stored.dtype).removeprefix("torch.")}
-        return replace(stored, rows=self.disk.finish(stored.rows, facts))
+        for there, here in zip(rows.split(self.batch_size), kept.split(self.batch_size), strict=True):
+            here.copy_(there)
+            self.disk.filled(here)
+        self.disk.finish(kept, facts)
+        return stored
 
     def _begin(self, out: Tensor, made: torch.dtype) -> Stored:
         """Room for all rows, in the layout in which the first ones came."""
@@ -231,7 +265,10 @@ class _Pass:
         mapped = mapped and out.is_contiguous(memory_format=torch.channels_last)
         shape, dtype = self.part.shape, self.part.dtype
         size = (len(self.places), *((*shape[1:], shape[0]) if mapped else shape))
-        rows = self.disk.begin(size, dtype) if self.disk else torch.empty(size, dtype=dtype)
+        if self.runtime.holds(math.prod(size) * dtype.itemsize):
+            rows = torch.empty(size, dtype=dtype, device=out.device)
+        else:
+            rows = self.disk.begin(size, dtype) if self.disk else torch.empty(size, dtype=dtype)
         return Stored(rows, mapped, made)
 
     def _batch(self, mine: Tensor) -> Tensor | None:
@@ -269,7 +306,7 @@ class _Pass:
 
 
 def _on_device(compute: Callable[[Tensor], Tensor], device: torch.device, batch: Tensor) -> Tensor:
-    return compute(batch.to(device, non_blocking=True))
+    return compute(sent(batch, device))
 
 
 def fast_kernels(model: Classifier | nn.Module, runtime: Runtime) -> AbstractContextManager[object]:

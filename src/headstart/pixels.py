@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -13,13 +14,19 @@ import torch
 from torch import Tensor
 
 from .augment import augmented_batch
+from .batchviews import is_drawn_together, views_together
 from .dataset import ImageTable, open_image
 from .errors import DataError
+from .memory import sent
 from .pixelstore import PixelStore
 from .recipe import AugmentSpec
+from .runtime import GPU_SHARE, free_bytes
 from .transforms import DataSpec, load_view, working_image
 
 Augment = AugmentSpec | Callable[[Tensor], Tensor]
+
+_ROOM = 1 << 30
+_AT_ONCE = 32  # drawn together: a view of 224 px takes 12 MB while it is drawn
 
 
 def is_augmented(augment: Augment | None) -> bool:
@@ -29,17 +36,21 @@ def is_augmented(augment: Augment | None) -> bool:
 
 @dataclass
 class _Kept:
-    """Decoded pictures by number, and the bytes there is still room for."""
+    """Decoded pictures by number, and the bytes there is still room for; on a device: (is it working?, number)."""
 
     room: int
     plain: dict[int, Tensor] = field(default_factory=dict)
     working: dict[int, np.ndarray] = field(default_factory=dict)
+    on_device: dict[tuple[bool, int], Tensor] = field(default_factory=dict)
+    drawing: threading.Lock = field(default_factory=threading.Lock)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def reserve(self, nbytes: int) -> bool:
-        if nbytes > self.room:
-            return False
-        self.room -= nbytes
-        return True
+        with self._lock:
+            if nbytes > self.room:
+                return False
+            self.room -= nbytes
+            return True
 
 
 class Pixels:
@@ -49,14 +60,19 @@ class Pixels:
     is a pure function of (seed, index, v). Decoded pictures come from the store where they are in it; others are
     kept in memory up to `cache_bytes` and beyond that decoded again, so memory stays bounded and nothing else changes.
 
+    On a device, a GPU, pictures lie there uint8 from their first use on, while there is room, and augmented views are
+    drawn there, a batch at once: the same random numbers, read by bilinear interpolation (see `batchviews`).
+
     Args:
         table: N pictures.
         spec: size, interpolation, crop of the views.
         augment: ranges, or any torchvision v2 transform of the user's.
         seed: the views' random numbers start here.
         workers: threads that decode.
-        cache_bytes: memory for decoded pictures, evaluation views and working images together.
+        cache_bytes: memory for decoded pictures, evaluation views and working images together; None is 1 GB, or a
+            fifth of what the device has free.
         store: decoded pictures on disk, filled beforehand.
+        device: a GPU where batches are made; None: in this computer's memory, by its processor.
     """
 
     def __init__(
@@ -67,13 +83,15 @@ class Pixels:
         augment: Augment | None = None,
         seed: int = 0,
         workers: int = 2,
-        cache_bytes: int = 1 << 30,
+        cache_bytes: int | None = None,
         store: PixelStore | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self.table, self.spec, self.seed, self.store = table, spec, seed, store
+        self.table, self.spec, self.seed, self.store, self.device = table, spec, seed, store, device
         self.augment = AugmentSpec() if augment is None else augment
         self._alike = False
-        self._kept = _Kept(cache_bytes)
+        room = _ROOM if device is None else int(GPU_SHARE * free_bytes(device))
+        self._kept = _Kept(room if cache_bytes is None else cache_bytes)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="headstart-decode")
 
     def __len__(self) -> int:
@@ -101,7 +119,7 @@ class Pixels:
         return isinstance(self.augment, AugmentSpec)
 
     def batch(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
-        """Pictures as uint8 [B, 3, S, S]; view 0 is the plain one.
+        """Pictures as uint8 [B, 3, S, S], on the device where there is one; view 0 is the plain one.
 
         Raises:
             DataError: a file can no longer be read; the message names it.
@@ -111,21 +129,57 @@ class Pixels:
         out: list[Tensor | None] = [None] * len(indices)
         plain = [p for p, v in enumerate(views) if v == 0 or not self.is_augmented]
         mixed = [p for p, v in enumerate(views) if v != 0 and self.is_augmented]
-        for p, picture in zip(plain, self._pool.map(lambda p: self._plain_view(indices[p]), plain), strict=True):
+        for p, picture in zip(plain, self._plain([int(indices[p]) for p in plain]), strict=True):
             out[p] = picture
         if mixed:
-            images = list(self._pool.map(lambda p: self._working_image(indices[p]), mixed))
-            drawn = augmented_batch(
-                images,
-                self.spec,
-                self.augment,
-                seed=self.seed,
-                indices=[0 if self._alike else int(indices[p]) for p in mixed],
-                views=[int(views[p]) for p in mixed],
-            )
+            drawn = self._drawn([int(indices[p]) for p in mixed], [int(views[p]) for p in mixed])
             for p, picture in zip(mixed, drawn, strict=True):
                 out[p] = picture
         return torch.stack([picture for picture in out if picture is not None])
+
+    def _plain(self, indices: list[int]) -> list[Tensor]:
+        """Plain views, uint8 [3, S, S] each."""
+        if self.device is None:
+            return list(self._pool.map(self._plain_view, indices))
+        return self._placed(self.device, indices, is_working=False)
+
+    def _drawn(self, indices: list[int], views: list[int]) -> Tensor:
+        """Augmented views [B, 3, S, S]."""
+        device, augment = self.device, self.augment
+        numbers = [0] * len(indices) if self._alike else indices
+        if device is not None and isinstance(augment, AugmentSpec) and is_drawn_together(augment):
+            placed = self._placed(device, indices, is_working=True)
+            with self._kept.drawing:  # one batch's worth of memory, however many threads there are
+                parts = [slice(start, start + _AT_ONCE) for start in range(0, len(placed), _AT_ONCE)]
+                return torch.cat(
+                    [
+                        views_together(
+                            placed[part], self.spec, augment, seed=self.seed, indices=numbers[part], views=views[part]
+                        )
+                        for part in parts
+                    ]
+                )
+        images = list(self._pool.map(self._working_image, indices))
+        drawn = augmented_batch(images, self.spec, augment, seed=self.seed, indices=numbers, views=views)
+        return drawn if device is None else sent(drawn, device)
+
+    def _placed(self, device: torch.device, indices: list[int], *, is_working: bool) -> list[Tensor]:
+        """Working images, uint8 [h, w, 3], or plain views, [3, S, S], on the device, sent in one piece."""
+        kept, room = self._kept.on_device, self._kept
+        found = {i: kept[is_working, i] for i in indices if (is_working, i) in kept}
+        missing = [i for i in dict.fromkeys(indices) if i not in found]
+        if missing:
+            load = self._working_image if is_working else self._plain_view
+            pictures = [torch.as_tensor(np.asarray(one)) for one in self._pool.map(load, missing)]
+            flat = torch.cat([picture.flatten() for picture in pictures])
+            # From pinned memory the copy waits in the device's own queue, from other memory perhaps this thread does.
+            flat = sent(flat.pin_memory() if torch.cuda.is_available() else flat, device)
+            pieces = flat.split([picture.numel() for picture in pictures])
+            here = [piece.view(one.shape) for piece, one in zip(pieces, pictures, strict=True)]
+            found |= dict(zip(missing, here, strict=True))
+            if room.reserve(flat.numel()):
+                kept.update({(is_working, i): found[i] for i in missing})
+        return [found[i] for i in indices]
 
     def _plain_view(self, index: int) -> Tensor:
         path = self.table.paths[index]
@@ -135,7 +189,7 @@ class Pixels:
         if kept is not None:
             return kept
         picture = load_view(path, self.spec)
-        if self._kept.reserve(picture.numel()):
+        if self.device is None and self._kept.reserve(picture.numel()):
             self._kept.plain[index] = picture
         return picture
 
@@ -147,6 +201,6 @@ class Pixels:
         if kept is not None:
             return kept
         picture = working_image(open_image(path), self.spec)
-        if self._kept.reserve(picture.nbytes):
+        if self.device is None and self._kept.reserve(picture.nbytes):
             self._kept.working[index] = picture
         return picture

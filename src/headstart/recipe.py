@@ -142,6 +142,11 @@ class AugmentSpec(Spec):
         idle = {name: getattr(self, name) for name in ("crop_ratio", "auto_ops", "auto_magnitude")}
         return self == replace(AugmentSpec(), **idle)
 
+    @property
+    def changes_light(self) -> bool:
+        """Whether brightness or contrast is ever changed."""
+        return bool(self.brightness or self.contrast or self.channel_brightness)
+
 
 POLICIES: dict[str, AugmentSpec] = {
     "none": AugmentSpec(),

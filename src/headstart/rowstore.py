@@ -64,6 +64,11 @@ class RowStore:
             self.discard()
         return torch.empty(shape, dtype=dtype)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether rows are being written to disk."""
+        return self._writer is not None
+
     def filled(self, rows: Tensor) -> None:
         """These rows, the next ones in order, are in their place."""
         if self._writer is not None:
@@ -100,12 +105,12 @@ def row_store(
     views: int,
     batch_size: int,
     runtime: Runtime,
-    compiled: bool = False,
+    kind: str = "module",
 ) -> RowStore | None:
     """Where the output of `net`, the part of the model up to `at`, is kept; None where nothing names it."""
     if pixels.store is None:
         return None
-    key = row_key(model, net, at, pixels, views=views, batch_size=batch_size, runtime=runtime, compiled=compiled)
+    key = row_key(model, net, at, pixels, views=views, batch_size=batch_size, runtime=runtime, kind=kind)
     if key is None:
         return None
     return RowStore(pixels.store.cache, key, writes=runtime.is_main, say=pixels.store.say)
@@ -120,13 +125,13 @@ def row_key(
     views: int,
     batch_size: int,
     runtime: Runtime,
-    compiled: bool = False,
+    kind: str = "module",
 ) -> str | None:
     """A name for everything that decides the rows; None with a module or a transform of the user's own.
 
     Weights and buffers of `net`, where it ends, preparation, contents of the files in order, views with their policy
-    and seed, number format, batch shape, processes, threads, machine, whether a compiled function made them, libraries,
-    and our own source text.
+    and seed, number format, batch shape, processes, threads, machine, the kind of function that made them,
+    libraries, and our own source text.
     """
     assert pixels.store is not None
     contents = pixels.store.contents(pixels.table.paths)
@@ -140,7 +145,7 @@ def row_key(
             "pixels": [pixels.spec.to_dict(), pixels.store.family],
             "contents": hashlib.sha256("".join(contents).encode()).hexdigest(),
             "views": [views, pixels.augment.to_dict(), pixels.seed] if drawn else views,  # type: ignore[union-attr]
-            "computed": [runtime.dtype, batch_size, runtime.world, compiled, *_machine(runtime.device)],
+            "computed": [runtime.dtype, batch_size, runtime.world, kind, *_machine(runtime.device)],
             "libraries": {name: metadata.version(name) for name in _LIBRARIES},
             "code": code_hash(),
         }

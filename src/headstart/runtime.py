@@ -23,6 +23,8 @@ from .terminal import say
 # How launchers say how many processes they start: torchrun and accelerate, then the MPIs that accelerate knows.
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
+GPU_SHARE = 0.2  # of a GPU's free memory: what one thing kept there, a split's pictures or rows, may take
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -48,6 +50,20 @@ class Runtime:
     def is_main(self) -> bool:
         """True in the one process that writes files and prints."""
         return self.rank == 0
+
+    @property
+    def gpu(self) -> torch.device | None:
+        """The device, where it is a GPU whose memory may hold pictures and what is made of them."""
+        return self.device if self.device.type == "cuda" else None
+
+    @property
+    def batch_size(self) -> int:
+        """How many pictures at once where no gradients are computed: with fewer a GPU idles, a CPU is no quicker."""
+        return 256 if self.gpu else 32
+
+    def holds(self, nbytes: int) -> bool:
+        """Whether the memory of a GPU has room for so much of one thing."""
+        return self.gpu is not None and nbytes <= GPU_SHARE * free_bytes(self.gpu)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Compute in `dtype` inside this context; float32 inside means nothing is changed."""
@@ -118,6 +134,14 @@ def free_memory_bytes() -> int:
     return max(0, int(free))
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process may still take where `device` keeps its tensors."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, and unused
+        return int(torch.cuda.mem_get_info(device)[0]) + int(kept)
+    return free_memory_bytes()
+
+
 def make_runtime(
     *, device: str = "auto", precision: str = "auto", workers: int | None = None, compile: str = "auto"
 ) -> Runtime:
@@ -158,11 +182,12 @@ def make_runtime(
 def _device(name: str) -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        # With its number: which one is the current one is a matter of each thread.
+        device = torch.empty(1, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise SetupError(

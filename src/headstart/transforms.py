@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .dataset import open_image
 from .errors import ModelError, near_matches
+from .memory import sent
 from .threads import map_threads
 
 RESAMPLING = {
@@ -166,7 +167,11 @@ def working_image(image: Image.Image, spec: DataSpec) -> _Array:
 def normalise(pixels: Tensor, spec: DataSpec) -> Tensor:
     """Pixels [N, 3, S, S] on the 0-255 scale -> (x / 255 - mean) / std; integers become float32."""
     values = pixels if pixels.is_floating_point() else pixels.float()
-    mean, std = (values.new_tensor(numbers).view(1, 3, 1, 1) for numbers in (spec.mean, spec.std))
+    # Sent without waiting for a GPU, which `new_tensor` would do.
+    mean, std = (
+        sent(torch.tensor(numbers, dtype=values.dtype), values.device).view(1, 3, 1, 1)
+        for numbers in (spec.mean, spec.std)
+    )
     return values.div(255).sub_(mean).div_(std)
 
 

@@ -1,0 +1,422 @@
+"""The GPU's way of doing things: on a pretended GPU everywhere, on a real one where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import headstart
+from headstart import frozenpass, gradients, load_images, once, set_freeze_line, train
+from headstart.augment import augmented_batch
+from headstart.backbones import backbone_output
+from headstart.batchviews import is_drawn_together, views_together
+from headstart.classifier import Classifier
+from headstart.cut import Cut, cut_or_reason
+from headstart.features import ActivationSource, FeatureSource, PixelSource, StageData
+from headstart.memory import Portion
+from headstart.once import Stored, store_activations
+from headstart.pixels import Pixels
+from headstart.recipe import FINE_TUNE_STAGE, POLICIES, AugmentSpec
+from headstart.runtime import Runtime
+from headstart.transforms import DataSpec
+from pretend import GPU, PretendedGpu
+
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+EVERYTHING = AugmentSpec(
+    rotation=25, translation=0.1, zoom=0.4, crop_scale=(0.4, 1.0), hflip=0.5, vflip=0.2, contrast=0.3, brightness=0.3,
+    channel_brightness=0.1, erasing=0.5,
+)  # fmt: skip
+
+
+def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
+    """Smooth colours with some noise, uint8 [h, w, 3]."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+    smooth = np.array(small.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    return (smooth + rng.integers(-8, 9, smooth.shape)).clip(0, 255).astype(np.uint8)
+
+
+ERASING = replace(POLICIES["photo"], erasing=0.5)
+PICTURES = [picture(90, 70, 0), picture(64, 120, 1), picture(75, 75, 2), picture(200, 66, 3), picture(64, 64, 4)]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for name in ("a", "b"):
+        for i in range(8):
+            path = tmp_path / "photos" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture(80 + i, 70, i + 100 * (name == "b"))).save(path)
+    return tmp_path / "photos"
+
+
+# ---- augmented views, a batch at once -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fit_by", ["crop", "squash", "letterbox"])
+def test_views_drawn_together_are_those_drawn_one_by_one(fit_by: str) -> None:
+    spec = DataSpec(64, fit=fit_by)
+    how: dict[str, Any] = {"seed": 3, "indices": range(5), "views": [1, 2, 3, 4, 5]}
+    alone = augmented_batch(PICTURES, spec, EVERYTHING, **how).int()
+    together = views_together([torch.from_numpy(one) for one in PICTURES], spec, EVERYTHING, **how).int()
+    apart = (alone - together).abs()
+    # One grey level by rounding; where a picture is shrunk, the two ways of averaging differ by a few.
+    assert apart.float().mean() < 0.6
+    assert (apart > 1).float().mean() < 0.12
+
+
+def test_the_policy_photo_is_drawn_to_one_grey_level() -> None:
+    spec, policy = DataSpec(64), POLICIES["photo"]
+    how: dict[str, Any] = {"seed": 1, "indices": range(5), "views": [1] * 5}
+    small = [picture(76, 76 + 9 * i, i) for i in range(5)]  # as `working_image` makes them: nothing is shrunk
+    alone = augmented_batch(small, spec, policy, **how).int()
+    together = views_together([torch.from_numpy(one) for one in small], spec, policy, **how).int()
+    assert (alone - together).abs().max() <= 1
+
+
+def test_a_view_drawn_together_does_not_depend_on_its_batch() -> None:
+    spec, tensors = DataSpec(64), [torch.from_numpy(one) for one in PICTURES]
+    batch = views_together(tensors, spec, EVERYTHING, seed=0, indices=range(5), views=[1] * 5)
+    for i in range(5):
+        alone = views_together(tensors[i : i + 1], spec, EVERYTHING, seed=0, indices=[i], views=[1])
+        assert torch.equal(alone[0], batch[i])
+    assert not torch.equal(batch, views_together(tensors, spec, EVERYTHING, seed=0, indices=range(5), views=[2] * 5))
+
+
+def test_what_is_not_drawn_together() -> None:
+    assert is_drawn_together(POLICIES["photo"])
+    assert is_drawn_together(POLICIES["light"])
+    for change in ({"noise": 0.1}, {"auto": "trivial"}, {"downsample": 0.5}):
+        assert not is_drawn_together(replace(POLICIES["photo"], **change))
+    assert not is_drawn_together(lambda x: x)
+
+
+# ---- pictures that stay on a device ---------------------------------------------------------------------------------
+
+
+def device_pixels(photos: Path, **options: Any) -> Pixels:
+    return Pixels(load_images(photos), DataSpec(64), device=CPU, **options)
+
+
+def test_batches_on_a_device_are_the_same_pictures(photos: Path) -> None:
+    augment = replace(POLICIES["photo"], crop_scale=(0.6, 0.8))
+    ours, plain = (Pixels(load_images(photos), DataSpec(64), augment=augment, device=device) for device in (CPU, None))
+    indices, views = [3, 0, 15, 3], [0, 1, 0, 2]
+    apart = (ours.batch(indices, views).int() - plain.batch(indices, views).int()).abs()
+    assert torch.equal(apart[[0, 2]], torch.zeros_like(apart[[0, 2]]))
+    assert apart.max() <= 1
+
+
+def test_a_picture_is_read_once_and_then_lies_on_the_device(photos: Path) -> None:
+    pixels = device_pixels(photos, augment=POLICIES["photo"], cache_bytes=1 << 20)
+    with mock.patch("headstart.pixels.open_image", wraps=headstart.pixels.open_image) as opened:
+        first = pixels.batch([0, 1], [1, 1])
+        again = pixels.batch([0, 1], [1, 1])
+        assert opened.call_count == 2
+    assert torch.equal(first, again)
+    full = device_pixels(photos, augment=POLICIES["photo"], cache_bytes=0)
+    with mock.patch("headstart.pixels.open_image", wraps=headstart.pixels.open_image) as opened:
+        assert torch.equal(full.batch([0, 1], [1, 1]), first)
+        full.batch([0, 1], [1, 1])
+        assert opened.call_count == 4
+
+
+def test_what_cannot_be_drawn_there_is_drawn_as_ever(photos: Path) -> None:
+    augment = replace(POLICIES["photo"], noise=0.05)
+    ours, plain = (Pixels(load_images(photos), DataSpec(64), augment=augment, device=device) for device in (CPU, None))
+    assert torch.equal(ours.batch([0, 5], [1, 2]), plain.batch([0, 5], [1, 2]))
+
+
+# ---- nothing waits for the GPU inside an epoch ----------------------------------------------------------------------
+
+
+class Inline:
+    """A pool whose threads are the caller: what is pretended holds for one thread."""
+
+    def map(self, function: Any, *jobs: Any) -> Iterator[Any]:
+        return map(function, *jobs)
+
+    def submit(self, function: Any, *args: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function(*args))
+        return done
+
+
+@contextmanager
+def pretended(model: Classifier) -> Iterator[PretendedGpu]:
+    """A pretended GPU that the model has been moved to; PyTorch's own backward pass, which needs a real one, is left
+    out: gradients are zeros."""
+
+    def backward(loss: torch.Tensor) -> None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+
+    with (
+        PretendedGpu() as gpu,
+        mock.patch("headstart.train.Contract"),
+        mock.patch("torch.Tensor.backward", backward),
+        mock.patch.object(train._Stage, "_sum_over_processes", return_value=1.0),
+        mock.patch("torch.cuda.mem_get_info", return_value=(8 << 30, 8 << 30)),
+    ):
+        model.to(GPU)
+        yield gpu
+
+
+def source_of(kind: str, model: Classifier, photos: Path) -> FeatureSource | ActivationSource | PixelSource:
+    """What feeds an epoch over the 16 pictures, on the pretended GPU."""
+    pixels = Pixels(load_images(photos), model.spec, augment=ERASING, device=GPU)
+    pixels._pool = Inline()  # type: ignore[assignment]
+    labels = torch.tensor(pixels.table.labels)
+    if kind == "pixels":
+        return PixelSource(pixels)
+    if kind == "features":
+        return FeatureSource(torch.randn(16, 2, model.num_features), labels, GPU)
+    found = cut_of(model)
+    return ActivationSource(Stored(torch.zeros(32, *found.shape, device=GPU), False, torch.float32), labels, found)
+
+
+def cut_of(model: Classifier) -> Cut:
+    found = cut_or_reason(
+        model.backbone, model.freeze_line.trained, example_shape=(3, 64, 64),
+        forward=partial(backbone_output, pool=model.pool), kept_in_eval=model.kept_in_eval,
+    )  # fmt: skip
+    assert isinstance(found, Cut)
+    return found
+
+
+def resnet(line: str) -> Classifier:
+    model = headstart.create_classifier("resnet18", ("a", "b"), weights="none", image_size=64)
+    set_freeze_line(model, line, batchnorm="fixed")
+    return model
+
+
+@pytest.mark.parametrize(("kind", "line"), [("features", "head"), ("activations", "layer4*"), ("pixels", "all")])
+def test_an_epoch_waits_for_nothing(kind: str, line: str, photos: Path) -> None:
+    stage = replace(
+        FINE_TUNE_STAGE, freeze_line=line, batch_size=6, clip_norm=1.0, class_weights="balanced", mixup=0.2, ema=0.9
+    )
+    model = resnet(line)
+    with pretended(model) as gpu:
+        source = source_of(kind, model, photos)
+        run = train._Stage(
+            model, StageData(source, source), stage, lr=0.1, seed=0, runtime=Runtime(GPU, workers=1), portion=Portion()
+        )
+        gpu.waits.clear()  # what is set up once may wait
+        run.epoch(1, pool=Inline(), after_step=lambda: None)  # type: ignore[arg-type]
+        assert run.step == 3
+        assert gpu.waits == []
+        assert next(model.parameters()).device == GPU
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_a_frozen_pass_waits_for_nothing_and_its_rows_stay(photos: Path) -> None:
+    model, how = resnet("layer4*"), Runtime(GPU, torch.bfloat16, workers=1)
+    found = cut_of(model)
+    with pretended(model) as gpu, mock.patch.object(once._Pass, "tried", return_value=None) as tried:
+        pixels = Pixels(load_images(photos), model.spec, augment=ERASING, device=GPU)
+        pixels._pool = Inline()  # type: ignore[assignment]
+        gpu.waits.clear()
+        inline, as_it_is = nullcontext(Inline()), nullcontext()  # fake weights cannot be laid out anew in place
+        with (
+            mock.patch("headstart.once.ThreadPoolExecutor", return_value=inline),
+            mock.patch("headstart.once.fast_kernels", return_value=as_it_is),
+        ):
+            stored = store_activations(model, found, pixels, views=2, runtime=how)
+        assert gpu.waits == []
+    assert tried.call_args.args == ("folded", "folded")
+    assert stored.rows.device == GPU
+    assert stored.rows.shape[0] == 32
+
+
+def test_the_pretended_gpu_notices_what_waits() -> None:
+    with PretendedGpu() as gpu:
+        x = torch.ones(3).to(GPU)
+        x.cpu()
+        x.copy_(torch.zeros(3))
+        assert len(gpu.waits) == 3
+        torch.ones(3).to(GPU, non_blocking=True)
+        x.copy_(torch.zeros(3), non_blocking=True)
+        assert len(gpu.waits) == 3
+        with pytest.raises(Exception, match="local_scalar"):
+            float(x.sum())
+        assert len(gpu.waits) == 4
+
+
+# ---- recorded and compiled ------------------------------------------------------------------------------------------
+
+
+class StandIn:
+    """CUDA's graphs as far as they are used: what ran while one was recorded runs again when it is replayed."""
+
+    def __init__(self, net: torch.nn.Module, *, works: bool = True) -> None:
+        self.net, self.works, self.seen = net, works, []
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append((x, self.net(x)))
+        return self.seen[-1][1]
+
+    def replay(self) -> None:
+        if self.works:
+            given, output = self.seen[3]  # after three to warm up
+            output.copy_(self.net(given))
+
+
+def recorded(stand_in: StandIn, example: torch.Tensor) -> frozenpass._Recorded:
+    names = ("Stream", "current_stream", "stream", "device", "graph")
+    with ExitStack() as stack:
+        cuda = {name: stack.enter_context(mock.patch(f"torch.cuda.{name}")) for name in names}
+        stack.enter_context(mock.patch("torch.cuda.CUDAGraph", return_value=stand_in))
+        made = frozenpass._Recorded(stand_in, example)
+    how = {"stream": cuda["Stream"].return_value, "capture_error_mode": "thread_local"}
+    assert cuda["graph"].call_args.kwargs == how
+    return made
+
+
+def test_a_recorded_function_gives_what_the_function_gives() -> None:
+    net = torch.nn.Linear(4, 2).requires_grad_(False)
+    first, second = torch.randn(3, 4), torch.randn(3, 4)
+    made = recorded(StandIn(net), first)
+    with mock.patch("torch.cuda.device"):
+        one = made(first)
+        assert torch.equal(made(second), net(second))
+    assert torch.equal(one, net(first)), "the next replay has written over it"
+
+
+def test_a_graph_that_gives_the_first_result_again_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="another result"):
+        recorded(StandIn(torch.nn.Linear(4, 2).requires_grad_(False), works=False), torch.randn(3, 4))
+
+
+def gradients_of(model: Classifier, source: ActivationSource, batch: gradients.Batch) -> tuple[list[Any], dict]:
+    """With a runtime that thinks the CPU a GPU, and a compiler that was asked for."""
+    runtime = Runtime(CPU, compile="on")
+    with mock.patch.object(Runtime, "gpu", CPU):
+        made = gradients.Gradients(model, source, FINE_TUNE_STAGE, runtime=runtime)
+    model.train()
+    model.zero_grad(set_to_none=True)
+    made.add([batch], 4.0)
+    return made.portion.take(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def fed() -> tuple[Classifier, ActivationSource, gradients.Batch]:
+    torch.manual_seed(0)
+    model = resnet("layer4*")
+    found = cut_of(model)
+    source = ActivationSource(Stored(torch.randn(8, *found.shape), False, torch.float32), torch.arange(8) % 2, found)
+    return model, source, gradients.Batch(source.batch(range(4), [0] * 4), source.labels[:4])
+
+
+def test_a_compiled_step_has_the_same_gradients(fed: tuple[Classifier, ActivationSource, gradients.Batch]) -> None:
+    model, source, batch = fed
+    shapes: list[Any] = []
+
+    def compiler(function: Any, dynamic: bool) -> Any:
+        return lambda model, x: shapes.append(x.shape) or function(model, x)
+
+    with mock.patch("torch.compile", compiler):
+        events, quick = gradients_of(model, source, batch)
+    assert [event["kind"] for event in events] == ["compile"]
+    assert shapes == [batch.inputs.shape]
+    expected = gradients.Gradients(model, source, FINE_TUNE_STAGE, runtime=Runtime(CPU))
+    model.zero_grad(set_to_none=True)
+    expected.add([batch], 4.0)
+    own = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert set(own) == set(quick)
+    assert all(torch.equal(own[name], quick[name]) for name in own)
+
+
+def test_memory_is_measured_without_the_compiler_and_smaller_parts_are_compiled_anew(
+    fed: tuple[Classifier, ActivationSource, gradients.Batch],
+) -> None:
+    model, source, batch = fed
+    shapes: list[int] = []
+
+    def compiler(function: Any, dynamic: bool) -> Any:
+        def compiled(model: Classifier, x: torch.Tensor) -> torch.Tensor:
+            shapes.append(len(x))
+            if len(x) == 4:
+                raise torch.OutOfMemoryError("4 are too many")
+            return function(model, x)
+
+        return compiled
+
+    with mock.patch("torch.compile", compiler), mock.patch.object(Runtime, "gpu", CPU):
+        made = gradients.Gradients(model, source, FINE_TUNE_STAGE, runtime=Runtime(CPU, compile="on"))
+        made.step_bytes(2)
+        assert shapes == []
+        made.add([batch], 4.0)
+    assert shapes == [4, 2, 2]
+
+
+def test_a_compiler_that_fails_is_left(fed: tuple[Classifier, ActivationSource, gradients.Batch]) -> None:
+    model, source, batch = fed
+
+    def compiler(function: Any, dynamic: bool) -> Any:
+        def fails(model: Classifier, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no compiler\nat all")
+
+        return fails
+
+    with mock.patch("torch.compile", compiler):
+        events, quick = gradients_of(model, source, batch)
+    assert "runs as it is: compiled it failed (RuntimeError: no compiler)" in events[-1]["message"]
+    assert quick
+
+
+def test_a_step_is_compiled_from_a_number_of_pictures_on(
+    fed: tuple[Classifier, ActivationSource, gradients.Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, source, _ = fed
+    pictures = 8 * FINE_TUNE_STAGE.epochs
+    with mock.patch.object(Runtime, "gpu", CPU), mock.patch("torch.compile") as compiler:
+        for least, dtype, compiled in (
+            (pictures, torch.bfloat16, 1), (pictures + 1, torch.bfloat16, 0), (pictures, torch.float32, 0)
+        ):  # fmt: skip
+            compiler.reset_mock()
+            monkeypatch.setattr(gradients, "COMPILED_FROM", least)
+            gradients.Gradients(model, source, FINE_TUNE_STAGE, runtime=Runtime(CPU, dtype))
+            assert compiler.call_count == compiled
+    monkeypatch.setattr(gradients, "COMPILED_FROM", 0)
+    with mock.patch("torch.compile") as compiler:  # on a CPU our own kernels run
+        gradients.Gradients(model, source, FINE_TUNE_STAGE, runtime=Runtime(CPU, torch.bfloat16, compile="on"))
+    assert not compiler.called
+
+
+# ---- a real one -----------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+def test_a_fit_on_the_gpu_is_that_on_the_cpu_within_rounding(photos: Path, tmp_path: Path) -> None:
+    probs = []
+    for device in ("cpu", "cuda"):
+        result = headstart.fine_tune(
+            photos, backbone="resnet18", weights="none", device=device, precision="fp32", image_size=64,
+            out=tmp_path / device, cache=False,
+        )  # fmt: skip
+        probs.append(headstart.evaluate(result.model.cpu(), result.splits.val).probs)
+    assert np.abs(probs[0] - probs[1]).max() < 0.05
+
+
+@needs_gpu
+def test_recorded_kernels_give_what_the_network_gives() -> None:
+    model, dtype = resnet("head").eval().to("cuda"), torch.bfloat16
+    quick = frozenpass.frozen_forward(model.backbone, dtype=dtype, recorded=True)
+    for seed in (0, 1):
+        x = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(seed)).cuda()
+        own, got = model.backbone(x), quick(x).float()
+        assert quick._graph is not None
+        assert (got - own).norm() / own.norm() < frozenpass.TOLERANCES[dtype]
