@@ -260,6 +260,24 @@ def test_dropout_behind_the_line_acts_in_training_alone(photos: Path) -> None:
     assert torch.equal(data.train.forward(model, x), data.train.forward(model, x))
 
 
+def test_processes_decide_alike_and_together_keep_what_one_may(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = split(load_images(photos))
+    model = create_classifier(CutNet(), splits.class_names, data_spec=SPEC)
+    pixels = Pixels(splits.train, SPEC, augment=POLICIES["photo"]), Pixels(splits.val, SPEC)
+    set_freeze_line(model, "block")
+    needed = place_source(*pixels, model, views=2, runtime=CPU).nbytes
+    other = [0]  # what the other process may take
+    monkeypatch.setattr("headstart.runtime.Runtime.least", lambda self, mine: min(mine, other[0]))
+    for mine, others, fits in (
+        (2 * needed, 2 * needed, True),
+        (2 * needed - 1, 9 * needed, False),
+        (9 * needed, needed, False),
+    ):
+        other[0] = others
+        place = place_source(*pixels, model, views=2, runtime=replace(CPU, world=2), budget_bytes=mine)
+        assert bool(place.views) is fits
+
+
 def test_the_decision_is_said_in_one_line_with_its_size(photos: Path) -> None:
     splits = split(load_images(photos))
     model = create_classifier(CutNet(), splits.class_names, data_spec=SPEC)

@@ -123,6 +123,18 @@ def test_it_is_refused_where_it_cannot_be_done(stage: Stage) -> None:
             fit(model_of(spec), DATA, stage, lr=0.1, runtime=CPU)
 
 
+def test_lbfgs_ends_once_it_has_found_the_least_loss() -> None:
+    stage = Stage(epochs=400, optimizer="lbfgs", weight_decay=0.05)
+    result = fit(model_of(), DATA, stage, lr=1.0, runtime=CPU)
+    assert 5 < result.epochs < 100
+    assert result.history[-1]["event"]["message"] == f"L-BFGS has found the least loss after {result.epochs} epochs."
+    losses = [record["train_loss"] for record in result.history[1:]]
+    assert losses[-1] == pytest.approx(losses[-2], rel=1e-3)
+    short = fit(model_of(), DATA, replace(stage, epochs=2), lr=1.0, runtime=CPU)
+    assert short.epochs == 2
+    assert short.history[-1]["event"] is None
+
+
 def test_lbfgs_takes_no_options_of_batches() -> None:
     for options in ({"ema": 0.9}, {"mixup": 0.2}, {"accumulate": 2}, {"clip_norm": 1.0}, {"balanced_sampling": True}):
         with pytest.raises(RecipeError, match="sees all pictures at once"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from headstart import (
     load_images,
     make_runtime,
     set_freeze_line,
+    train,
 )
 from headstart.averaging import snapshot
 from headstart.classifier import Classifier
 from headstart.evaluation import source_logits
-from headstart.features import FeatureSource, PixelSource, StageData
+from headstart.features import FeatureSource, PixelSource, StageData, make_source
 from headstart.gradients import Batch, Gradients
 from headstart.memory import Portion, is_out_of_memory, peak_bytes
 from headstart.once import store_features
@@ -223,6 +225,61 @@ def test_measuring_a_step_changes_nothing_and_grows_with_the_pictures(table: Ima
     assert all(torch.equal(value, before[name]) for name, value in snapshot(gradients.model).items())
     assert torch.equal(torch.get_rng_state(), random)
     assert all(p.grad is None for p in gradients.model.parameters())
+
+
+@pytest.mark.parametrize(("bf16", "chosen"), [(0.8, torch.bfloat16), (0.95, torch.float32), (3.0, torch.float32)])
+def test_a_step_is_computed_in_the_format_that_measures_quicker(
+    table: ImageTable, monkeypatch: pytest.MonkeyPatch, bf16: float, chosen: torch.dtype
+) -> None:
+    gradients = pixel_gradients(table, AUTO)
+    before, formats = snapshot(gradients.model), []
+
+    def seconds(once: Callable[[], object]) -> float:
+        once()
+        formats.append(gradients.runtime.dtype)
+        return bf16 if formats[-1] == torch.bfloat16 else 1.0
+
+    monkeypatch.setattr("headstart.gradients._seconds", seconds)
+    asked = replace(runtime(), dtype=torch.bfloat16)
+    gradients.runtime = asked
+    gradients.keep_quicker_format()
+    assert (gradients.runtime, formats) == (asked, [])  # the user has said which
+    gradients.runtime = replace(asked, times_formats=True)
+    gradients.keep_quicker_format()
+    assert gradients.runtime.dtype == chosen
+    assert formats == [torch.bfloat16, torch.float32] * 3
+    name = str(chosen).removeprefix("torch.")
+    assert gradients.portion.take()[0]["message"].startswith(f"Trained in {name}: a step of")
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(gradients.model).items())
+
+
+def test_a_stage_goes_on_in_the_format_that_was_chosen(table: ImageTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    formats, scored = [], []
+    own, own_score = Gradients._backward, train.score
+
+    def backward(self: Gradients, *given: Any) -> Tensor:
+        formats.append(self.runtime.dtype)
+        return own(self, *given)
+
+    def score(*given: Any, runtime: Runtime, **how: Any) -> Any:
+        scored.append(runtime.dtype)
+        return own_score(*given, runtime=runtime, **how)
+
+    monkeypatch.setattr("headstart.gradients._seconds", lambda once: float(once() is None))
+    monkeypatch.setattr(Gradients, "_backward", backward)
+    monkeypatch.setattr(train, "score", score)
+    model = create_classifier("resnet18", table.class_names, weights="none", image_size=32)
+    set_freeze_line(model, "layer4*")
+    how = replace(runtime(), dtype=torch.bfloat16, times_formats=True)
+    pixels = Pixels(table, model.spec, workers=1)
+    data = make_source(pixels, pixels, model, views=1, runtime=how)
+    assert data.train.batch([0], [0]).dtype == torch.bfloat16  # what the frozen layers have made
+    stage = Stage(name="last", freeze_line="layer4*", epochs=1, batch_size=8)
+    result = fit(model, data, stage, lr=0.01, runtime=how)
+    assert formats[:6] == [torch.bfloat16, torch.float32] * 3
+    assert set(formats[6:]) == {torch.float32}
+    assert set(scored) == {torch.float32}
+    assert result.events[0]["kind"] == "precision"
 
 
 def test_auto_takes_the_largest_power_of_two_that_memory_holds(table: ImageTable) -> None:

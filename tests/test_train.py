@@ -386,6 +386,11 @@ def test_sgd_steps_as_torchs_own_with_that_momentum(momentum: float) -> None:
     assert len(moved) == 4
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_optimisers_are_fused(optimizer: str) -> None:
+    assert make_optimizer(model_at(), Stage(optimizer=optimizer), lr=0.1).defaults["fused"] is True
+
+
 def test_momentum_is_refused_where_it_would_do_nothing() -> None:
     assert Stage(optimizer="sgd", momentum=0).momentum == 0
     for optimizer in ("adamw", "adam", "rmsprop", "lbfgs"):

@@ -131,7 +131,8 @@ class ActivationSource:
         """What the suffix takes, with every module in the mode that it has to have."""
         model.keep_frozen()
         self.cut.suffix.training = model.training  # its modules are the model's, which has set their modes
-        return inputs
+        # A frozen pass in bfloat16 may feed a step in float32.
+        return inputs if torch.is_autocast_enabled(inputs.device.type) else inputs.float()
 
     def forward(self, model: Classifier, inputs: Tensor) -> Tensor:
         return model.finish(self.cut.suffix(self.enter(model, inputs)))
@@ -194,9 +195,9 @@ def place_source(
 
     Args:
         views: views stored per training picture, the plain one included (one when nothing is augmented).
-        budget_bytes: what stored activations may take; None is 4 GB of memory, or 40 % of what is free if that is
-            less, or half of the cache folder where they are kept there. Where they do not fit, a smaller tensor
-            further to the front is stored, or else pixels feed the stage.
+        budget_bytes: what stored activations may take, in all processes together; None is 4 GB of memory, or 40 % of
+            what is free if that is less, or half of the cache folder where they are kept there. Where they do not fit,
+            a smaller tensor further to the front is stored, or else pixels feed the stage.
     """
     views = views if train.is_augmented else 1
     passes = len(train) * views + len(val)
@@ -204,7 +205,8 @@ def place_source(
         return Placement(views, None, passes, passes * model.num_features * 4)
     if model.freeze_line is None or not model.freeze_line.frozen:
         return Placement()
-    budget = _budget(train, model, runtime) if budget_bytes is None else budget_bytes
+    # All processes must take the same way, and each holds all rows: together they may take what one of them may.
+    budget = runtime.least(_budget(train, model, runtime) if budget_bytes is None else budget_bytes) // runtime.world
     # Validation is kept in float32: bytes per number of a picture's activation, over all pictures.
     bytes_per_number = len(train) * views * runtime.dtype.itemsize + len(val) * 4
     find = partial(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,10 @@ MEMORY_SHARE = 0.6
 # measured time, so that a run takes the same way whenever it is made.
 COMPILED_FROM = 200_000
 
+_TIMED_PICTURES = 16
+
 Forward = Callable[[Classifier, Tensor], Tensor]
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,33 @@ class Gradients:
 
     def step_bytes(self, n: int) -> int:
         """Memory that the gradients of n pictures take at their peak, measured; nothing is changed by it."""
+        return self._tried(n, lambda once: peak_bytes(once, self.runtime.device))
+
+    def keep_quicker_format(self) -> None:
+        """Compute in float32 from now on unless the runtime's format is quicker by a tenth; a line says what was timed.
+
+        A processor that has bfloat16 may still be slower in it: small depthwise convolutions, and our own kernels are
+        for float32. Steps of a few pictures take turns, the quickest of each format counts.
+        """
+        asked, exact = self.runtime, replace(self.runtime, dtype=torch.float32)
+        if not asked.times_formats or isinstance(self.source, FeatureSource):  # a head is computed in float32 anyway
+            return
+        n = min(_TIMED_PICTURES, self.stage.batch_pictures, len(self.source.labels))
+        seconds = {asked.dtype: math.inf, exact.dtype: math.inf}
+        for turn in range(3):
+            for runtime in (asked, exact):
+                self.runtime = runtime
+                took = self._tried(n, _seconds)
+                if turn:  # the first of each warms up
+                    seconds[runtime.dtype] = min(seconds[runtime.dtype], took)
+        quicker = asked.agrees(seconds[asked.dtype] < 0.9 * seconds[exact.dtype])
+        self.runtime = asked if quicker else exact
+        name = str(self.runtime.dtype).removeprefix("torch.")
+        figures = f"{1000 * seconds[asked.dtype]:.0f} ms in bfloat16, {1000 * seconds[exact.dtype]:.0f} in float32"
+        self.portion.note("precision", f"Trained in {name}: a step of {n} pictures takes {figures}.")
+
+    def _tried(self, n: int, measure: Callable[[Callable[[], object]], Measured]) -> Measured:
+        """What a measurement says of the gradients of n pictures; nothing is changed by it."""
         state, was_training = snapshot(self.model), self.model.training
         indices = torch.arange(n) % len(self.source.labels)
         views = views_of_epoch(indices, self.source.num_views, epoch=1)
@@ -154,7 +186,7 @@ class Gradients:
         forward, self._forward = self._forward, self.source.forward if self._compiled else self._forward
         try:
             with torch.random.fork_rng(devices=[]):
-                return peak_bytes(lambda: self._backward(batch, float(n)), self.runtime.device)
+                return measure(lambda: self._backward(batch, float(n)))
         finally:
             self._forward = forward
             self.model.zero_grad(set_to_none=True)
@@ -189,6 +221,12 @@ class Gradients:
         """Adam's two averages and the running average of the weights."""
         trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         return trained * (2 + (self.stage.ema > 0))
+
+
+def _seconds(once: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    once()
+    return time.perf_counter() - started
 
 
 class CompiledForward:

@@ -20,6 +20,7 @@ PENALTIES = tuple(10.0 ** (k / 2) for k in range(-4, 7))
 SCALES = tuple(10.0 ** (k / 10) for k in range(-5, 6))
 
 LBFGS_ITERATIONS = 5  # in an epoch; each is about one pass over all stored views
+_THROUGH = 1e-6
 
 
 @dataclass(frozen=True)
@@ -123,15 +124,17 @@ def lbfgs_epoch(
     mean_loss: Callable[[Tensor, Tensor], Tensor],
     *,
     weight_decay: float,
-) -> float:
-    """Some iterations of L-BFGS on all stored views; returns the mean loss at their start.
+) -> tuple[float, bool]:
+    """Some iterations of L-BFGS on all stored views; returns the mean loss at their start, and whether it is through.
 
-    Minimised is mean_loss(logits, labels) + weight_decay / 2 * |weight|^2; the bias is left alone.
+    Minimised is mean_loss(logits, labels) + weight_decay / 2 * |weight|^2; the bias is left alone. It is through where
+    that has fallen by less than a millionth part.
     """
     device = next(model.head.parameters()).device
     x, labels = (t.to(device) for t in all_views(source))
     decayed = [p for p in model.head.parameters() if p.ndim > 1]
     losses: list[float] = []
+    totals: list[float] = []
 
     def closure() -> float:
         optimizer.zero_grad()
@@ -139,8 +142,9 @@ def lbfgs_epoch(
         total = loss + weight_decay / 2 * sum((p.square().sum() for p in decayed), torch.zeros((), device=device))
         total.backward()
         losses.append(float(loss.detach()))
-        return float(total.detach())
+        totals.append(float(total.detach()))
+        return totals[-1]
 
     optimizer.step(closure)
     optimizer.zero_grad(set_to_none=True)
-    return losses[0]
+    return losses[0], totals[0] - min(totals) <= _THROUGH * abs(totals[0])

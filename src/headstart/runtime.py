@@ -34,6 +34,7 @@ class Runtime:
     """One process's means. `dtype` is what convolutions and matrix products compute in; weights stay float32.
 
     compile: whether a frozen pass is compiled: `on`, `off`, or `auto`, where that pays; see `frozenpass.compile_pays`.
+    times_formats: a training step is timed in `dtype` and in float32 first, and computed in the quicker one.
     portion: how many pictures go through a network at once where no gradients are computed; all runtimes made from this
     one by `dataclasses.replace` share it.
     """
@@ -44,6 +45,7 @@ class Runtime:
     rank: int = 0
     world: int = 1
     compile: str = "auto"
+    times_formats: bool = False
     portion: Portion = field(default_factory=lambda: Portion(tell=say), compare=False, repr=False)
 
     @property
@@ -93,6 +95,14 @@ class Runtime:
         votes = torch.tensor(int(flag), device=self.device)
         torch.distributed.all_reduce(votes)
         return int(votes) == self.world
+
+    def least(self, number: int) -> int:
+        """The smallest number that any process has."""
+        if self.world == 1:
+            return number
+        numbers = torch.tensor(number, device=self.device)
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MIN)
+        return int(numbers)
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Add the gradients of all processes; each process has divided its loss by the whole batch's weight."""
@@ -150,7 +160,8 @@ def make_runtime(
     Args:
         device: `auto` (a GPU where there is one) or a torch device such as `cpu`, `cuda`, `cuda:1`, `mps`.
         precision: `fp32`, `bf16`, or `auto`: bf16 where the machine computes in it natively and a start-up
-            self-test of its kernels passes, else fp32. On a CPU the process also keeps freed memory from now on.
+            self-test of its kernels passes, else fp32; and on a CPU a training step only where it is quicker so. On a
+            CPU the process also keeps freed memory from now on.
         workers: threads that decode and augment pictures; None means one per core, at most 8.
         compile: `on` compiles what is frozen before it runs over the pictures, `off` never does, `auto` does where so
             many pictures go through it that the time comes back.
@@ -176,7 +187,8 @@ def make_runtime(
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if chosen.type == "cpu":
         keep_freed_memory()
-    return Runtime(chosen, dtype, workers or min(8, os.cpu_count() or 1), rank, world, compile)
+    times_formats = precision == "auto" and dtype != torch.float32 and chosen.type == "cpu"
+    return Runtime(chosen, dtype, workers or min(8, os.cpu_count() or 1), rank, world, compile, times_formats)
 
 
 def _device(name: str) -> torch.device:

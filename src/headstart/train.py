@@ -82,6 +82,7 @@ class _Stage:
         )
         self.steps = self.steps_per_epoch * stage.epochs
         self.step = self.pictures = 0
+        self.is_through = False  # no further epoch would change anything
 
     def _refuse_batches_of_one(self) -> None:
         """BatchNorm in training mode has no variance to take from one picture."""
@@ -101,7 +102,9 @@ class _Stage:
         model, runtime, stage = self.model, self.runtime, self.stage
         train = self.data.train
         if isinstance(train, FeatureSource) and stage.optimizer == "lbfgs":
-            loss = lbfgs_epoch(self.optimizer, model, train, self.gradients.mean_loss, weight_decay=stage.weight_decay)
+            loss, self.is_through = lbfgs_epoch(
+                self.optimizer, model, train, self.gradients.mean_loss, weight_decay=stage.weight_decay
+            )
             self.step, self.pictures = self.step + self.steps_per_epoch, self.pictures + len(train.labels)
             after_step()
             return loss
@@ -223,6 +226,9 @@ def fit(
         run = _Stage(model, data, stage, lr=lr, seed=seed, runtime=runtime, portion=portion)
         try:
             with data.train.kernels(model, runtime):
+                if attempt == 0:
+                    run.gradients.keep_quicker_format()
+                    runtime = run.runtime = run.gradients.runtime
                 if finds_size and attempt == 0:
                     run.gradients.fit_to_memory()
                 best, epochs = _attempt(run, entry_state, watch=watch, write=write, report=report)
@@ -305,6 +311,10 @@ def _attempt(
                 happened = run.gradients.portion.take()
                 if stop:
                     text = f"No better validation score for {stage.early_stop} epochs."
+                    happened.append({"kind": "early-stop", "message": text})
+                elif run.is_through and epoch < stage.epochs:
+                    stop = True
+                    text = f"L-BFGS has found the least loss after {epoch} epoch{'s' * (epoch > 1)}."
                     happened.append({"kind": "early-stop", "message": text})
                 write(
                     _record(
