@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import shutil
 import subprocess
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -454,6 +457,46 @@ def test_exif_orientation_is_applied_once(kind: str, orientation: int) -> None:
     image = open_image(encoded(stored, kind, exif=exif))
     assert image.size == (48, 24)
     assert np.abs(np.asarray(image).astype(int)[4::16, 8::32] - corners[4::16, 8::32]).max() < 30
+
+
+def test_another_decoder_reads_the_same_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where simplejpeg is not installed a stand-in shows that it is asked, and what with."""
+    asked: list[bytes] = []
+
+    def decode_jpeg(data: bytes, colorspace: str, *, fastdct: bool, fastupsample: bool) -> np.ndarray:
+        assert (colorspace, fastdct, fastupsample) == ("RGB", False, False)
+        asked.append(data)
+        if real:
+            return real(data, colorspace, fastdct=fastdct, fastupsample=fastupsample)
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+    real = importlib.import_module("simplejpeg").decode_jpeg if find_spec("simplejpeg") else None
+    rng = np.random.default_rng(0)
+    scene = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((64, 48), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = {kind: encoded(scene, kind, exif=exif) for kind in ("JPEG", "PNG")}
+    files |= {"grey": encoded(scene.convert("L"), "JPEG"), "CMYK": encoded(scene.convert("CMYK"), "JPEG")}
+    by_pillow = {name: np.asarray(open_image(data)).astype(int) for name, data in files.items()}
+    monkeypatch.setattr(decode, "DECODER", "simplejpeg")
+    monkeypatch.setitem(sys.modules, "simplejpeg", SimpleNamespace(decode_jpeg=decode_jpeg))
+    for name, data in files.items():
+        picture = np.asarray(open_image(data)).astype(int)
+        assert picture.shape == by_pillow[name].shape
+        assert np.abs(picture - by_pillow[name]).max() <= 2
+    assert asked == [files["JPEG"]]  # colour JPEG alone
+    with pytest.raises(DataError, match="damaged or cut off"):
+        open_image(files["JPEG"][:-200])
+
+
+def test_a_decoder_that_is_not_there_is_named() -> None:
+    for name, words in (("turbo", "takes pillow or simplejpeg"), ("simplejpeg", "pip install simplejpeg")):
+        code = "import importlib.util as u; u.find_spec = lambda *_: None; import headstart.decode"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"HEADSTART_DECODER": name}, capture_output=True, text=True
+        )
+        assert done.returncode
+        assert words in done.stderr
 
 
 def test_broken_exif_does_not_condemn_a_picture() -> None:

@@ -199,6 +199,9 @@ def replace_store(pixels: Pixels) -> Pixels:
 
 def test_without_room_rows_stay_in_memory(cache: Cache, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADSTART_CACHE_LIMIT", "1KB")
+    said: list[str] = []
+    monkeypatch.setattr("headstart.bench.say", lambda text, **_: said.append(text))
     run(photos)
+    assert any("Stored features take" in line and "are held in memory" in line for line in said)
     assert cache.entries() == [] or all(entry.kind == "files" for entry in cache.entries())
     assert run(photos)[1] == 24 * 2 + 6 + 6

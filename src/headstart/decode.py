@@ -9,6 +9,8 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +21,8 @@ from .errors import DataError, SetupError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 PIXELS_VARIABLE = "HEADSTART_MAX_PIXELS"
+DECODER_VARIABLE = "HEADSTART_DECODER"
+DECODERS = ("pillow", "simplejpeg")
 PILLOWS_PIXELS = 178_956_970  # above this Pillow itself refuses
 
 
@@ -32,7 +36,17 @@ def _pixel_cap() -> int:
     return int(text)
 
 
+def _chosen_decoder() -> str:
+    name = os.environ.get(DECODER_VARIABLE, "") or "pillow"
+    if name not in DECODERS:
+        raise SetupError(f"{DECODER_VARIABLE} is {name!r}; it takes {' or '.join(DECODERS)}.")
+    if name != "pillow" and find_spec(name) is None:
+        raise SetupError(f"{DECODER_VARIABLE} is {name!r}, which is not installed. Run: pip install {name}")
+    return name
+
+
 MAX_PIXELS = _pixel_cap()
+DECODER = _chosen_decoder()  # of colour JPEG files; Pillow reads their headers, and all other files
 MAX_BYTES = 512 << 20  # of a file: a picture of `MAX_PIXELS` without compression at 16 bits per channel
 
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
@@ -82,6 +96,11 @@ def bad_reason(path: Path) -> str | None:
     except DataError as error:
         return str(error)
     return None
+
+
+def decoder_version() -> str:
+    """What reads the pixels of JPEG files, beside Pillow's own version."""
+    return DECODER if DECODER == "pillow" else f"{DECODER} {version(DECODER)}"
 
 
 @contextmanager
@@ -139,8 +158,7 @@ def _decode(file: BinaryIO) -> Image.Image:
             image = Image.open(file, formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            image.load()
-            return _to_rgb(_upright(image))
+            return _to_rgb(_upright(_loaded(image, file), like=image))
         except Image.DecompressionBombError:
             raise DataError(
                 f"its header promises more than {MAX_PIXELS:,} pixels; shrink it first (or set {PIXELS_VARIABLE})"
@@ -149,6 +167,17 @@ def _decode(file: BinaryIO) -> Image.Image:
             raise
         except Exception as error:  # a decoder fed with damaged bytes raises nearly anything
             raise DataError(_why(error, file)) from None
+
+
+def _loaded(image: Image.Image, file: BinaryIO) -> Image.Image:
+    """The picture with its pixels, which Pillow or another decoder reads to the last row, or raises."""
+    if DECODER == "simplejpeg" and (image.format, image.mode) == ("JPEG", "RGB"):
+        from simplejpeg import decode_jpeg
+
+        file.seek(0)
+        return Image.fromarray(decode_jpeg(file.read(), "RGB", fastdct=False, fastupsample=False))
+    image.load()
+    return image
 
 
 def _webp_pixels(file: BinaryIO) -> int:
@@ -183,11 +212,14 @@ def _why(error: Exception, file: BinaryIO) -> str:
     return f"not a {known} picture"
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The picture as the camera was held. `ImageOps.exif_transpose` would also rewrite the EXIF block, and fails on
-    blocks that hold nonsense beside the orientation."""
+def _upright(image: Image.Image, *, like: Image.Image) -> Image.Image:
+    """The picture as the camera was held, by what `like`, the opened file, says.
+
+    `ImageOps.exif_transpose` would also rewrite the EXIF block, and fails on blocks that hold nonsense beside the
+    orientation.
+    """
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        orientation = like.getexif().get(_ORIENTATION, 1)
     except Exception:  # unreadable metadata say nothing about the pixels
         return image
     method = _UPRIGHT.get(orientation)

@@ -28,6 +28,7 @@ from .runtime import Runtime, free_memory_bytes
 # What is stored may take this much memory, or this share of what is free if that is less.
 STORE_BYTES = 4 << 30
 STORE_SHARE = 0.4
+_LARGE = 100e6  # from here on the size of stored features is told beforehand
 
 
 class Source(Protocol):
@@ -202,7 +203,9 @@ def place_source(
     views = views if train.is_augmented else 1
     passes = len(train) * views + len(val)
     if model.backbone_is_frozen:
-        return Placement(views, None, passes, passes * model.num_features * 4)
+        nbytes = passes * model.num_features * 4
+        large = f"The frozen backbone runs once ({_counts(train, val, views)}): {_size(nbytes)} of features."
+        return Placement(views, None, passes, nbytes, large if nbytes >= _LARGE else "")
     if model.freeze_line is None or not model.freeze_line.frozen:
         return Placement()
     # All processes must take the same way, and each holds all rows: together they may take what one of them may.

@@ -19,7 +19,7 @@ from PIL import Image, features
 from torch import Tensor
 
 from .dataset import bad_reasons
-from .decode import bad_reason, open_image
+from .decode import bad_reason, decoder_version, open_image
 from .errors import DataError
 from .inspection import LOOK_BYTES, Look, look_of_bytes, pack, unpack
 from .isolate import Struck
@@ -369,5 +369,5 @@ def _determined_by(spec: DataSpec | None) -> dict[str, Any]:
     if spec and spec.fit != "crop":
         del values["crop_pct"]
     libraries = {name: features.version(name) for name in ("jpg", "libjpeg_turbo", "zlib", "webp", "libtiff")}
-    libraries |= {"pillow": PIL.__version__, "torch": torch.__version__}
+    libraries |= {"pillow": PIL.__version__, "torch": torch.__version__, "decoder": decoder_version()}
     return values | {**libraries, "code": code_hash("decode", "inspection", "transforms")}

@@ -20,6 +20,7 @@ from .pixelstore import Say
 from .recipe import AugmentSpec
 from .runtime import Runtime
 from .store import Cache, EntryWriter, code_hash, key_of
+from .terminal import file_size
 
 _LIBRARIES = ("headstart", "torch", "torchvision", "timm", "numpy", "pillow")
 
@@ -56,7 +57,14 @@ class RowStore:
         """Room for all rows, to be filled in order: on disk, or in memory where the cache has no room."""
         nbytes = math.prod(shape) * dtype.itemsize
         try:
-            if self._writes and self._cache.make_room(nbytes):
+            has_room = self._writes and self._cache.make_room(nbytes)
+            if self._writes and not has_room:
+                room, size = file_size(self._cache.room()), file_size(nbytes)
+                self.tell(
+                    f"Stored features take {size}, and {self._cache.folder} has room for {room} (HEADSTART_CACHE_LIMIT,"
+                    " free disk): they are held in memory, and not kept."
+                )
+            if has_room:
                 self._writer = self._cache.write("features", self._key)
                 return torch.from_numpy(self._writer.reserve(nbytes)).view(dtype).reshape(shape)
         except OSError as error:
