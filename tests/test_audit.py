@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +21,11 @@ from headstart.audit_copies import find_copies, leaked
 from headstart.audit_files import chance_of_shares
 from headstart.audit_quick import shortcut_title
 from headstart.audit_sheet import write_audit
+from headstart.auditing import look_at_labels
 from headstart.bench import make_bench
 from headstart.clean import clean_rows, counts_of
 from headstart.cli import main
-from headstart.dataset import ImageTable, load_images
+from headstart.dataset import ImageTable, Splits, load_images
 from headstart.doubtful import doubtful_findings, doubtful_labels, judgeable, out_of_fold, outlier_findings
 from headstart.duplicates import Pair, exact_pairs, groups_of, near_pairs
 from headstart.errors import DataError
@@ -614,6 +616,21 @@ def test_turned_labels_head_the_queue(tmp_path: Path) -> None:
     assert len(flagged) <= 16
     (finding,) = doubtful_findings(queue, len(table))
     assert finding.severity == "warning"
+
+
+def test_a_fit_judges_its_features_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels, _ = two_clouds()
+    table, seen = named_table(labels, tmp_path, ["train"] * 100 + ["val"] * 20), []
+    splits = Splits(*(table.select(rows) for rows in (range(100), range(100, 120), [])))
+
+    def watched(features: np.ndarray, *given: Any, **how: Any) -> np.ndarray:
+        seen.append(features)
+        return out_of_fold(features, *given, **how)
+
+    monkeypatch.setattr("headstart.doubtful.out_of_fold", watched)
+    result = AuditResult(str(tmp_path), CLASSES, 120, {}, {}, ())
+    assert look_at_labels(result, splits, features).doubtful
+    assert seen[0] is features  # with many pictures each copy counts
 
 
 def test_copies_do_not_vouch_for_each_other(tmp_path: Path) -> None:

@@ -105,7 +105,9 @@ def look_at_labels(result: AuditResult, splits: Splits, features: npt.NDArray[np
     if features.size * len(table.class_names) > MOST_IN_FIT:
         why = f"{len(table):,} pictures of {len(table.class_names):,} classes take too long beside a fit"
         return _with_note(result, why, "`headstart audit` is the other way to them.")
-    return _judged(result, table, lambda rows, part: features[rows], started)
+    return _judged(
+        result, table, lambda rows, part: features if len(rows) == len(features) else features[rows], started
+    )
 
 
 def _judged(

@@ -74,9 +74,8 @@ def out_of_fold(features: Floats, labels: Ints, groups: Sequence[str] = (), *, s
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    scaled = StandardScaler().fit_transform(
-        features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-9)
-    )
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-9)
+    scaled = StandardScaler(copy=False).fit_transform(unit)
     probs = np.zeros((len(labels), int(labels.max()) + 1))
     for train, held in folds_of(labels, groups, seed=seed):
         model = LogisticRegression(C=STRENGTH, max_iter=500).fit(scaled[train], labels[train])

@@ -73,7 +73,8 @@ def look_at_stored_labels(source: StageData, diary: Diary, bench: Bench) -> None
     if bench.audit is None or bench.share or "labels" in bench.audit.seconds or not stored or not bench.runtime.is_main:
         return
     with diary.phase("look at labels"):
-        bench.audit = look_at_labels(bench.audit, bench.splits, np.concatenate(stored).astype(np.float64))
+        # At once in the format it takes: with many pictures each copy counts.
+        bench.audit = look_at_labels(bench.audit, bench.splits, np.concatenate(stored, dtype=np.float64))
     if bench.audit.doubtful is not None:
         diary.doubtful = [one.file for one in bench.audit.doubtful if one.flagged]
     for one in bench.audit.of_kind("doubtful-labels"):
