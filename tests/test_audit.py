@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -161,7 +162,7 @@ def test_either_picture_of_a_pair_may_be_the_crop() -> None:
     whole, crop = np.arange(12), np.arange(12, 24)
     mirrored = np.full(12, len(duplicates._BOXES))  # the whole of the mirror image
     for a, b in ((whole, crop), (crop, whole)):
-        assert (duplicates._align(coarse, fine, a, b, mirrored) >= duplicates.SAME).all()
+        assert (duplicates._align((coarse.__getitem__, fine.__getitem__), a, b, mirrored) >= duplicates.SAME).all()
 
 
 def test_pictures_in_one_frame_are_no_copies() -> None:
@@ -616,6 +617,15 @@ def test_turned_labels_head_the_queue(tmp_path: Path) -> None:
     assert len(flagged) <= 16
     (finding,) = doubtful_findings(queue, len(table))
     assert finding.severity == "warning"
+
+
+def test_looking_for_copies_takes_little_memory_for_each_picture() -> None:
+    thumbs = np.random.default_rng(0).integers(0, 256, (4000, 48, 48), dtype=np.uint8)
+    tracemalloc.start()
+    near_pairs(thumbs)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 7 * thumbs.nbytes
 
 
 def test_a_fit_judges_its_features_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ Reference for the alignment: Lucas and Kanade 1981.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Level = Callable[[Ints], Floats]
+"""Local contrast of the pictures at these places, coarse or fine."""
 
 COARSE_PX = 16
 NEIGHBOURS = 3
@@ -60,22 +62,30 @@ def near_pairs(thumbs: npt.NDArray[np.uint8], *, leave_out: Sequence[int] = ()) 
     Args:
         leave_out: positions not to look at, such as unreadable files and the second of two exact copies.
     """
-    pictures = thumbs.astype(np.float32)
-    keep = pictures.std(axis=(1, 2)) >= MIN_SPREAD
+    keep = np.concatenate([part.std(axis=(1, 2)) >= MIN_SPREAD for part in _parts(thumbs)])
     keep[list(leave_out)] = False
     where = np.flatnonzero(keep)
     if len(where) < 2:
         return []
-    pictures = pictures[where]
-    half = _sample(pictures, _BOXES[0], pictures.shape[1] // 2)
-    coarse, fine = _local_contrast(half, 0.7, 2.5), _local_contrast(pictures, 0.7, 3.0)
+    px = thumbs.shape[1] // 2
+    coarse = np.concatenate([_local_contrast(_sample(part, _BOXES[0], px), 0.7, 2.5) for part in _parts(thumbs[where])])
+
+    def fine(places: Ints) -> Floats:  # of the few that are compared so far, when they are
+        return _local_contrast(thumbs[where[places]].astype(np.float32), 0.7, 3.0)
+
     a, b, view = _candidates(coarse)
-    scores = _align(coarse, fine, a, b, view)
+    scores = _align((lambda places: coarse[places], fine), a, b, view)
     pairs = []
     for i in np.flatnonzero(scores >= SAME):
         first, second = sorted((int(where[a[i]]), int(where[b[i]])))
         pairs.append(Pair(first, second, float(scores[i]), exact=False, mirrored=bool(view[i] >= len(_BOXES))))
     return sorted(pairs, key=lambda pair: (pair.a, pair.b))
+
+
+def _parts(thumbs: npt.NDArray[np.uint8]) -> Iterator[Floats]:
+    """Pictures in floating point, some at a time: all at once they would take four times their memory."""
+    for start in range(0, max(1, len(thumbs)), COMPARED_AT_ONCE):
+        yield thumbs[start : start + COMPARED_AT_ONCE].astype(np.float32)
 
 
 def groups_of(n: int, pairs: Sequence[Pair]) -> npt.NDArray[np.int64]:
@@ -194,25 +204,25 @@ def _smoothing(size: int, sigma_px: float) -> Floats:
     return np.asarray(matrix, dtype=np.float32)
 
 
-def _align(coarse: Floats, fine: Floats, a: Ints, b: Ints, view: Ints) -> Floats:
+def _align(levels: tuple[Level, Level], a: Ints, b: Ints, view: Ints) -> Floats:
     """Correlation [M] of the pictures of each pair where they overlap best, looked for from that view of a on; -1 where
     they are not alike."""
-    scores, beyond = _align_crops(coarse, fine, a, b, view)
+    scores, beyond = _align_crops(levels, a, b, view)
     turned = np.flatnonzero(beyond)  # it is a that was cut
     middle = 1 + len(_BOXES) * (view[turned] >= len(_BOXES))
-    scores[turned] = _align_crops(coarse, fine, b[turned], a[turned], middle)[0]
+    scores[turned] = _align_crops(levels, b[turned], a[turned], middle)[0]
     return scores
 
 
-def _align_crops(coarse: Floats, fine: Floats, a: Ints, b: Ints, view: Ints) -> tuple[Floats, npt.NDArray[np.bool_]]:
+def _align_crops(levels: tuple[Level, Level], a: Ints, b: Ints, view: Ints) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """Correlation [M] of picture b with the crop of picture a that fits it best, -1 where none does; and whether one
     would that reaches beyond the edges of a."""
     out, beyond = np.full(len(a), -1.0, dtype=np.float32), np.zeros(len(a), dtype=bool)
     for start in range(0, len(a), ALIGNED_AT_ONCE):
         going = np.arange(start, min(start + ALIGNED_AT_ONCE, len(a)))
         boxes = np.array(_BOXES, dtype=np.float32)[view[going] % len(_BOXES)]
-        for contrast in (coarse, fine):
-            moving, target = contrast[a[going]], _standard(contrast[b[going]])
+        for contrast_of in levels:
+            moving, target = contrast_of(a[going]), _standard(contrast_of(b[going]))
             mirrored = view[going] >= len(_BOXES)
             moving[mirrored] = moving[mirrored, :, ::-1]
             for _ in range(STEPS):
