@@ -619,6 +619,30 @@ def test_turned_labels_head_the_queue(tmp_path: Path) -> None:
     assert finding.severity == "warning"
 
 
+def test_with_many_pictures_neighbours_are_looked_for_in_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    among = duplicates._unit(rng.normal(size=(900, 256)).astype(np.float32))
+    rows = duplicates._unit(among[:300] + 0.03 * rng.normal(size=(300, 256)).astype(np.float32))
+    exact = duplicates._nearest(rows, among)
+    monkeypatch.setattr(duplicates, "EXACT_UP_TO", 100)
+    monkeypatch.setattr(duplicates, "PROBES", 30)  # all cells
+    for one, other in zip(exact, duplicates._nearest(rows, among), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    monkeypatch.setattr(duplicates, "PROBES", 5)
+    compared: list[int] = []
+    largest = duplicates._largest
+
+    def counted(correlation: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        compared.append(correlation.size)
+        return largest(correlation, n)
+
+    monkeypatch.setattr(duplicates, "_largest", counted)
+    positions, correlations = duplicates._nearest(rows, among)
+    assert sum(compared) < 0.3 * 300 * 900  # a sixth, and cells with more members are asked more often
+    assert (positions[:, 0] == np.arange(300)).mean() > 0.93
+    assert (np.diff(correlations, axis=1) <= 0).all()
+
+
 def test_looking_for_copies_takes_little_memory_for_each_picture() -> None:
     thumbs = np.random.default_rng(0).integers(0, 256, (4000, 48, 48), dtype=np.uint8)
     tracemalloc.start()

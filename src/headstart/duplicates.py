@@ -25,6 +25,8 @@ Level = Callable[[Ints], Floats]
 COARSE_PX = 16
 NEIGHBOURS = 3
 COMPARED_AT_ONCE = 512
+EXACT_UP_TO = 10_000  # pictures that are all compared with each other
+PROBES = 16  # cells beyond that
 CANDIDATE = 0.4  # correlation of coarse pictures from which a pair is aligned
 LARGEST_CROP = 0.14  # of a side, in all
 STEPS, LARGEST_MOVE = 4, 0.03  # Gauss-Newton steps a level, and the most a side of the crop moves in one, as a share
@@ -129,18 +131,57 @@ def _candidates(contrast: Floats) -> tuple[Ints, Ints, Ints]:
 
 def _nearest(rows: Floats, among: Floats) -> tuple[Ints, Floats]:
     """The nearest of each unit row [N, D] among others [K, D], `NEIGHBOURS` and one more (which may be itself), nearest
-    first: positions and correlations, [N, n]."""
+    first: positions and correlations, [N, n]. With many pictures nearly always the nearest: see `_nearest_in_cells`."""
     n = min(NEIGHBOURS + 1, len(among))
-    positions, correlations = np.empty((len(rows), n), dtype=np.int64), np.empty((len(rows), n), dtype=np.float32)
-    for start in range(0, len(rows), COMPARED_AT_ONCE):
-        block = slice(start, start + COMPARED_AT_ONCE)
-        correlation = rows[block] @ among.T
-        each = np.arange(len(correlation))
-        for column in range(n):
-            best = correlation.argmax(axis=1)
-            positions[block, column], correlations[block, column] = best, correlation[each, best]
-            correlation[each, best] = -np.inf
+    if len(among) > EXACT_UP_TO:
+        return _nearest_in_cells(rows, among, n)
+    parts = [_largest(rows[i : i + COMPARED_AT_ONCE] @ among.T, n) for i in range(0, len(rows), COMPARED_AT_ONCE)]
+    positions, correlations = (np.concatenate(column) for column in zip(*parts, strict=True))
     return positions, correlations
+
+
+def _nearest_in_cells(rows: Floats, among: Floats, n: int) -> tuple[Ints, Floats]:
+    """The same, looked for in a few cells alone, so that twice the pictures take not four times the time but less than
+    three.
+
+    Each picture of `among` belongs to the cell of the centre it is nearest to; a row is compared with those in the
+    `PROBES` cells whose centres are nearest to it. Centres are pictures, about as many as a cell has members.
+    """
+    centres = among[np.sort(np.random.default_rng(0).choice(len(among), int(len(among) ** 0.5), replace=False))]
+    home = _by_parts(among, lambda part: (part @ centres.T).argmax(axis=1))
+    probes = min(PROBES, len(centres))
+    asked = _by_parts(rows, lambda part: np.argpartition(-(part @ centres.T), probes - 1, axis=1)[:, :probes]).ravel()
+    who = np.repeat(np.arange(len(rows)), probes)[np.argsort(asked, kind="stable")]
+    members, cells = np.argsort(home, kind="stable"), np.arange(len(centres) + 1)
+    ends, asked_ends = np.searchsorted(np.sort(home), cells), np.searchsorted(np.sort(asked), cells)
+    positions = np.zeros((len(rows), n), dtype=np.int64)
+    correlations = np.full((len(rows), n), -np.inf, dtype=np.float32)
+    for cell in range(len(centres)):
+        inside = members[ends[cell] : ends[cell + 1]]
+        for start in range(asked_ends[cell], asked_ends[cell + 1], COMPARED_AT_ONCE):
+            mine = who[start : min(start + COMPARED_AT_ONCE, asked_ends[cell + 1])]  # each row once at the most
+            found, values = _largest(rows[mine] @ among[inside].T, min(n, len(inside)))
+            known = np.concatenate([correlations[mine], values], axis=1)
+            places = np.concatenate([positions[mine], inside[found]], axis=1)
+            best = np.argsort(-known, axis=1, kind="stable")[:, :n]
+            positions[mine] = np.take_along_axis(places, best, axis=1)
+            correlations[mine] = np.take_along_axis(known, best, axis=1)
+    return positions, correlations
+
+
+def _by_parts(rows: Floats, make: Callable[[Floats], Ints]) -> Ints:
+    return np.concatenate([make(rows[i : i + COMPARED_AT_ONCE]) for i in range(0, len(rows), COMPARED_AT_ONCE)])
+
+
+def _largest(correlation: Floats, n: int) -> tuple[Ints, Floats]:
+    """Columns and values of the n largest of each row [N, K], the largest first; the rows are used up."""
+    positions, values = np.empty((len(correlation), n), dtype=np.int64), np.empty((len(correlation), n), np.float32)
+    each = np.arange(len(correlation))
+    for column in range(n):
+        best = correlation.argmax(axis=1)
+        positions[:, column], values[:, column] = best, correlation[each, best]
+        correlation[each, best] = -np.inf
+    return positions, values
 
 
 def _likeliest(ends: Ints, correlation: Floats, n: int) -> Ints:
