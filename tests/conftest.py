@@ -10,6 +10,14 @@ import pytest
 from PIL import Image
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long is marked slow by a list, which `tools/slow_tests.py` writes from measured times."""
+    slow = set((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").split())
+    for item in items:
+        if item.nodeid.partition("[")[0] in slow:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """One thread: bit-equality is promised for a fixed thread count, and small nets are quicker so."""
