@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from headstart.augment import augmented_batch, augmented_view, view_map, view_rng
+from headstart.augment import DRAWS, augmented_batch, augmented_view, view_plans, view_rng
 from headstart.autoaugment import auto_augment
 from headstart.errors import RecipeError
 from headstart.recipe import POLICIES, AugmentSpec
@@ -44,6 +44,14 @@ EACH = {
     "trivial": AugmentSpec(auto="trivial"),
     "erasing": AugmentSpec(erasing=1.0),
 }
+
+
+def view_map(width: int, height: int, spec: DataSpec, augment: AugmentSpec, draws: dict[str, float]) -> np.ndarray:
+    """The map of one picture, [2, 3]: view coordinates (u, v, 1) to picture pixels."""
+    values = np.array([[draws[name] for name in DRAWS]])
+    return view_plans(np.array([[width, height]]), spec, augment, values).maps[0]
+
+
 MIDDLE = dict.fromkeys(
     (
         *("area", "ratio", "x", "y", "rotation", "shift_x", "shift_y", "zoom", "hflip", "vflip"),

@@ -144,12 +144,6 @@ def view_plans(sizes: npt.NDArray[np.int64], spec: DataSpec, augment: AugmentSpe
     )
 
 
-def view_map(width: int, height: int, spec: DataSpec, augment: AugmentSpec, draws: dict[str, float]) -> _Matrix:
-    """The map of one picture, float64 [2, 3], from its random numbers by name; see `ViewPlans`."""
-    drawn = {name: np.array([value]) for name, value in draws.items()}
-    return np.asarray(_maps(np.array([[width, height]]), spec, augment, drawn)[0])
-
-
 def _maps(sizes: npt.NDArray[np.int64], spec: DataSpec, augment: AugmentSpec, drawn: dict[str, _Matrix]) -> _Matrix:
     """All geometry as one map a picture.
 

@@ -221,11 +221,9 @@ class Score:
         return {"loss": self.loss, "accuracy": self.accuracy, "top5": self.top5, "n": self.n}
 
 
-def score(
-    model: Classifier, source: Source, *, indices: Tensor, runtime: Runtime, batch_size: int | None = None
-) -> Score:
+def score(model: Classifier, source: Source, *, indices: Tensor, runtime: Runtime) -> Score:
     """Plain cross-entropy (nats), accuracy and top-5 accuracy of these pictures, in evaluation mode, plain views."""
-    logits = source_logits(model, source, indices=indices, runtime=runtime, batch_size=batch_size)
+    logits = source_logits(model, source, indices=indices, runtime=runtime)
     labels = source.labels[indices]
     ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
     top5 = (ranks < 5).double().mean().item() if logits.shape[1] > 5 else None
@@ -233,9 +231,7 @@ def score(
     return Score(loss, (logits.argmax(1) == labels).double().mean().item(), top5, len(indices))
 
 
-def source_logits(
-    model: Classifier, source: Source, *, indices: Tensor, runtime: Runtime, batch_size: int | None = None
-) -> Tensor:
+def source_logits(model: Classifier, source: Source, *, indices: Tensor, runtime: Runtime) -> Tensor:
     """Logits [len(indices), C], float32 on the CPU, of these pictures in their plain views, in evaluation mode."""
     mine = runtime.share(indices)
     rows = []
@@ -246,7 +242,7 @@ def source_logits(
         return source.forward(model, inputs.to(runtime.device)).float()
 
     with torch.inference_mode(), runtime.autocast():
-        for part in mine.split(batch_size or runtime.batch_size):
+        for part in mine.split(runtime.batch_size):
             inputs = source.batch(part.tolist(), [0] * len(part))
             rows.append(in_portions(compute, inputs, runtime.portion, doing="while scoring"))
     model.train(was_training)
