@@ -17,7 +17,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 import headstart
-from headstart import duplicates
+from headstart import doubtful, duplicates
 from headstart.audit_copies import find_copies, leaked
 from headstart.audit_files import chance_of_shares
 from headstart.audit_quick import shortcut_title
@@ -674,6 +674,23 @@ def test_copies_do_not_vouch_for_each_other(tmp_path: Path) -> None:
     groups = ["g" if k == i or k >= 120 else "" for k in range(126)]
     alone, together = out_of_fold(features, labels), out_of_fold(features, labels, groups)
     assert together[i, labels[i]] < alone[i, labels[i]] - 0.02
+
+
+def test_more_features_than_pictures_are_turned_into_fewer_with_the_same_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = np.random.default_rng(0).normal(size=(40, 300))
+    rows -= rows.mean(axis=0)  # as the regressions get them; one dimension fewer is left
+    turned = doubtful._in_their_own_space(rows)
+    assert turned.shape == (40, 39)
+    np.testing.assert_allclose(turned @ turned.T, rows @ rows.T, atol=1e-9)
+    assert doubtful._in_their_own_space(rows[:, :20]).shape == (40, 20)
+    features, labels, _ = two_clouds()
+    wide = np.hstack([features**power for power in range(1, 13)])
+    assert wide.shape[1] > len(labels)
+    quick = out_of_fold(wide, labels)
+    monkeypatch.setattr(doubtful, "_in_their_own_space", lambda rows: rows)
+    np.testing.assert_allclose(quick, out_of_fold(wide, labels), atol=1e-3)  # where L-BFGS stops
 
 
 def test_an_outlier_is_named(tmp_path: Path) -> None:

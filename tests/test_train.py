@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from headstart import (
 )
 from headstart.averaging import snapshot
 from headstart.classifier import Classifier
-from headstart.features import FeatureSource, StageData
+from headstart.evaluation import Score, score
+from headstart.features import FeatureSource, Source, StageData
 from headstart.schedule import batches_of_epoch, class_weight_vector, learning_rate, make_optimizer, views_of_epoch
 from headstart.train import _Stage, fit
 from tiny import SPEC, TinyNet
@@ -244,6 +246,24 @@ class TestCollapse:
         assert alarms(ema=0.0, lr=13.0) == 1  # single steps go over the threshold
         assert alarms(ema=0.9, lr=13.0) == 0
         assert alarms(ema=0.9, lr=30.0) == 1
+
+    def test_the_alarm_looks_three_times_within_the_first_epoch_and_else_at_the_ends(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[int] = []
+
+        def counted(model: Classifier, data: Source, *, indices: torch.Tensor, **how: Any) -> Score:
+            seen.append(len(indices) if data is DATA.val else 0)
+            return score(model, data, indices=indices, **how)
+
+        model = self.trained()
+        monkeypatch.setattr("headstart.train.score", counted)
+        monkeypatch.setattr("headstart.train.COLLAPSE_SUBSET", 7)
+        stage = replace(self.STAGE, batch_size=3)
+        fit(model, DATA, stage, lr=1e-4, runtime=CPU, starts_trained=True)
+        n = len(DATA.val.labels)
+        assert seen[:3] == [n, 7, 0]  # as it was before: all, the part, and training pictures
+        assert [count for count in seen[3:] if count] == [7, 7, 7] + [n] * stage.epochs
 
     def test_no_alarm_at_a_sensible_rate_or_for_an_untrained_head(self) -> None:
         assert fit(self.trained(), DATA, self.STAGE, lr=1e-3, runtime=CPU, starts_trained=True).events == []

@@ -75,12 +75,26 @@ def out_of_fold(features: Floats, labels: Ints, groups: Sequence[str] = (), *, s
     from sklearn.preprocessing import StandardScaler
 
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-9)
-    scaled = StandardScaler(copy=False).fit_transform(unit)
+    scaled = _in_their_own_space(StandardScaler(copy=False).fit_transform(unit))
     probs = np.zeros((len(labels), int(labels.max()) + 1))
     for train, held in folds_of(labels, groups, seed=seed):
         model = LogisticRegression(C=STRENGTH, max_iter=500).fit(scaled[train], labels[train])
         probs[np.ix_(held, model.classes_)] = model.predict_proba(scaled[held])
     return probs
+
+
+def _in_their_own_space(rows: Floats) -> Floats:
+    """The rows [N, D] in the N dimensions that they span, where those are fewer: same products, and so the same fit.
+
+    A regression with a ridge penalty sees nothing else of its inputs.
+    """
+    n, width = rows.shape
+    if n >= width:
+        return rows
+    size, axes = np.linalg.eigh(rows @ rows.T)
+    spanned = size > n * np.finfo(size.dtype).eps * size[-1]
+    spanned[-1] = True
+    return axes[:, spanned] * np.sqrt(size[spanned])  # type: ignore[no-any-return]
 
 
 def doubtful_labels(table: ImageTable, probs: Floats) -> tuple[DoubtfulLabel, ...]:

@@ -32,9 +32,9 @@ from .stage_result import Log, Progress, Record, Report, StageResult
 # Training pictures scored in evaluation mode each epoch: enough for a +-6 point interval. Where layers run for them,
 # no more than twice the validation pictures, which they are compared with, but these at least.
 TRAIN_SCORE_LIMIT, TRAIN_SCORE_LEAST = 256, 100
-COLLAPSE_CHECKS_PER_EPOCH = 4
-COLLAPSE_EPOCHS = 2
-COLLAPSE_SUBSET = 256
+# The alarm looks this often in the first epoch, its end included, and then at the end of each epoch up to the last.
+COLLAPSE_CHECKS, COLLAPSE_EPOCHS = 4, 2
+COLLAPSE_SUBSET = 100  # pictures scored between two ends: each is compared with itself as it was before
 RETRY_DIVISOR = 10.0
 SAME_LOSS = 0.01  # a tenth of the rate that leads to the same loss, to 1 %, shows that the rate is not its cause
 MAX_RETRIES = 3
@@ -269,8 +269,8 @@ def _attempt(
     """Train all epochs; returns the state that was kept, which the model then holds, and the epochs trained."""
     model, stage = run.model, run.stage
     entry = Candidate(entry_state, run.score_val(), 0)
-    part = run.score_val(COLLAPSE_SUBSET) if watch else entry.val
-    limit = max(part.loss * stage.collapse_ratio, part.loss + stage.collapse_margin)
+    of_part = COLLAPSE_SUBSET if watch and len(run.data.val.labels) > COLLAPSE_SUBSET else None
+    start, part = entry.val, run.score_val(of_part) if of_part else entry.val
     started, event = time.perf_counter(), None
     if stage.warm_start == "ridge":
         entry, event = _ridge(run, entry)
@@ -278,21 +278,25 @@ def _attempt(
     seconds = time.perf_counter() - started
     event = _joined([*run.gradients.portion.take(), *([event] if event else [])])
     write(_record(run, epoch=0, train_loss=None, val=entry.val, best=True, seconds=seconds, event=event))
-    check_every = max(1, run.steps_per_epoch // COLLAPSE_CHECKS_PER_EPOCH)
+    check_every = max(1, run.steps_per_epoch // COLLAPSE_CHECKS)
     epoch = 0
+
+    def alarm(now: Score, before: Score) -> None:
+        """Raise where the loss is far above that of the same pictures before the stage."""
+        limit = max(before.loss * stage.collapse_ratio, before.loss + stage.collapse_margin)
+        if watch and not now.loss <= limit:
+            raise _CollapseError(
+                f"A learning rate of {run.lr:g} wrecked the trained head: validation loss {now.loss:.3f} after"
+                f" {run.step} step{'' if run.step == 1 else 's'}, {before.loss:.3f} before.",
+                now.loss,
+            )
 
     def after_step() -> None:
         if report:
             report(Progress(stage.name, epoch, run.step, run.steps, run.pictures, last.val))
-        if watch and run.step % check_every == 0 and run.step <= COLLAPSE_EPOCHS * run.steps_per_epoch:
+        if watch and run.step % check_every == 0 and run.step < run.steps_per_epoch:
             with run.in_shown_state():  # a running average forgives single steps, as it does in what is kept
-                now = run.score_val(COLLAPSE_SUBSET)
-            if not now.loss <= limit:
-                raise _CollapseError(
-                    f"A learning rate of {run.lr:g} wrecked the trained head: validation loss {now.loss:.3f} after"
-                    f" {run.step} step{'' if run.step == 1 else 's'}, {part.loss:.3f} before.",
-                    now.loss,
-                )
+                alarm(run.score_val(of_part), part)
 
     pool = ThreadPoolExecutor(run.runtime.workers, thread_name_prefix="headstart-batch")
     try:
@@ -304,6 +308,8 @@ def _attempt(
                 val = run.score_val()
                 if not math.isfinite(val.loss):
                     _not_finite(run, watch, epoch)
+                if epoch <= COLLAPSE_EPOCHS:
+                    alarm(val, start)
                 better = stage.select == "last" or _is_better(val, best.val, stage.select)
                 last = Candidate(snapshot(model) if better or stage.wise else {}, val, epoch)
                 best = last if better else best
