@@ -336,7 +336,7 @@ def test_an_audit_and_the_fits_after_it_share_decoded_pictures_and_features(
     first, told = queue()
     assert "30 pictures to decode" in told
     again, told = queue()
-    assert "Features stored by an earlier run are used: 30 pictures" in told
+    assert "Features stored earlier are used: 30 pictures" in told
     assert "to decode" not in told
     alone, told = queue("--no-cache")
     assert "earlier run" not in told

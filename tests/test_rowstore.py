@@ -27,7 +27,9 @@ from headstart import (
     split,
 )
 from headstart.classifier import Classifier
-from headstart.features import ActivationSource, FeatureSource, make_source
+from headstart.cut import Cut, Suffix, Whole
+from headstart.features import ActivationSource, FeatureSource, make_source, place_source
+from headstart.once import store_activations, store_features
 from headstart.pixels import Pixels
 from headstart.pixelstore import PixelStore
 from headstart.recipe import POLICIES
@@ -205,3 +207,65 @@ def test_without_room_rows_stay_in_memory(cache: Cache, photos: Path, monkeypatc
     assert any("Stored features take" in line and "are held in memory" in line for line in said)
     assert cache.entries() == [] or all(entry.kind == "files" for entry in cache.entries())
     assert run(photos)[1] == 24 * 2 + 6 + 6
+
+
+def two_stages(photos: Path, *, views: int = 2, **how: Any) -> tuple[Classifier, int]:
+    """As `run`, with a head stage and a fine-tuning stage behind it."""
+    later = Stage(name="fine-tune", freeze_line="layer4", epochs=2, views=views, lr_scale=0.01)
+    with computed() as seen:
+        result = fine_tune(photos, recipe=Recipe(stages=(Stage(epochs=2, views=2), later)), **NET | how)
+    return result.model, sum(seen)
+
+
+def test_one_pass_serves_the_head_and_the_stage_after_it(cache: Cache, photos: Path) -> None:
+    tried = 3 * 4 + 2  # pictures on which the two halves are compared with the whole, and on which a cut is tried
+    first, count = two_stages(photos)
+    assert 24 * 2 + 6 + 6 < count <= 24 * 2 + 6 + 6 + 2 * tried
+    assert len(cache.names("features")) == 4
+    again, _ = two_stages(photos)
+    without, count = two_stages(photos, cache=False)
+    assert count > 2 * (24 * 2 + 6)
+    assert torch.equal(weights(first), weights(again))
+    assert torch.equal(weights(first), weights(without))
+    count = two_stages(photos, views=3)[1]  # other views: each stage runs its own
+    assert count >= 24 * 3 + 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_put_aside_is_what_the_next_stage_would_make(
+    cache: Cache, photos: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model, pixels, found = ready_to_cut(cache, photos)
+    runtime = replace(CPU, dtype=dtype)
+    features = store_features(model, pixels, views=2, runtime=runtime, batch_size=8, aside=found)
+    assert len(cache.names("features")) == 2
+    plain = replace_store(pixels)
+    assert torch.equal(features, store_features(model, plain, views=2, runtime=runtime, batch_size=8))
+    with computed() as seen:
+        kept = store_activations(model, found, pixels, views=2, runtime=runtime, batch_size=8)
+    assert seen == []
+    fresh = store_activations(model, found, plain, views=2, runtime=runtime, batch_size=8)
+    assert torch.equal(kept.rows, fresh.rows)
+    assert (kept.channels_last, kept.dtype) == (fresh.channels_last, fresh.dtype)
+
+
+def test_halves_that_give_other_bits_than_the_whole_are_not_used(cache: Cache, photos: Path) -> None:
+    model, pixels, found = ready_to_cut(cache, photos)
+    rest = found.suffix.eval_graph
+    off = replace(found, suffix=Suffix(found.suffix.train_graph, Whole(rest, lambda net, x: net(x) * 1.001)))
+    features = store_features(model, pixels, views=2, runtime=CPU, batch_size=8, aside=off)
+    assert torch.equal(features, store_features(model, replace_store(pixels), views=2, runtime=CPU, batch_size=8))
+    assert len(cache.names("features")) == 1
+
+
+def ready_to_cut(cache: Cache, photos: Path) -> tuple[Classifier, Pixels, Cut]:
+    """A classifier with its backbone frozen, its training pictures in the store, and a cut in the middle."""
+    splits = split(load_images(photos))
+    model = create_classifier("test_resnet.r160_in1k", splits.class_names, weights="none", image_size=32)
+    set_freeze_line(model, "layer4")
+    pixels = Pixels(splits.train, model.spec, augment=POLICIES["photo"], store=PixelStore(cache, model.spec))
+    pixels.store.fill(pixels.table.paths, root=photos)
+    found = place_source(pixels, pixels, model, views=2, runtime=CPU).cut
+    assert found is not None
+    set_freeze_line(model, "head")
+    return model, pixels, found

@@ -24,6 +24,7 @@ from .audit_quick import quick_audit
 from .audit_sheet import finding_line
 from .averaging import restore, snapshot
 from .classifier import Classifier
+from .cut import Cut
 from .dataset import ImageTable, Splits, bad_file_lines, check_images, load_images, split
 from .errors import CheckpointError, DataError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_logits
@@ -113,7 +114,14 @@ class Bench:
         return self._stores.get(spec)
 
     def source(
-        self, train: Pixels, val: Pixels, model: Classifier, place: Placement, *, advance: Advance | None = None
+        self,
+        train: Pixels,
+        val: Pixels,
+        model: Classifier,
+        place: Placement,
+        *,
+        advance: Advance | None = None,
+        aside: Cut | None = None,
     ) -> tuple[StageData, float]:
         """What `make_source` gives, and the seconds that an earlier run spent on it (0.0 where it is made now)."""
         key = self._source_key(model, train, val, place)
@@ -122,7 +130,7 @@ class Bench:
             return source.behind(place.cut), seconds
         started = time.perf_counter()
         source = make_source(
-            train, val, model, views=place.views, runtime=self.runtime, advance=advance, placement=place
+            train, val, model, views=place.views, runtime=self.runtime, advance=advance, placement=place, aside=aside
         )
         if key is not None and source.nbytes:
             self._sources[key] = source, time.perf_counter() - started

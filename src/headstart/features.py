@@ -258,6 +258,7 @@ def make_source(
     batch_size: int = 32,
     advance: Advance | None = None,
     placement: Placement | None = None,
+    aside: Cut | None = None,
 ) -> StageData:
     """Make what the loop is fed with, from where the model's freeze line stands.
 
@@ -270,6 +271,7 @@ def make_source(
         batch_size: pictures in a pass of the frozen part.
         advance: called with the number of pictures done, for a progress bar.
         placement: what `place_source` decided; None decides here.
+        aside: where the next stage cuts the backbone that this one runs whole; see `store_features`.
     """
     place = placement or place_source(train, val, model, views=views, runtime=runtime)
     if not place.views:
@@ -278,7 +280,9 @@ def make_source(
     as_predict = replace(runtime, dtype=torch.float32, compile="off")
     for part, n, how in ((train, place.views, runtime), (val, 1, as_predict)):
         if place.cut is None:
-            features = store_features(model, part, views=n, runtime=how, batch_size=batch_size, advance=advance)
+            features = store_features(
+                model, part, views=n, runtime=how, batch_size=batch_size, advance=advance, aside=aside
+            )
             held = runtime.gpu if runtime.holds(features.nbytes) else None
             sources.append(FeatureSource(features, _labels(part), held))
         else:

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from .backbones import backbone_features, backbone_output
+from .backbones import backbone_features, backbone_output, pool_output
 from .classifier import Classifier
 from .cut import Cut, Forward
 from .fastops import fast_training
@@ -26,6 +26,7 @@ from .runtime import Runtime, prefetch
 Advance = Callable[[int], None]
 
 _RECORDED_FROM = 4  # a pass of fewer batches is over before its kernels are recorded
+_COMPARED = 4  # pictures on which a pass in two halves is compared with the whole
 _TIMED_FROM = 100  # in a pass of fewer batches no compile pays, so none is timed
 
 
@@ -57,16 +58,21 @@ def store_features(
     runtime: Runtime,
     batch_size: int = 32,
     advance: Advance | None = None,
+    aside: Cut | None = None,
 ) -> Tensor:
     """Run the frozen backbone once per picture and view: features [N, views, D], float32, on the CPU.
 
     View 0 is the plain evaluation view. Under several processes each computes its share.
+
+    Args:
+        aside: a cut of the same backbone at which a later stage will train from as many views. What passes there is
+            put on disk on the way, to the bit what `store_activations` would make, which then finds it.
     """
     forward = partial(backbone_features, pool=model.pool)
     part = _Frozen(
         model.backbone, "features", forward, lambda x: model.features(x).float(), (model.num_features,), torch.float32
     )
-    stored = _Pass(model, part, pixels, views, runtime, batch_size, advance).run()
+    stored = _Pass(model, part, pixels, views, runtime, batch_size, advance, aside).run()
     return stored.rows.cpu().reshape(len(pixels), views, -1)
 
 
@@ -85,9 +91,13 @@ def store_activations(
     On a GPU they stay there where they fit, else they are kept on the CPU. The memory is taken once, in its full size.
     Under several processes each computes its share.
     """
+    return _Pass(model, _in_front_of(cut, model, runtime), pixels, views, runtime, batch_size, advance).run()
+
+
+def _in_front_of(cut: Cut, model: Classifier, runtime: Runtime) -> _Frozen:
     dtype = cut.dtype if runtime.dtype == torch.float32 else runtime.dtype
-    part = _Frozen(cut.prefix, cut.at, nn.Module.__call__, lambda x: cut.prefix(model.enter(x)), cut.shape, dtype)
-    return _Pass(model, part, pixels, views, runtime, batch_size, advance).run()
+    enter = lambda x: cut.prefix(model.enter(x))  # noqa: E731
+    return _Frozen(cut.prefix, cut.at, nn.Module.__call__, enter, cut.shape, dtype)
 
 
 @dataclass(frozen=True)
@@ -107,8 +117,71 @@ class _Frozen:
 
 
 @dataclass
+class _Filling:
+    """Rows of a part, put in place batch by batch; room for all of them is taken once, when the first ones come."""
+
+    part: _Frozen
+    size: int
+    runtime: Runtime
+    disk: RowStore | None
+    stored: Stored | None = None
+
+    def put(self, chunk: Tensor, out: Tensor) -> None:
+        """The rows of these places, the next ones in order, from what this process made of its share."""
+        made = out.dtype
+        out = self.runtime.gather(out.to(self.part.dtype), len(chunk))
+        if self.stored is None:
+            self.stored = self._begin(out, made)
+        now = self.stored.rows[chunk[0] : chunk[-1] + 1]
+        now[:] = out.permute(0, 2, 3, 1) if self.stored.channels_last else out
+        if self.disk and self.stored.rows.device.type == "cpu":
+            self.disk.filled(now)
+
+    def _begin(self, out: Tensor, made: torch.dtype) -> Stored:
+        """Room for all rows, in the layout in which the first ones came."""
+        mapped = out.dim() == 4 and not out.is_contiguous()
+        mapped = mapped and out.is_contiguous(memory_format=torch.channels_last)
+        shape, dtype = self.part.shape, self.part.dtype
+        size = (self.size, *((*shape[1:], shape[0]) if mapped else shape))
+        if self.runtime.holds(math.prod(size) * dtype.itemsize):
+            rows = torch.empty(size, dtype=dtype, device=out.device)
+        else:
+            rows = self.disk.begin(size, dtype) if self.disk else torch.empty(size, dtype=dtype)
+        return Stored(rows, mapped, made)
+
+    def keep(self, batch_size: int) -> Stored:
+        """All rows are in their place: on disk, where there is one, for later runs and stages."""
+        assert self.stored is not None, "Pixels of no picture raise"
+        stored, rows = self.stored, self.stored.rows
+        if self.disk is None:
+            return stored
+        facts = {"channels_last": stored.channels_last, "made": str(stored.dtype)[len("torch.") :]}
+        if rows.device.type == "cpu":
+            return replace(stored, rows=self.disk.finish(rows, facts))
+        kept = self.disk.begin(tuple(rows.shape), rows.dtype)
+        if not self.disk.is_open:
+            return stored
+        for there, here in zip(rows.split(batch_size), kept.split(batch_size), strict=True):
+            here.copy_(there)
+            self.disk.filled(here)
+        self.disk.finish(kept, facts)
+        return stored
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A pass in two halves: where what the first one gives is put, and the second one."""
+
+    filling: _Filling
+    rest: Callable[[Tensor], Tensor]
+
+
+@dataclass
 class _Pass:
-    """One pass of a part over all pictures and views, in batches that the processes share."""
+    """One pass of a part over all pictures and views, in batches that the processes share.
+
+    aside: a cut on the way, whose rows are put on disk as well; see `store_features`.
+    """
 
     model: Classifier
     part: _Frozen
@@ -117,7 +190,9 @@ class _Pass:
     runtime: Runtime
     batch_size: int
     advance: Advance | None
+    aside: Cut | None = None
     disk: RowStore | None = None
+    opened: RowStore | None = None  # of what is put aside
     kind: str = ""
 
     def __post_init__(self) -> None:
@@ -150,8 +225,9 @@ class _Pass:
                 return self.compute(quick) if stored is None else stored
         finally:
             model.train(was_training)
-            if self.disk:
-                self.disk.discard()
+            for disk in (self.disk, self.opened):
+                if disk:
+                    disk.discard()
 
     def earlier(self, kind: str) -> Stored | None:
         """What an earlier run has kept; from here on the rows' place on disk is that of this kind of function.
@@ -169,7 +245,7 @@ class _Pass:
         rows, facts = kept
         if self.disk:
             shown = f"{len(self.pixels):,} pictures x {self.views} view{'s' * (self.views != 1)}"
-            self.disk.tell(f"Features stored by an earlier run are used: {shown}.")
+            self.disk.tell(f"Features stored earlier are used: {shown}.")
         if self.advance:
             self.advance(len(self.runtime.share(torch.arange(len(rows)))))
         rows = rows.to(self.runtime.device) if self.runtime.holds(rows.nbytes) else rows
@@ -223,9 +299,10 @@ class _Pass:
         )  # fmt: skip
 
     def compute(self, quick: FrozenForward | None) -> Stored:
-        """Fill a store of the part's row shape and format, allocated once, batch by batch."""
+        """Fill a store of the part's row shape and format, batch by batch."""
         # Made outside inference mode: autograd refuses to save inference tensors for a backward pass.
-        stored: Stored | None = None
+        filling = _Filling(self.part, len(self.places), self.runtime, self.disk)
+        way = None if quick or self.aside is None else self.on_the_way(self.aside)
         shares = [self.runtime.share(chunk) for chunk in self.chunks]
         compute = self._through(quick) if quick else self.part.compute
         with ThreadPoolExecutor(self.runtime.workers, thread_name_prefix="headstart-batch") as pool:
@@ -233,43 +310,44 @@ class _Pass:
             threads = pool if self.pixels.in_background else None
             inputs = prefetch(self._batch, shares, pool=threads, ahead=self.runtime.workers + 1)
             for chunk, mine, batch in zip(self.chunks, shares, inputs, strict=True):
-                out = self._run(compute, batch)
-                made = out.dtype
-                out = self.runtime.gather(out.to(self.part.dtype), len(chunk))
-                if stored is None:
-                    stored = self._begin(out, made)
-                now = stored.rows[chunk[0] : chunk[-1] + 1]
-                now[:] = out.permute(0, 2, 3, 1) if stored.channels_last else out
-                if self.disk and stored.rows.device.type == "cpu":
-                    self.disk.filled(now)
+                if way is None:
+                    filling.put(chunk, self._run(compute, batch))
+                else:
+                    between = self._run(way.filling.part.compute, batch)
+                    way.filling.put(chunk, between)
+                    filling.put(chunk, self._run(way.rest, between))
                 if self.advance:
                     self.advance(len(mine))
-        assert stored is not None, "Pixels of no picture raise"
-        if self.disk is None or (self.kind == "compiled" and quick and not quick.compiled):
-            return stored  # there is no disk, or compiling failed on the way: rows of two functions
-        rows, facts = stored.rows, {"channels_last": stored.channels_last, "made": str(stored.dtype)[len("torch.") :]}
-        if rows.device.type == "cpu":
-            return replace(stored, rows=self.disk.finish(rows, facts))
-        kept = self.disk.begin(tuple(rows.shape), rows.dtype)
-        if not self.disk.is_open:
-            return stored
-        for there, here in zip(rows.split(self.batch_size), kept.split(self.batch_size), strict=True):
-            here.copy_(there)
-            self.disk.filled(here)
-        self.disk.finish(kept, facts)
-        return stored
+        if way:
+            way.filling.keep(self.batch_size)
+        if self.kind == "compiled" and quick and not quick.compiled:
+            assert filling.stored is not None
+            return filling.stored  # compiling failed on the way: rows of two functions
+        return filling.keep(self.batch_size)
 
-    def _begin(self, out: Tensor, made: torch.dtype) -> Stored:
-        """Room for all rows, in the layout in which the first ones came."""
-        mapped = out.dim() == 4 and not out.is_contiguous()
-        mapped = mapped and out.is_contiguous(memory_format=torch.channels_last)
-        shape, dtype = self.part.shape, self.part.dtype
-        size = (len(self.places), *((*shape[1:], shape[0]) if mapped else shape))
-        if self.runtime.holds(math.prod(size) * dtype.itemsize):
-            rows = torch.empty(size, dtype=dtype, device=out.device)
-        else:
-            rows = self.disk.begin(size, dtype) if self.disk else torch.empty(size, dtype=dtype)
-        return Stored(rows, mapped, made)
+    def on_the_way(self, cut: Cut) -> _Way | None:
+        """The two halves of the pass, where what passes between them can be kept and neither changes a bit."""
+        disk = self.disk and row_store(
+            self.model,
+            cut.prefix,
+            cut.at,
+            self.pixels,
+            views=self.views,
+            batch_size=self.batch_size,
+            runtime=self.runtime,
+        )
+        if not disk or self.runtime.world > 1 or self.runtime.gpu or disk.load() is not None:
+            return None
+        part = _in_front_of(cut, self.model, self.runtime)
+        cut.suffix.training = False
+        way = _Way(
+            _Filling(part, len(self.places), self.runtime, disk),
+            lambda x: pool_output(self.model.backbone, cut.suffix(x), self.model.pool).to(self.part.dtype),
+        )
+        self.opened = disk
+        few = self._first[:_COMPARED] if self._first is not None else None
+        same = torch.equal(self._run(way.rest, self._run(part.compute, few)), self._run(self.part.compute, few))
+        return way if same else None
 
     def _batch(self, mine: Tensor) -> Tensor | None:
         """The pictures of these places, uint8; None where this process has no share."""

@@ -13,6 +13,7 @@ from .audit_sheet import finding_line
 from .auditing import look_at_labels
 from .bench import Bench
 from .classifier import Classifier
+from .cut import Cut
 from .diary import Diary
 from .features import FeatureSource, PixelSource, StageData, place_source
 from .freezing import set_freeze_line
@@ -113,8 +114,9 @@ def train_stage(
     place = place_source(trainset, valset, model, views=stage.views, runtime=bench.runtime)
     if place.why:
         say(f"  {place.why}", enabled=show)
+    aside = _next_cut(model, trainset, valset, stage, plan, bench) if model.backbone_is_frozen and place.views else None
     with ProgressBar(place.passes, "  frozen backbone", enabled=show and bool(place.passes)) as bar:
-        source, shared = bench.source(trainset, valset, model, place, advance=bar.advance)
+        source, shared = bench.source(trainset, valset, model, place, advance=bar.advance, aside=aside)
     if stage.mixup and not isinstance(source.train, PixelSource):
         say("  mixup blends what the frozen layers made of the pictures, which is stored, not pixels", enabled=show)
     recalled = bench.recall(key, model)
@@ -130,6 +132,25 @@ def train_stage(
         )  # fmt: skip
     bench.keep(key, model, result, seconds=result.seconds)
     return Trained(result, source, shared)
+
+
+def _next_cut(
+    model: Classifier, trainset: Pixels, valset: Pixels, stage: Stage, plan: Recipe, bench: Bench
+) -> Cut | None:
+    """Where the next stage cuts the backbone that this one runs whole, if it takes the same views of each picture.
+
+    One pass then serves both.
+    """
+    rest = plan.stages[plan.stages.index(stage) + 1 :] if stage in plan.stages else ()
+    if not rest or rest[0].freeze_line == stage.freeze_line:
+        return None
+    if trainset.is_augmented and rest[0].views != stage.views:
+        return None
+    set_freeze_line(model, rest[0].freeze_line, batchnorm=rest[0].batchnorm)
+    try:
+        return place_source(trainset, valset, model, views=rest[0].views, runtime=bench.runtime).cut
+    finally:
+        set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
 
 
 def _to_bar(bar: ProgressBar) -> Callable[[Progress], None]:
