@@ -339,7 +339,7 @@ def test_an_audit_and_the_fits_after_it_share_decoded_pictures_and_features(
     assert "Features stored earlier are used: 30 pictures" in told
     assert "to decode" not in told
     alone, told = queue("--no-cache")
-    assert "earlier run" not in told
+    assert "stored earlier" not in told
     assert first == again == alone != []
     other, _ = queue("--crop-pct", "0.5")
     assert other != first

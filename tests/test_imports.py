@@ -42,7 +42,7 @@ LAYERS = (
         *("pixels", "pixelstore", "rowstore", "once"),
     ),
     (
-        *("features", "evaluation", "probing", "harm", "averaging", "linear", "schedule", "stage_result"),
+        *("features", "evaluation", "probing", "harm", "averaging", "alarm", "linear", "schedule", "stage_result"),
         *("gradients", "train"),
     ),
     (
@@ -156,6 +156,8 @@ SIDEWAYS = {
     ("harm", "evaluation"),
     ("averaging", "evaluation"),
     ("train", "averaging"),
+    ("train", "alarm"),
+    ("alarm", "evaluation"),
     ("train", "evaluation"),
     ("train", "features"),
     ("train", "linear"),

@@ -21,6 +21,7 @@ from headstart import (
     create_classifier,
     fastconv,
     fine_tune,
+    fit,
     load_images,
     make_runtime,
     set_freeze_line,
@@ -33,7 +34,7 @@ from headstart.once import store_activations, store_features
 from headstart.pixels import Pixels
 from headstart.pixelstore import PixelStore
 from headstart.recipe import POLICIES
-from headstart.rowstore import row_key
+from headstart.rowstore import RowStore, row_key
 from headstart.store import Cache
 from tiny import SPEC, TinyNet
 
@@ -209,35 +210,75 @@ def test_without_room_rows_stay_in_memory(cache: Cache, photos: Path, monkeypatc
     assert run(photos)[1] == 24 * 2 + 6 + 6
 
 
-def two_stages(photos: Path, *, views: int = 2, **how: Any) -> tuple[Classifier, int]:
+def two_stages(photos: Path, *, views: int = 2, augment: str = "photo", **how: Any) -> tuple[Classifier, int]:
     """As `run`, with a head stage and a fine-tuning stage behind it."""
     later = Stage(name="fine-tune", freeze_line="layer4", epochs=2, views=views, lr_scale=0.01)
+    recipe = Recipe(stages=(Stage(epochs=2, views=2), later), augment=augment)
     with computed() as seen:
-        result = fine_tune(photos, recipe=Recipe(stages=(Stage(epochs=2, views=2), later)), **NET | how)
+        result = fine_tune(photos, recipe=recipe, **NET | how)
     return result.model, sum(seen)
 
 
+HEAD_ALONE = 24 * 2 + 6 + 6
+TRIED = 2 * 3 * 4 + 2 * 2  # in two passes two halves are compared with the whole; two cuts are tried
+
+
 def test_one_pass_serves_the_head_and_the_stage_after_it(cache: Cache, photos: Path) -> None:
-    tried = 3 * 4 + 2  # pictures on which the two halves are compared with the whole, and on which a cut is tried
     first, count = two_stages(photos)
-    assert 24 * 2 + 6 + 6 < count <= 24 * 2 + 6 + 6 + 2 * tried
-    assert len(cache.names("features")) == 4
+    assert HEAD_ALONE < count <= HEAD_ALONE + TRIED
     again, _ = two_stages(photos)
     without, count = two_stages(photos, cache=False)
-    assert count > 2 * (24 * 2 + 6)
+    assert count >= HEAD_ALONE + 24 * 2 + 6
     assert torch.equal(weights(first), weights(again))
     assert torch.equal(weights(first), weights(without))
-    count = two_stages(photos, views=3)[1]  # other views: each stage runs its own
-    assert count >= 24 * 3 + 6
+
+
+def test_a_stage_with_other_views_runs_its_own(cache: Cache, photos: Path) -> None:
+    assert two_stages(photos, views=3)[1] >= HEAD_ALONE + 24 * 3 + 6
+    cache.clear()
+    assert two_stages(photos, views=3, augment="none")[1] <= 24 + 6 + 6 + TRIED  # of which there are none
+
+
+def test_without_room_nothing_is_put_aside(cache: Cache, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("headstart.bench.say", lambda text, **_: said.append(text))
+    monkeypatch.setattr(RowStore, "wants", lambda self, nbytes: False)
+    assert two_stages(photos)[1] >= HEAD_ALONE + 24 * 2 + 6
+    cache.clear()
+    monkeypatch.undo()
+    monkeypatch.setenv("HEADSTART_CACHE", str(cache.folder))
+    monkeypatch.setattr("headstart.bench.say", lambda text, **_: said.append(text))
+    begin, put = RowStore.begin, []
+
+    def full(self: RowStore, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype) if len(shape) == 4 else begin(self, shape, dtype)
+
+    monkeypatch.setattr(RowStore, "begin", full)
+    monkeypatch.setattr(RowStore, "filled", lambda self, rows: put.append(len(rows)) if rows.dim() == 4 else None)
+    assert two_stages(photos)[1] >= HEAD_ALONE + 24 * 2 + 6
+    assert put == [32, 6, 32, 16, 6]  # given up after the first batch; then the second stage's own
+    assert not any("held in memory" in line for line in said)
+
+
+def test_fit_with_one_stage_puts_nothing_aside(cache: Cache, photos: Path) -> None:
+    splits = split(load_images(photos))
+    model = create_classifier("test_resnet.r160_in1k", splits.class_names, weights="none", image_size=32)
+    set_freeze_line(model, "head")
+    fit(model, splits, augment="none", runtime=CPU)
+    assert len(cache.names("features")) == 2
+
+
+CUTS = [("test_resnet.r160_in1k", "layer4"), ("test_efficientnet.r160_in1k", "last:6")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("backbone", "line"), CUTS)
 def test_what_is_put_aside_is_what_the_next_stage_would_make(
-    cache: Cache, photos: Path, tmp_path: Path, dtype: torch.dtype
+    cache: Cache, photos: Path, backbone: str, line: str, dtype: torch.dtype
 ) -> None:
-    model, pixels, found = ready_to_cut(cache, photos)
+    model, pixels, found = ready_to_cut(cache, photos, backbone, line)
     runtime = replace(CPU, dtype=dtype)
-    features = store_features(model, pixels, views=2, runtime=runtime, batch_size=8, aside=found)
+    features = store_features(model, pixels, views=2, runtime=runtime, batch_size=8, aside=lambda: found)
     assert len(cache.names("features")) == 2
     plain = replace_store(pixels)
     assert torch.equal(features, store_features(model, plain, views=2, runtime=runtime, batch_size=8))
@@ -249,22 +290,30 @@ def test_what_is_put_aside_is_what_the_next_stage_would_make(
     assert (kept.channels_last, kept.dtype) == (fresh.channels_last, fresh.dtype)
 
 
+def test_a_cut_within_what_is_computed_as_one_is_not_put_aside(cache: Cache, photos: Path) -> None:
+    model, pixels, found = ready_to_cut(cache, photos, "test_efficientnet.r160_in1k", "last:1")
+    assert "conv" in found.at  # and its BatchNorm, which is fused with it in the whole network, lies behind
+    store_features(model, pixels, views=2, runtime=CPU, batch_size=8, aside=lambda: found)
+    assert len(cache.names("features")) == 1
+
+
 def test_halves_that_give_other_bits_than_the_whole_are_not_used(cache: Cache, photos: Path) -> None:
-    model, pixels, found = ready_to_cut(cache, photos)
+    model, pixels, found = ready_to_cut(cache, photos, *CUTS[0])
     rest = found.suffix.eval_graph
     off = replace(found, suffix=Suffix(found.suffix.train_graph, Whole(rest, lambda net, x: net(x) * 1.001)))
-    features = store_features(model, pixels, views=2, runtime=CPU, batch_size=8, aside=off)
+    features = store_features(model, pixels, views=2, runtime=CPU, batch_size=8, aside=lambda: off)
     assert torch.equal(features, store_features(model, replace_store(pixels), views=2, runtime=CPU, batch_size=8))
     assert len(cache.names("features")) == 1
 
 
-def ready_to_cut(cache: Cache, photos: Path) -> tuple[Classifier, Pixels, Cut]:
+def ready_to_cut(cache: Cache, photos: Path, backbone: str, line: str) -> tuple[Classifier, Pixels, Cut]:
     """A classifier with its backbone frozen, its training pictures in the store, and a cut in the middle."""
     splits = split(load_images(photos))
-    model = create_classifier("test_resnet.r160_in1k", splits.class_names, weights="none", image_size=32)
-    set_freeze_line(model, "layer4")
-    pixels = Pixels(splits.train, model.spec, augment=POLICIES["photo"], store=PixelStore(cache, model.spec))
-    pixels.store.fill(pixels.table.paths, root=photos)
+    model = create_classifier(backbone, splits.class_names, weights="none", image_size=32)
+    set_freeze_line(model, line)
+    store = PixelStore(cache, model.spec)
+    pixels = Pixels(splits.train, model.spec, augment=POLICIES["photo"], store=store)
+    store.fill(pixels.table.paths, root=photos)
     found = place_source(pixels, pixels, model, views=2, runtime=CPU).cut
     assert found is not None
     set_freeze_line(model, "head")

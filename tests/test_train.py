@@ -247,8 +247,11 @@ class TestCollapse:
         assert alarms(ema=0.9, lr=13.0) == 0
         assert alarms(ema=0.9, lr=30.0) == 1
 
-    def test_the_alarm_looks_three_times_within_the_first_epoch_and_else_at_the_ends(
-        self, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        ("batch_size", "looks", "many"), [(3, 3, False), (6, 3, False), (9, 3, True), (20, 2, False)]
+    )
+    def test_the_alarm_looks_up_to_three_times_within_an_epoch_and_else_at_the_ends(
+        self, batch_size: int, looks: int, many: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[int] = []
 
@@ -258,12 +261,13 @@ class TestCollapse:
 
         model = self.trained()
         monkeypatch.setattr("headstart.train.score", counted)
-        monkeypatch.setattr("headstart.train.COLLAPSE_SUBSET", 7)
-        stage = replace(self.STAGE, batch_size=3)
-        fit(model, DATA, stage, lr=1e-4, runtime=CPU, starts_trained=True)
+        monkeypatch.setattr("headstart.alarm.PICTURES", 7)
+        monkeypatch.setattr("headstart.alarm.TIMES", 1 if many else 100)
+        fit(model, DATA, replace(self.STAGE, batch_size=batch_size), lr=1e-4, runtime=CPU, starts_trained=True)
         n = len(DATA.val.labels)
-        assert seen[:3] == [n, 7, 0]  # as it was before: all, the part, and training pictures
-        assert [count for count in seen[3:] if count] == [7, 7, 7] + [n] * stage.epochs
+        within = [7] * looks
+        second = [*within, n] if many else [n]
+        assert [count for count in seen if count] == [n, 7, *within, n, *second] + [n] * (self.STAGE.epochs - 2)
 
     def test_no_alarm_at_a_sensible_rate_or_for_an_untrained_head(self) -> None:
         assert fit(self.trained(), DATA, self.STAGE, lr=1e-3, runtime=CPU, starts_trained=True).events == []

@@ -5,7 +5,7 @@ The cache folder is HEADSTART_CACHE, which `benchmarks/peers.py` sets: empty for
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import tempfile
 from dataclasses import replace
@@ -22,8 +22,9 @@ from headstart.run import read_csv
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
-    for name in ("sklearn.linear_model", "sklearn.model_selection", "cleanlab.filter", "cleanlab.rank"):
-        importlib.import_module(name)  # headstart does so when it first needs them: here before the clock starts
+    if importlib.util.find_spec("cleanlab"):  # headstart's extra `audit`
+        for name in ("sklearn.linear_model", "sklearn.model_selection", "cleanlab.filter", "cleanlab.rank"):
+            importlib.import_module(name)  # headstart does so when it first needs them: here before the clock starts
     recipe = replace(RECIPES[args.variant], seed=args.seed)
     clock = Clock()
 

@@ -24,7 +24,6 @@ from .audit_quick import quick_audit
 from .audit_sheet import finding_line
 from .averaging import restore, snapshot
 from .classifier import Classifier
-from .cut import Cut
 from .dataset import ImageTable, Splits, bad_file_lines, check_images, load_images, split
 from .errors import CheckpointError, DataError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_logits
@@ -32,7 +31,7 @@ from .features import Placement, StageData, make_source
 from .findings import AuditResult
 from .freezing import tensors_digest
 from .groups import join_groups
-from .once import Advance
+from .once import Advance, Aside
 from .pixels import Augment, Pixels, is_augmented
 from .pixelstore import PixelStore
 from .recipe import AugmentSpec, Recipe, Stage
@@ -121,7 +120,7 @@ class Bench:
         place: Placement,
         *,
         advance: Advance | None = None,
-        aside: Cut | None = None,
+        aside: Aside | None = None,
     ) -> tuple[StageData, float]:
         """What `make_source` gives, and the seconds that an earlier run spent on it (0.0 where it is made now)."""
         key = self._source_key(model, train, val, place)

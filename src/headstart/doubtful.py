@@ -25,6 +25,7 @@ STRENGTH = 3e-3  # of scikit-learn's C on standardised features; more fits the w
 SURE = 0.9  # out-of-fold probability from which a flagged label's suggestion is followed unseen
 LISTED = 4.0  # most entries of the queue, as a multiple of the flagged ones; at least LEAST
 LEAST = 50
+MOST_TURNED = 2000
 NEIGHBOURS = 5
 ODD = 6.0  # robust deviations of the distance to the neighbours from which a picture is an outlier
 
@@ -84,12 +85,12 @@ def out_of_fold(features: Floats, labels: Ints, groups: Sequence[str] = (), *, s
 
 
 def _in_their_own_space(rows: Floats) -> Floats:
-    """The rows [N, D] in the N dimensions that they span, where those are fewer: same products, and so the same fit.
+    """The rows [N, D] in the N dimensions that they span, where those are far fewer: same products, so the same fit.
 
-    A regression with a ridge penalty sees nothing else of its inputs.
+    A regression with a ridge penalty sees nothing else of its inputs. Beyond MOST_TURNED rows turning would cost more.
     """
     n, width = rows.shape
-    if n >= width:
+    if 2 * n > width or n > MOST_TURNED:
         return rows
     size, axes = np.linalg.eigh(rows @ rows.T)
     spanned = size > n * np.finfo(size.dtype).eps * size[-1]

@@ -20,7 +20,7 @@ from .backbones import backbone_output
 from .classifier import Classifier
 from .cut import Cut, cut_or_reason
 from .memory import sent
-from .once import Advance, Stored, fast_kernels, store_activations, store_features
+from .once import Advance, Aside, Stored, fast_kernels, store_activations, store_features
 from .pixels import Pixels
 from .recipe import AugmentSpec
 from .runtime import Runtime, free_memory_bytes
@@ -258,7 +258,7 @@ def make_source(
     batch_size: int = 32,
     advance: Advance | None = None,
     placement: Placement | None = None,
-    aside: Cut | None = None,
+    aside: Aside | None = None,
 ) -> StageData:
     """Make what the loop is fed with, from where the model's freeze line stands.
 
@@ -271,7 +271,7 @@ def make_source(
         batch_size: pictures in a pass of the frozen part.
         advance: called with the number of pictures done, for a progress bar.
         placement: what `place_source` decided; None decides here.
-        aside: where the next stage cuts the backbone that this one runs whole; see `store_features`.
+        aside: finds where the next stage cuts the backbone that this one runs whole; see `store_features`.
     """
     place = placement or place_source(train, val, model, views=views, runtime=runtime)
     if not place.views:

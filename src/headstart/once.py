@@ -24,6 +24,7 @@ from .rowstore import RowStore, row_store
 from .runtime import Runtime, prefetch
 
 Advance = Callable[[int], None]
+Aside = Callable[[], Cut | None]
 
 _RECORDED_FROM = 4  # a pass of fewer batches is over before its kernels are recorded
 _COMPARED = 4  # pictures on which a pass in two halves is compared with the whole
@@ -58,15 +59,16 @@ def store_features(
     runtime: Runtime,
     batch_size: int = 32,
     advance: Advance | None = None,
-    aside: Cut | None = None,
+    aside: Aside | None = None,
 ) -> Tensor:
     """Run the frozen backbone once per picture and view: features [N, views, D], float32, on the CPU.
 
     View 0 is the plain evaluation view. Under several processes each computes its share.
 
     Args:
-        aside: a cut of the same backbone at which a later stage will train from as many views. What passes there is
-            put on disk on the way, to the bit what `store_activations` would make, which then finds it.
+        aside: finds the cut of the same backbone behind which the next stage trains, from as many views. Where rows are
+            made, in one process on a CPU, what passes there is put on disk on the way if there is room and if it is, on
+            the first pictures, to the bit what `store_activations` would make; that then finds it.
     """
     forward = partial(backbone_features, pool=model.pool)
     part = _Frozen(
@@ -170,17 +172,24 @@ class _Filling:
 
 @dataclass(frozen=True)
 class _Way:
-    """A pass in two halves: where what the first one gives is put, and the second one."""
+    """A pass in two halves.
+
+    filling, disk: where what the first one gives is put. rest: the second one. few, alone: the first pictures, and what
+    the first half gives of them when nothing but it is made quicker, as in a pass of its own.
+    """
 
     filling: _Filling
+    disk: RowStore
     rest: Callable[[Tensor], Tensor]
+    few: Tensor | None
+    alone: Tensor
 
 
 @dataclass
 class _Pass:
     """One pass of a part over all pictures and views, in batches that the processes share.
 
-    aside: a cut on the way, whose rows are put on disk as well; see `store_features`.
+    aside: finds a cut on the way, whose rows are put on disk as well; see `store_features`.
     """
 
     model: Classifier
@@ -190,9 +199,9 @@ class _Pass:
     runtime: Runtime
     batch_size: int
     advance: Advance | None
-    aside: Cut | None = None
+    aside: Aside | None = None
     disk: RowStore | None = None
-    opened: RowStore | None = None  # of what is put aside
+    way: _Way | None = None
     kind: str = ""
 
     def __post_init__(self) -> None:
@@ -202,7 +211,7 @@ class _Pass:
         self.chunks = self.places.split(self.batch_size * self.runtime.world)
 
     def run(self) -> Stored:
-        """What an earlier run has kept of this part, pictures and views, or else what the part gives now."""
+        """What is kept of this part, pictures and views from before, or else what the part gives now."""
         model = self.model
         # Not in float32: a GPU rounds its products to TensorFloat-32, those of folded weights otherwise than others.
         own = "folded" if self.runtime.gpu and self.runtime.dtype != torch.float32 else "module"
@@ -211,9 +220,11 @@ class _Pass:
         stored = self.earlier(kinds[0])
         if stored is not None:
             return stored
+        cut = self.aside() if self.aside and self.disk and self.runtime.world == 1 and not self.runtime.gpu else None
         was_training = model.training
         model.eval()
         try:
+            self.way = self.in_halves(cut) if cut else None
             with fast_kernels(model if self.part.net is model.backbone else self.part.net, self.runtime):
                 if self.runtime.compile == "auto" and self.compile_pays():
                     kinds = ["compiled", *kinds]
@@ -225,12 +236,12 @@ class _Pass:
                 return self.compute(quick) if stored is None else stored
         finally:
             model.train(was_training)
-            for disk in (self.disk, self.opened):
+            for disk in (self.disk, self.way and self.way.disk):
                 if disk:
                     disk.discard()
 
     def earlier(self, kind: str) -> Stored | None:
-        """What an earlier run has kept; from here on the rows' place on disk is that of this kind of function.
+        """What is kept from before; from here on the rows' place on disk is that of this kind of function.
 
         Kinds: the `module` as it is, a `folded` copy of it (see `frozen_forward`), or a `compiled` one.
         """
@@ -302,7 +313,7 @@ class _Pass:
         """Fill a store of the part's row shape and format, batch by batch."""
         # Made outside inference mode: autograd refuses to save inference tensors for a backward pass.
         filling = _Filling(self.part, len(self.places), self.runtime, self.disk)
-        way = None if quick or self.aside is None else self.on_the_way(self.aside)
+        way = self.way if self.way and not quick and self.agree(self.way) else None
         shares = [self.runtime.share(chunk) for chunk in self.chunks]
         compute = self._through(quick) if quick else self.part.compute
         with ThreadPoolExecutor(self.runtime.workers, thread_name_prefix="headstart-batch") as pool:
@@ -316,6 +327,7 @@ class _Pass:
                     between = self._run(way.filling.part.compute, batch)
                     way.filling.put(chunk, between)
                     filling.put(chunk, self._run(way.rest, between))
+                    way = way if way.disk.is_open else None
                 if self.advance:
                     self.advance(len(mine))
         if way:
@@ -325,29 +337,33 @@ class _Pass:
             return filling.stored  # compiling failed on the way: rows of two functions
         return filling.keep(self.batch_size)
 
-    def on_the_way(self, cut: Cut) -> _Way | None:
-        """The two halves of the pass, where what passes between them can be kept and neither changes a bit."""
-        disk = self.disk and row_store(
-            self.model,
-            cut.prefix,
-            cut.at,
-            self.pixels,
-            views=self.views,
-            batch_size=self.batch_size,
-            runtime=self.runtime,
-        )
-        if not disk or self.runtime.world > 1 or self.runtime.gpu or disk.load() is not None:
-            return None
+    def in_halves(self, cut: Cut) -> _Way | None:
+        """The pass in two halves, where what passes between them is not kept yet and has room on disk."""
         part = _in_front_of(cut, self.model, self.runtime)
+        disk = row_store(
+            self.model, part.net, part.at, self.pixels,
+            views=self.views, batch_size=self.batch_size, runtime=self.runtime,
+        )  # fmt: skip
+        if disk is None or not disk.wants(len(self.places) * cut.bytes_per_picture(part.dtype)):
+            return None
         cut.suffix.training = False
-        way = _Way(
-            _Filling(part, len(self.places), self.runtime, disk),
-            lambda x: pool_output(self.model.backbone, cut.suffix(x), self.model.pool).to(self.part.dtype),
-        )
-        self.opened = disk
         few = self._first[:_COMPARED] if self._first is not None else None
-        same = torch.equal(self._run(way.rest, self._run(part.compute, few)), self._run(self.part.compute, few))
-        return way if same else None
+        with fast_kernels(part.net, self.runtime):
+            alone = self._run(part.compute, few)
+
+        def rest(x: Tensor) -> Tensor:
+            return pool_output(self.model.backbone, cut.suffix(x), self.model.pool).to(self.part.dtype)
+
+        return _Way(_Filling(part, len(self.places), self.runtime, disk), disk, rest, few, alone)
+
+    def agree(self, way: _Way) -> bool:
+        """Whether the halves give the whole's bits, and the first half those of a pass of its own.
+
+        It does not where the cut parts a convolution from the BatchNorm that is fused with it in the whole.
+        """
+        between = self._run(way.filling.part.compute, way.few)
+        whole = self._run(self.part.compute, way.few)
+        return torch.equal(between, way.alone) and torch.equal(self._run(way.rest, between), whole)
 
     def _batch(self, mine: Tensor) -> Tensor | None:
         """The pictures of these places, uint8; None where this process has no share."""

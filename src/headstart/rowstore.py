@@ -34,7 +34,7 @@ class RowStore:
     Args:
         key: what determines the rows; see `row_key`.
         writes: whether this process keeps what it makes.
-        say: is told when rows of an earlier run are used.
+        say: is told when rows made before are used.
     """
 
     def __init__(self, cache: Cache, key: str, *, writes: bool, say: Say) -> None:
@@ -52,6 +52,15 @@ class RowStore:
             return None
         dtype = getattr(torch, entry.meta["dtype"])
         return torch.from_numpy(entry.data).view(dtype).reshape(entry.meta["shape"]), entry.meta
+
+    def wants(self, nbytes: int) -> bool:
+        """Whether the rows are not there yet, and so many bytes have room, which is made."""
+        try:
+            return (
+                self._writes and self._cache.describe("features", self._key) is None and self._cache.make_room(nbytes)
+            )
+        except OSError:
+            return False
 
     def begin(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Room for all rows, to be filled in order: on disk, or in memory where the cache has no room."""

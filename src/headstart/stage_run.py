@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
+from itertools import pairwise
 
 import numpy as np
 
@@ -33,6 +35,7 @@ def run_stage(
         done = train_stage(
             model, trainset, valset, stage, bench=bench, show=diary.show, plan=plan,
             starts_trained=bool(diary.stages or diary.handover), lr=plan.lr * stage.lr_scale, log=diary.log,
+            following=dict(pairwise(plan.stages)).get(stage),
         )  # fmt: skip
     result, seconds = done.result, time.perf_counter() - started
     best, which = result.best, "last" if stage.select == "last" else "best"
@@ -105,16 +108,19 @@ def train_stage(
     starts_trained: bool,
     show: bool,
     log: Log | None,
+    following: Stage | None = None,
 ) -> Trained:
     """Make the source that the freeze line calls for, then run the loop, each with its bar, or recall an equal stage.
 
-    `plan` gives the seed, and what a shared stage is told apart by.
+    `plan` gives the seed, and what a shared stage is told apart by. `following` is the stage that comes next.
     """
     key = bench.stage_key(model, stage, plan, trainset)
     place = place_source(trainset, valset, model, views=stage.views, runtime=bench.runtime)
     if place.why:
         say(f"  {place.why}", enabled=show)
-    aside = _next_cut(model, trainset, valset, stage, plan, bench) if model.backbone_is_frozen and place.views else None
+    aside = None
+    if following and model.backbone_is_frozen and (following.views == stage.views or not trainset.is_augmented):
+        aside = cache(partial(_cut_of, following, model, trainset, valset, stage, bench))
     with ProgressBar(place.passes, "  frozen backbone", enabled=show and bool(place.passes)) as bar:
         source, shared = bench.source(trainset, valset, model, place, advance=bar.advance, aside=aside)
     if stage.mixup and not isinstance(source.train, PixelSource):
@@ -134,21 +140,13 @@ def train_stage(
     return Trained(result, source, shared)
 
 
-def _next_cut(
-    model: Classifier, trainset: Pixels, valset: Pixels, stage: Stage, plan: Recipe, bench: Bench
+def _cut_of(
+    following: Stage, model: Classifier, trainset: Pixels, valset: Pixels, stage: Stage, bench: Bench
 ) -> Cut | None:
-    """Where the next stage cuts the backbone that this one runs whole, if it takes the same views of each picture.
-
-    One pass then serves both.
-    """
-    rest = plan.stages[plan.stages.index(stage) + 1 :] if stage in plan.stages else ()
-    if not rest or rest[0].freeze_line == stage.freeze_line:
-        return None
-    if trainset.is_augmented and rest[0].views != stage.views:
-        return None
-    set_freeze_line(model, rest[0].freeze_line, batchnorm=rest[0].batchnorm)
+    """Where the next stage cuts the backbone, if it does; the line then stands where this stage has it."""
+    set_freeze_line(model, following.freeze_line, batchnorm=following.batchnorm)
     try:
-        return place_source(trainset, valset, model, views=rest[0].views, runtime=bench.runtime).cut
+        return place_source(trainset, valset, model, views=following.views, runtime=bench.runtime).cut
     finally:
         set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
 

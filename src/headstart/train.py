@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .alarm import CollapseError, make_alarm
 from .averaging import Candidate, RunningAverage, State, best_mixture, restore, snapshot
 from .classifier import Classifier
 from .errors import ModelError
@@ -32,9 +33,6 @@ from .stage_result import Log, Progress, Record, Report, StageResult
 # Training pictures scored in evaluation mode each epoch: enough for a +-6 point interval. Where layers run for them,
 # no more than twice the validation pictures, which they are compared with, but these at least.
 TRAIN_SCORE_LIMIT, TRAIN_SCORE_LEAST = 256, 100
-# The alarm looks this often in the first epoch, its end included, and then at the end of each epoch up to the last.
-COLLAPSE_CHECKS, COLLAPSE_EPOCHS = 4, 2
-COLLAPSE_SUBSET = 100  # pictures scored between two ends: each is compared with itself as it was before
 RETRY_DIVISOR = 10.0
 SAME_LOSS = 0.01  # a tenth of the rate that leads to the same loss, to 1 %, shows that the rate is not its cause
 MAX_RETRIES = 3
@@ -43,14 +41,6 @@ MAX_RETRIES = 3
 def has_batchnorm(module: nn.Module) -> bool:
     """Does any of its layers learn batch statistics in training mode?"""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
-
-
-class _CollapseError(Exception):
-    """The first steps wrecked what the stage started from; `loss` is the validation loss they led to."""
-
-    def __init__(self, message: str, loss: float) -> None:
-        super().__init__(message)
-        self.loss = loss
 
 
 class _Stage:
@@ -233,7 +223,7 @@ def fit(
                     run.gradients.fit_to_memory()
                 best, epochs = _attempt(run, entry_state, watch=watch, write=write, report=report)
             break
-        except _CollapseError as collapse:
+        except CollapseError as collapse:
             restore(model, entry_state)
             if abs(collapse.loss - loss_before) < SAME_LOSS * loss_before and attempt < MAX_RETRIES:
                 lr, watch = lr * RETRY_DIVISOR, False
@@ -269,8 +259,12 @@ def _attempt(
     """Train all epochs; returns the state that was kept, which the model then holds, and the epochs trained."""
     model, stage = run.model, run.stage
     entry = Candidate(entry_state, run.score_val(), 0)
-    of_part = COLLAPSE_SUBSET if watch and len(run.data.val.labels) > COLLAPSE_SUBSET else None
-    start, part = entry.val, run.score_val(of_part) if of_part else entry.val
+    alarm = None
+    if watch:
+        alarm = make_alarm(
+            stage, run.lr, entry.val, run.score_val, steps_per_epoch=run.steps_per_epoch,
+            training=len(run.data.train.labels), validation=len(run.data.val.labels),
+        )  # fmt: skip
     started, event = time.perf_counter(), None
     if stage.warm_start == "ridge":
         entry, event = _ridge(run, entry)
@@ -278,25 +272,17 @@ def _attempt(
     seconds = time.perf_counter() - started
     event = _joined([*run.gradients.portion.take(), *([event] if event else [])])
     write(_record(run, epoch=0, train_loss=None, val=entry.val, best=True, seconds=seconds, event=event))
-    check_every = max(1, run.steps_per_epoch // COLLAPSE_CHECKS)
     epoch = 0
 
-    def alarm(now: Score, before: Score) -> None:
-        """Raise where the loss is far above that of the same pictures before the stage."""
-        limit = max(before.loss * stage.collapse_ratio, before.loss + stage.collapse_margin)
-        if watch and not now.loss <= limit:
-            raise _CollapseError(
-                f"A learning rate of {run.lr:g} wrecked the trained head: validation loss {now.loss:.3f} after"
-                f" {run.step} step{'' if run.step == 1 else 's'}, {before.loss:.3f} before.",
-                now.loss,
-            )
+    def look(limit: int | None) -> Score:
+        with run.in_shown_state():  # a running average forgives single steps, as it does in what is kept
+            return run.score_val(limit)
 
     def after_step() -> None:
         if report:
             report(Progress(stage.name, epoch, run.step, run.steps, run.pictures, last.val))
-        if watch and run.step % check_every == 0 and run.step < run.steps_per_epoch:
-            with run.in_shown_state():  # a running average forgives single steps, as it does in what is kept
-                alarm(run.score_val(of_part), part)
+        if alarm:
+            alarm.within(epoch, run.step, look, steps_per_epoch=run.steps_per_epoch)
 
     pool = ThreadPoolExecutor(run.runtime.workers, thread_name_prefix="headstart-batch")
     try:
@@ -308,8 +294,8 @@ def _attempt(
                 val = run.score_val()
                 if not math.isfinite(val.loss):
                     _not_finite(run, watch, epoch)
-                if epoch <= COLLAPSE_EPOCHS:
-                    alarm(val, start)
+                if alarm:
+                    alarm.at_end(epoch, run.step, val)
                 better = stage.select == "last" or _is_better(val, best.val, stage.select)
                 last = Candidate(snapshot(model) if better or stage.wise else {}, val, epoch)
                 best = last if better else best
@@ -410,7 +396,7 @@ def _wise(run: _Stage, entry: Candidate, best: Candidate, last: Candidate, write
 def _not_finite(run: _Stage, watch: bool, epoch: int) -> None:
     text = f"A learning rate of {run.lr:g} drove the loss out of bounds in epoch {epoch} (not a finite number)."
     if watch:
-        raise _CollapseError(text, math.inf)
+        raise CollapseError(text, math.inf)
     raise ModelError(f"{text} Lower it: stage {run.stage.name!r}, --lr or --lr-scale.")
 
 
