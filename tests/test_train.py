@@ -444,7 +444,7 @@ def test_gradients_are_clipped_to_the_norm_given() -> None:
     assert moved[0] == pytest.approx(0.01, rel=1e-3)
 
 
-@pytest.mark.parametrize(("validation", "scored"), [(20, 100), (80, 160), (400, 256)])
+@pytest.mark.parametrize(("validation", "scored"), [(20, 100), (160, 160), (400, 256)])
 def test_training_pictures_that_layers_run_for_are_scored_in_proportion_to_validation(
     validation: int, scored: int
 ) -> None:

@@ -31,7 +31,7 @@ from .schedule import batches_of_epoch, in_numbers, learning_rate, make_optimize
 from .stage_result import Log, Progress, Record, Report, StageResult
 
 # Training pictures scored in evaluation mode each epoch: enough for a +-6 point interval. Where layers run for them,
-# no more than twice the validation pictures, which they are compared with, but these at least.
+# no more than there are validation pictures, which they are compared with, but these at least.
 TRAIN_SCORE_LIMIT, TRAIN_SCORE_LEAST = 256, 100
 RETRY_DIVISOR = 10.0
 SAME_LOSS = 0.01  # a tenth of the rate that leads to the same loss, to 1 %, shows that the rate is not its cause
@@ -85,7 +85,7 @@ class _Stage:
     def _train_scored(self) -> int:
         if isinstance(self.data.train, FeatureSource):
             return TRAIN_SCORE_LIMIT
-        return min(TRAIN_SCORE_LIMIT, max(TRAIN_SCORE_LEAST, 2 * len(self.data.val.labels)))
+        return min(TRAIN_SCORE_LIMIT, max(TRAIN_SCORE_LEAST, len(self.data.val.labels)))
 
     def epoch(self, epoch: int, *, pool: ThreadPoolExecutor, after_step: Callable[[], None]) -> float:
         """Train one epoch (from 1) and return the mean training loss, weights and smoothing included."""
