@@ -66,6 +66,7 @@ class Run:
 RUNS = {
     "headstart": Run("headstart, default", "", "headstart", "fine-tune"),
     "headstart_cached": Run("the same again, from the cache", "", "headstart", "fine-tune", cached=True),
+    "headstart_quick": Run("headstart, recipe `quick`", "", "headstart", "quick"),
     "headstart_head": Run("headstart, recipe `head`", "", "headstart", "head"),
     "headstart_head_cached": Run("the same again, from the cache", "", "headstart", "head", cached=True),
     "keras": Run("Keras, head then top 20 layers", "keras", "keras"),
@@ -408,6 +409,7 @@ def bar_rows() -> list[str]:
     ]
     wanted = [(key, "head stage", "head_", bar, ("headstart", "headstart_head")) for key, bar in HEADS.items()]
     wanted += [(key, "whole run", "", WHOLE_BAR, ("headstart",)) for key in WHOLE]
+    wanted += [(key, "whole run, recipe `quick`", "", WHOLE_BAR, ("headstart_quick",)) for key in WHOLE]
     for key, what, prefix, bar, ours in wanted:
         wall, processor = (ratios(key, f"{prefix}{field}", ours) for field in ("seconds", "processor_seconds"))
         if not processor:
@@ -423,17 +425,19 @@ def bar_rows() -> list[str]:
     return rows
 
 
-def accuracy_rows() -> list[str]:
+def accuracy_rows(
+    ours: str = "headstart", theirs: Sequence[str] = (*WHOLE, "plain_head", "plain_bf16_head")
+) -> list[str]:
     """Paired differences of test accuracy, headstart's default minus each peer's, for each set, over the seeds."""
     found = {key: record for key, record in by_key().items() if not record.get("part")}
     rows = ["| set | against | seeds | difference in points | 95 % interval | |", "|---|---|---|---|---|---|"]
     for name in sorted({key[0] for key in found}):
-        for peer in (*WHOLE, "plain_head", "plain_bf16_head"):
+        for peer in theirs:
             seeds = [s for (where, s, what) in found if (where, what) == (name, peer)]
-            seeds = [s for s in seeds if (name, s, "headstart") in found]
+            seeds = [s for s in seeds if (name, s, ours) in found]
             if not seeds:
                 continue
-            hits = [[list(map(int, found[name, s, key]["test_hits"])) for s in seeds] for key in ("headstart", peer)]
+            hits = [[list(map(int, found[name, s, key]["test_hits"])) for s in seeds] for key in (ours, peer)]
             test = paired_difference(*hits)
             said = "better" if test["low"] > 0 else "worse" if test["high"] < 0 else "no difference"
             interval = f"{100 * test['low']:+.1f} to {100 * test['high']:+.1f}"
@@ -471,6 +475,9 @@ def table() -> str:
         parts += ["", f"### {name}", "", *run_rows(name)]
     parts += ["", "### Where headstart's time goes", "", *time_rows()]
     parts += ["", "### Accuracy, on the same test pictures", "", *accuracy_rows()]
+    if any(r["run"] == "headstart_quick" for r in records()):
+        quick = accuracy_rows("headstart_quick", ("headstart", *WHOLE))
+        parts += ["", "### Accuracy of the recipe `quick`, on the same test pictures", "", *quick]
     return "\n".join(parts)
 
 

@@ -109,6 +109,20 @@ def test_the_parts_of_the_default_run_add_up_to_it(peers: ModuleType) -> None:
     assert [row.split(" | ")[1] for row in peers.time_rows()[2:]] == ["25 |", "25 |", "40 |", "10 |"]
 
 
+def test_the_quick_recipe_has_rows_of_its_own(peers: ModuleType) -> None:
+    write(
+        "peers", record("headstart", seconds=100, hits="10" * 20), record("headstart_quick", seconds=40, hits="1" * 40),
+        record("fastai", seconds=250, hits="1" * 30 + "0" * 10),
+    )  # fmt: skip
+    rows = {row.split(" | ")[0]: row for row in peers.bar_rows()}
+    assert "| 2.5x | 2.5x | 1 | missed: 2.5 of 5 |" in rows["| whole run: fastai `fine_tune(4)`"]
+    assert "| 6.2x | 6.2x | 1 | held |" in rows["| whole run, recipe `quick`: fastai `fine_tune(4)`"]
+    own = peers.accuracy_rows("headstart_quick", ("headstart", "fastai"))[2:]
+    assert [row.split(" | ")[1:4] for row in own] == [
+        ["headstart, default", "1", "+50.0"], ["fastai `fine_tune(4)`", "1", "+25.0"],
+    ]  # fmt: skip
+
+
 def test_accuracies_are_compared_picture_by_picture(peers: ModuleType) -> None:
     write(
         "peers",
@@ -209,7 +223,7 @@ def test_the_gpu_script_runs_on_a_cpu(peers: ModuleType) -> None:
 # In one process: each script imports PyTorch.
 TABLES = (
     "peers", "step", "size", "stores", "checkpointing", "views", "head", "frozen_pass", "compare_sets", "advice",
-    "sweep_preset", "kernels", "gpu",
+    "sweep_preset", "kernels", "gpu", "fine_tuning_variants",
 )  # fmt: skip
 
 

@@ -366,6 +366,15 @@ class Recipe(Spec):
 RECIPES: dict[str, Recipe] = {
     "fine-tune": Recipe(),
     "head": Recipe(name="head", stages=(HEAD_STAGE,)),
+    # Half the default's time: fewer layers and epochs at twice the rate, and views that both stages share, one for each
+    # epoch (pictures seen twice are learned by heart).
+    "quick": Recipe(
+        name="quick",
+        stages=(
+            replace(HEAD_STAGE, views=3),
+            replace(FINE_TUNE_STAGE, freeze_line="last:60%", epochs=3, views=3, lr_scale=0.02),
+        ),
+    ),
     "joint": Recipe(
         name="joint",
         # What an untrained head starts from is nothing to mix with.
