@@ -428,7 +428,7 @@ def bar_rows() -> list[str]:
 def accuracy_rows(
     ours: str = "headstart", theirs: Sequence[str] = (*WHOLE, "plain_head", "plain_bf16_head")
 ) -> list[str]:
-    """Paired differences of test accuracy, headstart's default minus each peer's, for each set, over the seeds."""
+    """Paired differences of test accuracy, `ours` minus each of `theirs`, for each set, over the seeds."""
     found = {key: record for key, record in by_key().items() if not record.get("part")}
     rows = ["| set | against | seeds | difference in points | 95 % interval | |", "|---|---|---|---|---|---|"]
     for name in sorted({key[0] for key in found}):

@@ -78,3 +78,9 @@ def test_fine_tuning_is_a_hundred_times_slower_than_the_head_and_none_changes_no
     assert head.lr_scale / tune.lr_scale == pytest.approx(100)
     assert [name for name, policy in POLICIES.items() if policy.is_identity] == ["none"]
     assert Stage() == RECIPES["head"].stages[0]
+
+
+def test_the_stages_of_quick_share_their_views_and_no_picture_is_seen_twice() -> None:
+    head, tune = RECIPES["quick"].stages
+    assert head.views == tune.views == tune.epochs
+    assert (head.lr_scale, tune.lr_scale) == (1.0, 0.02)

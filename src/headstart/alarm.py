@@ -26,8 +26,9 @@ class Alarm:
     """Raises where the loss is far above that of the same pictures before the stage.
 
     Attributes:
-        whole, part: validation as it was before, all of it and its first pictures.
-        steps: steps of an epoch after which those are looked at again, counted from 1.
+        whole, part: validation as it was before, all of it and a fixed random part.
+        pictures: how many that part has; None where it is all of them.
+        steps_per_epoch, looks: steps of an epoch, and those of them, counted from 1, after which the part is scored.
         epochs: how many epochs are looked into.
     """
 
@@ -36,12 +37,13 @@ class Alarm:
     whole: Score
     part: Score
     pictures: int | None
-    steps: frozenset[int]
+    steps_per_epoch: int
+    looks: frozenset[int]
     epochs: int
 
-    def within(self, epoch: int, step: int, score: Callable[[int | None], Score], *, steps_per_epoch: int) -> None:
+    def within(self, epoch: int, step: int, score: Callable[[int | None], Score]) -> None:
         """After a step, counted over all epochs: score some pictures, if it is time to."""
-        if epoch <= self.epochs and step - (epoch - 1) * steps_per_epoch in self.steps:
+        if epoch <= self.epochs and step - (epoch - 1) * self.steps_per_epoch in self.looks:
             self._compare(score(self.pictures), self.part, step)
 
     def at_end(self, epoch: int, step: int, now: Score) -> None:
@@ -63,9 +65,9 @@ def make_alarm(
     stage: Stage, lr: float, whole: Score, score: Callable[[int | None], Score],
     *, training: int, validation: int, steps_per_epoch: int,
 ) -> Alarm:  # fmt: skip
-    """The alarm of a stage that begins with the score `whole`; `score(n)` scores the first n validation pictures."""
+    """The alarm of a stage that begins with the score `whole`; `score(n)` scores n of validation."""
     pictures = PICTURES if validation > PICTURES else None
-    steps = {steps_per_epoch * i // (LOOKS + 1) for i in range(1, LOOKS + 1)} - {0}
+    looks = {steps_per_epoch * i // (LOOKS + 1) for i in range(1, LOOKS + 1)} - {0}
     many = training >= TIMES * min(PICTURES, validation)
     part = score(pictures) if pictures else whole
-    return Alarm(stage, lr, whole, part, pictures, frozenset(steps), EPOCHS if many else 1)
+    return Alarm(stage, lr, whole, part, pictures, steps_per_epoch, frozenset(looks), EPOCHS if many else 1)

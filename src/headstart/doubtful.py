@@ -95,7 +95,8 @@ def _in_their_own_space(rows: Floats) -> Floats:
     size, axes = np.linalg.eigh(rows @ rows.T)
     spanned = size > n * np.finfo(size.dtype).eps * size[-1]
     spanned[-1] = True
-    return axes[:, spanned] * np.sqrt(size[spanned])  # type: ignore[no-any-return]
+    turned: Floats = axes[:, spanned] * np.sqrt(size[spanned])
+    return turned
 
 
 def doubtful_labels(table: ImageTable, probs: Floats) -> tuple[DoubtfulLabel, ...]:

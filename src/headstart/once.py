@@ -98,8 +98,11 @@ def store_activations(
 
 def _in_front_of(cut: Cut, model: Classifier, runtime: Runtime) -> _Frozen:
     dtype = cut.dtype if runtime.dtype == torch.float32 else runtime.dtype
-    enter = lambda x: cut.prefix(model.enter(x))  # noqa: E731
-    return _Frozen(cut.prefix, cut.at, nn.Module.__call__, enter, cut.shape, dtype)
+
+    def compute(x: Tensor) -> Tensor:
+        return cut.prefix(model.enter(x))  # type: ignore[no-any-return]
+
+    return _Frozen(cut.prefix, cut.at, nn.Module.__call__, compute, cut.shape, dtype)
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,11 @@ class _Filling:
         if self.disk and self.stored.rows.device.type == "cpu":
             self.disk.filled(now)
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether the rows so far went to disk."""
+        return self.disk is not None and self.disk.is_open
+
     def _begin(self, out: Tensor, made: torch.dtype) -> Stored:
         """Room for all rows, in the layout in which the first ones came."""
         mapped = out.dim() == 4 and not out.is_contiguous()
@@ -174,12 +182,11 @@ class _Filling:
 class _Way:
     """A pass in two halves.
 
-    filling, disk: where what the first one gives is put. rest: the second one. few, alone: the first pictures, and what
-    the first half gives of them when nothing but it is made quicker, as in a pass of its own.
+    filling: where what the first one gives is put. rest: the second one. few, alone: the first pictures, and what the
+    first half gives of them when nothing but it is made quicker, as in a pass of its own.
     """
 
     filling: _Filling
-    disk: RowStore
     rest: Callable[[Tensor], Tensor]
     few: Tensor | None
     alone: Tensor
@@ -236,7 +243,7 @@ class _Pass:
                 return self.compute(quick) if stored is None else stored
         finally:
             model.train(was_training)
-            for disk in (self.disk, self.way and self.way.disk):
+            for disk in (self.disk, self.way and self.way.filling.disk):
                 if disk:
                     disk.discard()
 
@@ -327,7 +334,7 @@ class _Pass:
                     between = self._run(way.filling.part.compute, batch)
                     way.filling.put(chunk, between)
                     filling.put(chunk, self._run(way.rest, between))
-                    way = way if way.disk.is_open else None
+                    way = way if way.filling.on_disk else None
                 if self.advance:
                     self.advance(len(mine))
         if way:
@@ -347,14 +354,14 @@ class _Pass:
         if disk is None or not disk.wants(len(self.places) * cut.bytes_per_picture(part.dtype)):
             return None
         cut.suffix.training = False
-        few = self._first[:_COMPARED] if self._first is not None else None
+        few = self._batch(self.places[:_COMPARED])
         with fast_kernels(part.net, self.runtime):
             alone = self._run(part.compute, few)
 
         def rest(x: Tensor) -> Tensor:
             return pool_output(self.model.backbone, cut.suffix(x), self.model.pool).to(self.part.dtype)
 
-        return _Way(_Filling(part, len(self.places), self.runtime, disk), disk, rest, few, alone)
+        return _Way(_Filling(part, len(self.places), self.runtime, disk), rest, few, alone)
 
     def agree(self, way: _Way) -> bool:
         """Whether the halves give the whole's bits, and the first half those of a pass of its own.

@@ -366,8 +366,8 @@ class Recipe(Spec):
 RECIPES: dict[str, Recipe] = {
     "fine-tune": Recipe(),
     "head": Recipe(name="head", stages=(HEAD_STAGE,)),
-    # Half the default's time: fewer layers and epochs at twice the rate, and views that both stages share, one for each
-    # epoch (pictures seen twice are learned by heart).
+    # Little more than half the default's time: fewer layers and epochs at twice the rate, and views that both stages
+    # share, one for each epoch (pictures seen twice are learned by heart).
     "quick": Recipe(
         name="quick",
         stages=(

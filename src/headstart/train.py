@@ -282,7 +282,7 @@ def _attempt(
         if report:
             report(Progress(stage.name, epoch, run.step, run.steps, run.pictures, last.val))
         if alarm:
-            alarm.within(epoch, run.step, look, steps_per_epoch=run.steps_per_epoch)
+            alarm.within(epoch, run.step, look)
 
     pool = ThreadPoolExecutor(run.runtime.workers, thread_name_prefix="headstart-batch")
     try:
