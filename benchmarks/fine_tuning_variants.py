@@ -7,7 +7,7 @@ Needs the folder of real pictures and weights (HEADSTART_SHARED, else ../shared)
 weights at 224 px, head stage of the default recipe. The baseline in the same run is the head as it is before any
 fine-tuning. The choice is by validation loss; the test split is not looked at. Records are appended to
 benchmarks/results/fine_tuning_variants-DATE.jsonl. All ran on one thread beside other work: seconds are the wall's, and
-are compared with those of the default on the same set and seed on the same day.
+are compared with those of the default that ran last before, on the same set and seed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,16 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"freeze_line": "last:80%", "epochs": 3, "views": 3, "lr": 1e-4},
     {"freeze_line": "last:60%", "epochs": 3, "views": 2, "lr": 1e-4},
     {"freeze_line": "last:60%", "epochs": 5, "views": 2},
-    {"freeze_line": "last:60%", "epochs": 3, "views": 3, "batch_size": 16},
+    {"freeze_line": "last:60%", "epochs": 3, "views": 3, "batch_size": 16, "ema": 0.8},
+    {"freeze_line": "last:60%", "epochs": 3, "views": 3, "batch_size": 16, "head_lr_multiplier": 10.0},
+    {"freeze_line": "last:60%", "epochs": 3, "views": 3, "batch_size": 8},
 )
-COMPARED = ("freeze_line", "epochs", "views", "lr", "batch_size", "schedule", "warmup", "ema", "wise")
+COMPARED = (
+    "freeze_line", "epochs", "views", "lr", "head_lr_multiplier", "batch_size", "schedule", "warmup", "ema", "wise",
+)  # fmt: skip
 DEFAULT = {name: getattr(FINE_TUNE_STAGE, name) for name in COMPARED if name != "lr"}
 DEFAULT["lr"] = RECIPES["fine-tune"].lr * FINE_TUNE_STAGE.lr_scale
+DEFAULT_NAME, HEAD_NAME = "**the default**", "no fine-tuning: the head alone"
 SETS = ("flowers5", "hymenoptera", "dogs10", "emotions3")
 
 
@@ -80,42 +85,40 @@ def run_one(name: str, seed: int) -> list[dict[str, Any]]:
 def changes(variant: dict[str, Any] | str) -> str:
     """What a stage changes in the default one, in words; the head alone has none."""
     if isinstance(variant, str):
-        return "no fine-tuning: the head alone"
+        return HEAD_NAME
     told = {name: variant[name] for name in COMPARED if variant.get(name, DEFAULT[name]) != DEFAULT[name]}
-    return ", ".join(f"{name} {value}" for name, value in told.items()) or "**the default**"
+    return ", ".join(f"{name} {value}" for name, value in told.items()) or DEFAULT_NAME
 
 
 def table() -> str:
     """Markdown: for each stage, its validation loss over the default's on the same sets and seeds, and its seconds."""
-    runs: dict[str, dict[tuple[str, int, str], Record]] = {}
-    for record in read("fine_tuning_variants"):
-        day = record.get("when", "")[:10]  # the first records have none
-        runs.setdefault(changes(record["variant"]), {})[record["set"], record["seed"], day] = record
-    ours = runs["**the default**"]
-    head = "no fine-tuning: the head alone"
-    order = ["**the default**", head, *sorted(runs.keys() - {"**the default**", head})]
+    runs: dict[str, list[tuple[Record, Record]]] = {}
+    defaults: dict[tuple[str, int], Record] = {}
+    records = read("fine_tuning_variants")
+    for record in reversed(records):  # for a run with no default before it: the first one after it
+        if changes(record["variant"]) == DEFAULT_NAME:
+            defaults[record["set"], record["seed"]] = record
+    for record in records:
+        name, where = changes(record["variant"]), (record["set"], record["seed"])
+        if name == DEFAULT_NAME:
+            defaults[where] = record
+        if where in defaults:
+            runs.setdefault(name, []).append((record, defaults[where]))
     out = [f"| what is changed | seconds | {' | '.join(SETS)} |", "|---" * (2 + len(SETS)) + "|"]
-    for name in order:
-        pairs = {key: (run, ours[key]) for key, run in runs[name].items() if key in ours}
-        if not pairs:
-            continue
-        ratio = statistics.median(run["seconds"] / default["seconds"] for run, default in pairs.values())
+    for name in (DEFAULT_NAME, HEAD_NAME, *sorted(runs.keys() - {DEFAULT_NAME, HEAD_NAME})):
+        ratio = statistics.median(run["seconds"] / default["seconds"] for run, default in runs[name])
         cells = []
         for wanted in SETS:
-            some = [both for (where, *_), both in pairs.items() if where == wanted]
-            if not some:
+            by_seed = {run["seed"]: (run, default) for run, default in runs[name] if run["set"] == wanted}
+            if not by_seed:
                 cells.append("")
-            elif name == order[0]:
-                cells.append(f"{statistics.mean(run['val_loss'] for run, _ in some):.3f} ({_seeds(some)})")
+            elif name == DEFAULT_NAME:
+                cells.append(f"{statistics.mean(run['val_loss'] for run, _ in by_seed.values()):.3f} ({len(by_seed)})")
             else:
-                more = statistics.mean(run["val_loss"] - default["val_loss"] for run, default in some)
-                cells.append(f"{more:+.3f} ({_seeds(some)})")
-        out.append(f"| {name} | {'' if name == head else f'{ratio:.2f}x'} | {' | '.join(cells)} |")
+                more = statistics.mean(run["val_loss"] - default["val_loss"] for run, default in by_seed.values())
+                cells.append(f"{more:+.3f} ({len(by_seed)})")
+        out.append(f"| {name} | {'' if name == HEAD_NAME else f'{ratio:.2f}x'} | {' | '.join(cells)} |")
     return "\n".join(out)
-
-
-def _seeds(pairs: list[tuple[Record, Record]]) -> int:
-    return len({run["seed"] for run, _ in pairs})
 
 
 def main() -> None:
