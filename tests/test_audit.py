@@ -32,7 +32,7 @@ from headstart.duplicates import Pair, exact_pairs, groups_of, near_pairs
 from headstart.errors import DataError
 from headstart.findings import AuditResult, DoubtfulLabel, read_audit
 from headstart.groups import join_groups
-from headstart.inspection import look, look_at, thumbs_of
+from headstart.inspection import Header, look, look_at, look_of, thumbs_of
 from headstart.run import read_csv
 from headstart.runtime import make_runtime
 from headstart.shortcuts import Shortcut, find_shortcuts
@@ -752,3 +752,16 @@ def test_a_real_audit_finds_turned_labels(shared: Path, tmp_path: Path) -> None:
     turned = {table.relative_paths[i] for i in range(0, len(table), 15)}
     assert result.doubtful is not None
     assert len(turned & {one.file for one in result.doubtful[: 2 * len(turned)]}) >= 0.8 * len(turned)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (50, 40), (700, 400)])  # the last one in several bands
+def test_the_digest_is_of_all_pixels_and_of_nothing_else(size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    one = look_of(Image.fromarray(pixels), Header(), 1).pixels
+    assert one == look_of(Image.fromarray(pixels.copy()), Header(format="PNG"), 2).pixels
+    for row, column in {(0, 0), (size[1] // 2, size[0] // 2), (size[1] - 1, size[0] - 1)}:
+        other = pixels.copy()
+        other[row, column, 1] ^= 1
+        assert look_of(Image.fromarray(other), Header(), 1).pixels != one
+    if size[0] != size[1]:
+        assert look_of(Image.fromarray(pixels.reshape(size[0], size[1], 3)), Header(), 1).pixels != one
