@@ -43,6 +43,7 @@ from headstart.features import ActivationSource
 from headstart.frozenpass import frozen_forward
 from headstart.gradients import Batch, CompiledForward, Gradients
 from headstart.once import Stored, fast_kernels
+from headstart.pixels import views_at_once
 from headstart.recipe import FINE_TUNE_STAGE, POLICIES
 from headstart.runtime import Runtime
 from headstart.schedule import make_optimizer
@@ -100,10 +101,14 @@ def frozen(network: str, options: argparse.Namespace) -> Record:
             return model.features(chunk())
 
     def augmented() -> torch.Tensor:
-        views = views_together(
-            working, model.spec, POLICIES["photo"], seed=0, indices=range(batch), views=[next(at) + 1] * batch
-        )
-        return recorded(model.enter(views))
+        view, most = next(at) + 1, views_at_once(device, model.spec)  # together as many as a fit draws
+        parts = [
+            views_together(
+                part, model.spec, POLICIES["photo"], seed=0, indices=range(len(part)), views=[view] * len(part)
+            )
+            for part in (working[start : start + most] for start in range(0, batch, most))
+        ]
+        return recorded(model.enter(torch.cat(parts)))
 
     with fast_kernels(model, Runtime(device)), torch.inference_mode():
         ways = {"plain": plain, "recorded": lambda: recorded(model.enter(chunk())), "augmented": augmented}

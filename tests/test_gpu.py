@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,18 +17,18 @@ import torch
 from PIL import Image
 
 import headstart
-from headstart import frozenpass, gradients, load_images, once, set_freeze_line, train
+from headstart import frozenpass, gradients, load_images, numerics, once, set_freeze_line, train
 from headstart.augment import augmented_batch
 from headstart.backbones import backbone_output
 from headstart.batchviews import is_drawn_together, views_together
 from headstart.classifier import Classifier
 from headstart.cut import Cut, cut_or_reason
 from headstart.features import ActivationSource, FeatureSource, PixelSource, StageData
-from headstart.memory import Portion
+from headstart.memory import Portion, in_portions
 from headstart.once import Stored, store_activations
-from headstart.pixels import Pixels
-from headstart.recipe import FINE_TUNE_STAGE, POLICIES, AugmentSpec
-from headstart.runtime import Runtime
+from headstart.pixels import Pixels, views_at_once
+from headstart.recipe import FINE_TUNE_STAGE, HEAD_STAGE, POLICIES, AugmentSpec, Recipe
+from headstart.runtime import Runtime, _device
 from headstart.transforms import DataSpec
 from pretend import GPU, PretendedGpu
 
@@ -137,6 +137,48 @@ def test_what_cannot_be_drawn_there_is_drawn_as_ever(photos: Path) -> None:
     augment = replace(POLICIES["photo"], noise=0.05)
     ours, plain = (Pixels(load_images(photos), DataSpec(64), augment=augment, device=device) for device in (CPU, None))
     assert torch.equal(ours.batch([0, 5], [1, 2]), plain.batch([0, 5], [1, 2]))
+
+
+def test_as_many_views_are_drawn_together_as_memory_allows() -> None:
+    with mock.patch("headstart.pixels.free_bytes", return_value=139 << 30):
+        assert views_at_once(GPU, DataSpec(224)) == 256
+        assert 32 < views_at_once(GPU, DataSpec(600)) < 256
+    with mock.patch("headstart.pixels.free_bytes", return_value=1 << 30):
+        assert views_at_once(GPU, DataSpec(224)) == 32
+
+
+def test_a_gpu_that_processes_share_is_not_touched_before_each_has_its_own() -> None:
+    with mock.patch("torch.cuda.is_available", return_value=True), mock.patch("torch.empty") as made:
+        assert _device("cuda", shared=True) == torch.device("cuda")
+        assert not made.called
+    with (
+        mock.patch("torch.cuda.is_available", return_value=False),
+        mock.patch("torch.empty", side_effect=RuntimeError("no CUDA")),
+        pytest.raises(headstart.SetupError, match="cannot be used here"),
+    ):
+        _device("cuda", shared=True)
+
+
+def test_bfloat16_is_tried_on_the_gpu_that_is_meant() -> None:
+    numerics._bf16_works.cache_clear()
+    with (
+        mock.patch("torch.cuda.device") as inside,
+        mock.patch("torch.cuda.is_available", return_value=True),
+        mock.patch("torch.cuda.is_bf16_supported", return_value=True),
+        mock.patch("headstart.numerics.bf16_errors", return_value={"matmul": 1e-3}) as tried,
+    ):
+        assert numerics.bf16_works("cuda:1")
+    numerics._bf16_works.cache_clear()
+    assert inside.call_args.args == tried.call_args.args == (torch.device("cuda:1"),)
+
+
+def test_float32_on_a_gpu_may_be_as_far_apart_as_its_convolutions_round() -> None:
+    gpu = torch.device("cuda")
+    assert frozenpass.tolerance(gpu, torch.float32) == 5e-3
+    assert frozenpass.tolerance(CPU, torch.float32) == 1e-5
+    assert frozenpass.tolerance(gpu, torch.bfloat16) == frozenpass.tolerance(CPU, torch.bfloat16) == 5e-2
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert frozenpass.tolerance(gpu, torch.float32) == 1e-5
 
 
 # ---- nothing waits for the GPU inside an epoch ----------------------------------------------------------------------
@@ -300,6 +342,39 @@ def test_a_graph_that_gives_the_first_result_again_is_refused() -> None:
         recorded(StandIn(torch.nn.Linear(4, 2).requires_grad_(False), works=False), torch.randn(3, 4))
 
 
+def test_where_memory_runs_out_a_compiled_function_is_left_and_takes_fewer_pictures() -> None:
+    seen: list[int] = []
+
+    class Small(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(len(x))
+            if len(x) > 4:
+                raise torch.OutOfMemoryError("no more than 4")
+            return super().forward(x)
+
+    with mock.patch("torch.compile", lambda module, **options: module):
+        quick = frozenpass.frozen_forward(Small(3, 2), compiled=True, batch_size=8)
+    out = in_portions(quick, torch.randn(8, 3), Portion(), doing="here")
+    assert out.shape == (8, 2)
+    assert seen == [8, 4, 4]
+    assert not quick.compiled
+
+
+def test_a_way_that_is_refused_leaves_no_smaller_batches_behind(photos: Path) -> None:
+    model, how = resnet("layer4*"), Runtime(CPU, torch.bfloat16, workers=1)
+    pixels = Pixels(load_images(photos), model.spec)
+
+    def compiler(module: torch.nn.Module, **options: Any) -> Any:
+        def fails(x: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("never")
+
+        return fails
+
+    with mock.patch("torch.compile", compiler):
+        store_activations(model, cut_of(model), pixels, runtime=replace(how, dtype=torch.float32, compile="on"))
+    assert how.portion.size is None
+
+
 def gradients_of(model: Classifier, source: ActivationSource, batch: gradients.Batch) -> tuple[list[Any], dict]:
     """With a runtime that thinks the CPU a GPU, and a compiler that was asked for."""
     runtime = Runtime(CPU, compile="on")
@@ -399,16 +474,82 @@ def test_a_step_is_compiled_from_a_number_of_pictures_on(
 # ---- a real one -----------------------------------------------------------------------------------------------------
 
 
+on_each = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+
+
+def probs_of_a_fit(photos: Path, device: str, precision: str) -> np.ndarray:
+    result = headstart.fine_tune(
+        photos, backbone="resnet18", weights="none", device=device, precision=precision, cache=False,
+        spec_overrides={"image_size": 64}, recipe=Recipe(stages=(HEAD_STAGE, replace(FINE_TUNE_STAGE, epochs=1))),
+    )  # fmt: skip
+    return headstart.evaluate(result.model.cpu(), result.splits.val).probs
+
+
+@on_each
+def test_a_fit_on_the_gpu_is_that_on_the_cpu_within_rounding(photos: Path, device: str) -> None:
+    one, other = (probs_of_a_fit(photos, device, "fp32") for device in ("cpu", device))
+    assert np.abs(one - other).max() < (0.05 if device == "cuda" else 1e-6)
+
+
 @needs_gpu
-def test_a_fit_on_the_gpu_is_that_on_the_cpu_within_rounding(photos: Path, tmp_path: Path) -> None:
-    probs = []
-    for device in ("cpu", "cuda"):
-        result = headstart.fine_tune(
-            photos, backbone="resnet18", weights="none", device=device, precision="fp32", image_size=64,
-            out=tmp_path / device, cache=False,
-        )  # fmt: skip
-        probs.append(headstart.evaluate(result.model.cpu(), result.splits.val).probs)
-    assert np.abs(probs[0] - probs[1]).max() < 0.05
+def test_a_fit_by_default_on_the_gpu_is_near_that_in_float32(photos: Path) -> None:
+    one, other = (probs_of_a_fit(photos, "cuda", precision) for precision in ("fp32", "auto"))
+    assert np.abs(one - other).max() < 0.2
+
+
+@needs_gpu
+def test_views_drawn_on_the_gpu_are_those_drawn_on_the_cpu() -> None:
+    how: dict[str, Any] = {"seed": 3, "indices": range(5), "views": [1, 2, 3, 4, 5]}
+    there, here = (
+        views_together([torch.from_numpy(one).to(device) for one in PICTURES], DataSpec(64), EVERYTHING, **how).cpu()
+        for device in ("cuda", "cpu")
+    )
+    apart = (there.int() - here.int()).abs()
+    assert (apart > 1).float().mean() < 0.01
+
+
+@on_each
+@pytest.mark.parametrize("kind", ["activations", "pixels"])
+def test_an_epoch_runs_where_waiting_is_an_error(kind: str, device: str, photos: Path) -> None:
+    where = torch.device(device)
+    model = resnet("layer4*" if kind == "activations" else "all").to(where)
+    pixels = Pixels(load_images(photos), model.spec, augment=ERASING, device=Runtime(where).gpu)
+    labels, source = torch.tensor(pixels.table.labels), PixelSource(pixels)
+    if kind == "activations":
+        found = cut_of(model)
+        source = ActivationSource(
+            Stored(torch.randn(32, *found.shape, device=where), False, torch.float32), labels, found
+        )
+    stage = replace(
+        FINE_TUNE_STAGE, freeze_line=model.freeze_line.where, batch_size=8, clip_norm=1.0, mixup=0.2, ema=0.9
+    )
+    run = train._Stage(
+        model, StageData(source, source), stage, lr=0.1, seed=0, runtime=Runtime(where, workers=1), portion=Portion()
+    )
+    with ThreadPoolExecutor(1) as pool:
+        run.epoch(1, pool=pool, after_step=lambda: None)  # libraries choose their kernels, pictures are sent
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            with mock.patch.object(train._Stage, "_sum_over_processes", return_value=1.0):  # the one wait, at the end
+                run.epoch(2, pool=pool, after_step=lambda: None)
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    assert run.step == 4
+
+
+@needs_gpu
+def test_what_cannot_be_recorded_leaves_the_stream_as_it_was() -> None:
+    class Asks(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * float(x.sum() > 0)
+
+    before, x = torch.cuda.current_stream(), torch.ones(4, 3, device="cuda")
+    quick = frozenpass.frozen_forward(Asks(), recorded=True)
+    assert torch.equal(quick(x), x)
+    assert quick._graph is None
+    assert torch.cuda.current_stream() == before
 
 
 @needs_gpu

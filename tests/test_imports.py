@@ -212,6 +212,7 @@ SIDEWAYS = {
     ("frozenpass", "cut"),
     ("frozenpass", "fastconv"),
     ("frozenpass", "fastops"),
+    ("frozenpass", "memory"),
     ("inspection", "threads"),
     ("recipes", "closing"),
     ("recipes", "diary"),

@@ -239,7 +239,7 @@ def _from_hub(name: str, args: dict[str, Any]) -> nn.Module:
 def seeded(seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]) if seed is not None else nullcontext():
         if seed is not None:
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reach for GPUs, too
         yield
 
 

@@ -185,7 +185,7 @@ class Gradients:
         self.model.train()
         forward, self._forward = self._forward, self.source.forward if self._compiled else self._forward
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=self.runtime.generators):
                 return measure(lambda: self._backward(batch, float(n)))
         finally:
             self._forward = forward
@@ -204,6 +204,8 @@ class Gradients:
         if isinstance(self.source, FeatureSource):  # a head on stored features takes next to nothing
             return
         free = free_bytes(self.runtime.device) if free is None else free
+        if self.runtime.gpu:
+            self.step_bytes(2)  # libraries take their workspaces, once
         two, four = self.step_bytes(2), self.step_bytes(4)
         each = max(1, (four - two) // 2)
         batch = min(self.stage.batch_pictures, len(self.source.labels))

@@ -171,7 +171,7 @@ def range_test(
     """
     state, was_training = snapshot(model), model.training
     try:
-        with torch.random.fork_rng(devices=[]), data.train.kernels(model, runtime):
+        with torch.random.fork_rng(devices=runtime.generators), data.train.kernels(model, runtime):
             torch.manual_seed(seed)
             rates, raw = _rising(model, data, replace(stage, weight_decay=0.0), runtime, steps, low, high, progress)
     finally:

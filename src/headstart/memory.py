@@ -26,6 +26,12 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
+def ready(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor where a GPU fetches it itself, in its own time: from other memory perhaps the sending thread waits."""
+    is_to_be_pinned = device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available()
+    return tensor.pin_memory() if is_to_be_pinned else tensor
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: of a GPU, or of the CPU, whose allocator raises a plain RuntimeError.
 

@@ -31,16 +31,17 @@ def bf16_works(device: torch.device | str = "cpu") -> bool:
     convolutions wrongly on some processors (2 x 2 kernels, stride 3), so a few small ones are compared with float32,
     forward and backward; the answer is kept for the life of the process.
     """
-    return _bf16_works(torch.device(device).type)
+    return _bf16_works(torch.device(device))
 
 
 @functools.cache
-def _bf16_works(kind: str) -> bool:
-    if kind == "cuda":
-        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+def _bf16_works(device: torch.device) -> bool:
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # what is supported is asked of the current one
+            native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = kind == "cpu" and _cpu_has_bf16()
-    return native and all(error < 1e-2 for error in bf16_errors(kind).values())
+        native = device.type == "cpu" and _cpu_has_bf16()
+    return native and all(error < 1e-2 for error in bf16_errors(device).values())
 
 
 def _cpu_has_bf16() -> bool:
@@ -52,7 +53,7 @@ def _cpu_has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def bf16_errors(device: str = "cpu") -> dict[str, float]:
+def bf16_errors(device: torch.device | str = "cpu") -> dict[str, float]:
     """Relative error, |bf16 - fp32| / |fp32|, of a few operations and their gradients; the largest of each.
 
     Right arithmetic gives 2e-3 to 4e-3 (bfloat16 has 8 significant bits); a wrong kernel gives about 1.

@@ -17,7 +17,7 @@ from .backbones import backbone_features, backbone_output, pool_output
 from .classifier import Classifier
 from .cut import Cut, Forward
 from .fastops import fast_training
-from .frozenpass import SAVED, TOLERANCES, FrozenForward, compile_pays, frozen_forward
+from .frozenpass import SAVED, FrozenForward, compile_pays, frozen_forward, tolerance
 from .memory import in_portions, sent
 from .pixels import Pixels
 from .rowstore import RowStore, row_store
@@ -289,13 +289,13 @@ class _Pass:
         compiled = kind == "compiled"
         if compiled and self.runtime.compile == "on":
             self._note("The frozen layers are compiled, which takes a minute or so.")
-        reason = ""
+        reason, at_once = "", self.runtime.portion.size
         try:
             quick = self._quick(kind)
             mine, exact = (self._run(f, self._first).float() for f in (self._through(quick), self.part.compute))
             apart = float((mine - exact).norm() / exact.norm().clamp_min(1e-30))
             reason = quick.compile_error and f"compiling failed ({quick.compile_error.splitlines()[0]})"
-            if not reason and not apart <= TOLERANCES[self.runtime.dtype]:
+            if not reason and not apart <= tolerance(self.runtime.device, self.runtime.dtype):
                 reason = f"{kind}, their output is {apart:.1g} apart"
             if not reason and compiled and self.runtime.compile == "auto":
                 rival = self.part.compute if own == "module" else self._through(self._quick(own))
@@ -306,6 +306,7 @@ class _Pass:
             reason = f"{doing} failed ({type(error).__name__}: {(str(error) or '-').splitlines()[0]})"
         if self.runtime.agrees(not reason):
             return quick
+        self.runtime.portion.size = at_once  # memory that it alone ran out of is no measure of the other ways
         self._note(f"The frozen layers run as they are: {reason or f'{kind} they failed in another process'}.")
         return None
 

@@ -17,7 +17,7 @@ from .augment import augmented_batch
 from .batchviews import is_drawn_together, views_together
 from .dataset import ImageTable, open_image
 from .errors import DataError
-from .memory import sent
+from .memory import ready, sent
 from .pixelstore import PixelStore
 from .recipe import AugmentSpec
 from .runtime import GPU_SHARE, free_bytes
@@ -26,7 +26,8 @@ from .transforms import DataSpec, load_view, working_image
 Augment = AugmentSpec | Callable[[Tensor], Tensor]
 
 _ROOM = 1 << 30
-_AT_ONCE = 32  # drawn together: a view of 224 px takes 12 MB while it is drawn
+_VIEW_BYTES = 240  # of memory for each pixel of a view while it is drawn together with others: 12 MB at 224 px
+_DRAWN_SHARE = 0.05  # of a GPU's free memory for that
 
 
 def is_augmented(augment: Augment | None) -> bool:
@@ -36,9 +37,13 @@ def is_augmented(augment: Augment | None) -> bool:
 
 @dataclass
 class _Kept:
-    """Decoded pictures by number, and the bytes there is still room for; on a device: (is it working?, number)."""
+    """Decoded pictures by number, and the bytes there is still room for; on a device: (is it working?, number).
+
+    at_once: how many views are drawn together, once that has been asked; `drawing`: by one thread at a time.
+    """
 
     room: int
+    at_once: int = 0
     plain: dict[int, Tensor] = field(default_factory=dict)
     working: dict[int, np.ndarray] = field(default_factory=dict)
     on_device: dict[tuple[bool, int], Tensor] = field(default_factory=dict)
@@ -51,6 +56,11 @@ class _Kept:
                 return False
             self.room -= nbytes
             return True
+
+
+def views_at_once(device: torch.device, spec: DataSpec) -> int:
+    """How many views are drawn together on a device; with few a GPU waits for its orders."""
+    return min(256, max(32, int(_DRAWN_SHARE * free_bytes(device)) // (_VIEW_BYTES * spec.image_size**2)))
 
 
 class Pixels:
@@ -150,7 +160,8 @@ class Pixels:
         if device is not None and isinstance(augment, AugmentSpec) and is_drawn_together(augment):
             placed = self._placed(device, indices, is_working=True)
             with self._kept.drawing:  # one batch's worth of memory, however many threads there are
-                parts = [slice(start, start + _AT_ONCE) for start in range(0, len(placed), _AT_ONCE)]
+                most = self._kept.at_once = self._kept.at_once or views_at_once(device, self.spec)
+                parts = [slice(start, start + most) for start in range(0, len(placed), most)]
                 return torch.cat(
                     [
                         views_together(
@@ -172,8 +183,7 @@ class Pixels:
             load = self._working_image if is_working else self._plain_view
             pictures = [torch.as_tensor(np.asarray(one)) for one in self._pool.map(load, missing)]
             flat = torch.cat([picture.flatten() for picture in pictures])
-            # From pinned memory the copy waits in the device's own queue, from other memory perhaps this thread does.
-            flat = sent(flat.pin_memory() if torch.cuda.is_available() else flat, device)
+            flat = sent(ready(flat, device), device)
             pieces = flat.split([picture.numel() for picture in pictures])
             here = [piece.view(one.shape) for piece, one in zip(pieces, pictures, strict=True)]
             found |= dict(zip(missing, here, strict=True))

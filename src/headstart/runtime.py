@@ -59,6 +59,11 @@ class Runtime:
         return self.device if self.device.type == "cuda" else None
 
     @property
+    def generators(self) -> list[torch.device]:
+        """Devices whose random numbers are drawn, beside the CPU's: what `fork_rng` wants to know."""
+        return [self.device] if self.device.type == "cuda" else []
+
+    @property
     def batch_size(self) -> int:
         """How many pictures at once where no gradients are computed: with fewer a GPU idles, a CPU is no quicker."""
         return 256 if self.gpu else 32
@@ -175,14 +180,14 @@ def make_runtime(
     if workers is not None and workers < 1:
         raise RecipeError(f"workers is {workers}; it takes a whole number from 1.")
     rank, world = 0, max(int(os.environ.get(name) or 1) for name in _WORLD_SIZES)
-    chosen = _device(device)
+    chosen = _device(device, shared=world > 1)
     if world > 1:
         from accelerate import PartialState
 
         state = PartialState(cpu=chosen.type == "cpu")
         rank, world, chosen = state.process_index, state.num_processes, state.device
     if precision == "auto":
-        dtype = torch.bfloat16 if bf16_works(chosen.type) else torch.float32
+        dtype = torch.bfloat16 if bf16_works(chosen) else torch.float32
     else:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if chosen.type == "cpu":
@@ -191,13 +196,16 @@ def make_runtime(
     return Runtime(chosen, dtype, workers or min(8, os.cpu_count() or 1), rank, world, compile, times_formats)
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, *, shared: bool) -> torch.device:
+    """The device of this name; `shared` by several processes, of which each is given its own, it is not touched."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if shared and device.type == "cuda" and torch.cuda.is_available():
+            return device
         # With its number: which one is the current one is a matter of each thread.
         device = torch.empty(1, device=device).device
     except (RuntimeError, AssertionError) as error:

@@ -22,7 +22,7 @@ from .features import FeatureSource, StageData
 from .freezing import Contract
 from .gradients import Batch, Gradients
 from .linear import check_linear, lbfgs_epoch, set_ridge
-from .memory import Portion
+from .memory import Portion, ready
 from .mixing import Mix, check_mixing, draw_mix
 from .order import epoch_order
 from .recipe import Stage
@@ -106,7 +106,8 @@ class _Stage:
         shares = [runtime.share(batch) for batch in batches]
 
         def prepare(indices: Tensor) -> Tensor:
-            return train.batch(indices.tolist(), views_of_epoch(indices, train.num_views, epoch=epoch).tolist())
+            views = views_of_epoch(indices, train.num_views, epoch=epoch)
+            return ready(train.batch(indices.tolist(), views.tolist()), runtime.device)
 
         inputs = prefetch(prepare, shares, pool=pool if train.in_background else None, ahead=runtime.workers + 1)
         for first in range(0, len(batches), stage.accumulate):
