@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ import torch
 from PIL import Image, ImageFile
 
 from conftest import make_picture
-from headstart import DataSpec, Recipe, Stage, fine_tune, isolate, load_images, load_view, open_image, split
-from headstart.errors import DataError
+from headstart import DataSpec, Recipe, Stage, fine_tune, intake, isolate, load_images, load_view, open_image, split
+from headstart.errors import DataError, SetupError
 from headstart.inspection import look
 from headstart.isolate import Limits
 from headstart.pixels import Pixels
@@ -33,17 +34,22 @@ from tiny import SPEC, TinyNet
 
 @contextmanager
 def decodes() -> Iterator[list[str]]:
-    """The modes of the pictures that Pillow decodes meanwhile, in any thread."""
+    """What is decoded meanwhile: the names of the files that worker processes are given, and "here" for what is not."""
     seen: list[str] = []
-    load = ImageFile.ImageFile.load
+    load, ask = ImageFile.ImageFile.load, isolate.Worker.ask
 
     def counted(self: ImageFile.ImageFile) -> object:
         if self._im is None:  # not decoded yet
-            seen.append(self.mode)
+            seen.append("here")
         return load(self)
+
+    def asked(self: isolate.Worker, path: Path) -> isolate.Answer:
+        seen.append(path.name)
+        return ask(self, path)
 
     patch = pytest.MonkeyPatch()
     patch.setattr(ImageFile.ImageFile, "load", counted)
+    patch.setattr(isolate.Worker, "ask", asked)
     try:
         yield seen
     finally:
@@ -117,7 +123,7 @@ def test_looks_are_added_to_what_is_known_without_them(cache: Cache, photos: Pat
 def test_an_unchanged_picture_is_never_decoded_again_and_a_changed_one_is(cache: Cache, photos: Path) -> None:
     with decodes() as first:
         filled(cache, photos)
-    assert len(first) == 36
+    assert sorted(first) == sorted(path.name for path in photos.rglob("*.jpg"))
     with decodes() as second:
         store, paths = filled(cache, photos)
         store.view(paths[0])
@@ -135,12 +141,44 @@ def test_an_unchanged_picture_is_never_decoded_again_and_a_changed_one_is(cache:
     assert len(other_size) == 37
 
 
+def test_a_picture_that_changes_before_it_is_decoded_is_kept_as_what_it_is_then(
+    cache: Cache, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = sorted(photos.rglob("*.jpg"))
+    hash_files = PixelStore._hash_files
+
+    def then_change(self: PixelStore, *args: Any) -> None:
+        hash_files(self, *args)
+        make_picture(np.random.default_rng(5), 2).save(paths[1])
+
+    monkeypatch.setattr(PixelStore, "_hash_files", then_change)
+    store = PixelStore(cache, SPEC)
+    assert store.fill(paths, root=photos) == [None] * 36
+    view = store.view(paths[1])
+    assert view is not None
+    assert torch.equal(view, load_view(paths[1], SPEC))
+
+
+def test_an_answer_that_does_not_fit_is_refused() -> None:
+    def answer(name: str, shape: list[int]) -> isolate.Answer:
+        return isolate.Answer(None, {"digest": "d", "arrays": [[name, shape]]}, (b"123456",))
+
+    assert intake._made(answer("view", [3, 1, 2]), {"view"}).parts["view"].tolist() == [
+        [[49, 50]],
+        [[51, 52]],
+        [[53, 54]],
+    ]
+    for wrong in (answer("view", [3, 1, 1]), answer("look", [6])):
+        with pytest.raises(SetupError, match="answers with 6 bytes"):
+            intake._made(wrong, {"view"})
+
+
 def test_without_a_spec_only_the_verdicts_are_kept(cache: Cache, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (photos / "red" / "broken.jpg").write_bytes(b"no picture")
     paths = sorted(photos.rglob("*.jpg"))
     with decodes() as first:
         reasons = PixelStore(cache, None).fill(paths, root=photos)
-    assert first == []  # processes of their own have decoded them
+    assert len(first) == len(set(first)) == 37
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", "/nowhere")  # no such process starts now
         assert PixelStore(cache, None).fill(paths, root=photos) == reasons
@@ -159,7 +197,7 @@ def test_a_file_that_strikes_the_decoder_is_named_and_not_remembered(
         patch.setattr(isolate, "Limits", lambda: strict)
         with decodes() as seen:
             reasons = PixelStore(cache, SPEC).fill(paths, root=photos)
-        assert len(seen) == 36
+        assert len(seen) == len(set(seen)) == 37
     assert reasons == [None if path != slow else "its decoding takes more than 0.05 seconds" for path in paths]
     assert PixelStore(cache, SPEC).fill(paths, root=photos) == [None] * 37
 
@@ -205,13 +243,14 @@ def test_fit_decodes_each_picture_once_and_again_not_at_all(cache: Cache, photos
 
     with decodes() as first:
         weights = run()
-    assert len(first) == 36  # the broken one is decoded in a process of its own alone
+    assert len(first) == len(set(first)) == 37
+    assert "here" not in first
     with decodes() as second:
         again = run()
         run(seed=1)  # other splits, other views of the same pictures
     assert second == []
+    kept = split(load_images(photos, bad_files="skip", check=True), seed=2)
     with decodes() as beforehand:
-        kept = split(load_images(photos, bad_files="skip", check=True), seed=2)
         fine_tune(kept, backbone=TinyNet(), data_spec=SPEC, recipe=Recipe(stages=(Stage(epochs=1),)))
     assert beforehand == []
     assert torch.equal(weights, again)
@@ -293,13 +332,12 @@ def test_bytes_that_the_disk_changed_are_noticed(cache: Cache, photos: Path) -> 
 CHILD = """
 import json, sys
 from pathlib import Path
-from PIL import ImageFile
-load, seen = ImageFile.ImageFile.load, []
-def counted(self):
-    if self._im is None:
-        seen.append(1)
-    return load(self)
-ImageFile.ImageFile.load = counted
+from headstart.isolate import Worker
+ask, seen = Worker.ask, []
+def counted(self, path):
+    seen.append(path)
+    return ask(self, path)
+Worker.ask = counted
 sys.path.insert(0, {tests!r})
 from tiny import SPEC
 from headstart.pixelstore import PixelStore

@@ -34,7 +34,8 @@ _ROOMS = {
     "manifest": ("ManifestRow", "read_manifest", "write_manifest"),
     "sweeps": ("Space", "Sweep", "sweep"),
     "stage_result": ("StageResult",),
-    "transforms": ("DataSpec", "load_view"),
+    "dataspec": ("DataSpec",),
+    "transforms": ("load_view",),
     "tuned": ("tuned_on",),
 }  # fmt: skip
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}

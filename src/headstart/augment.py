@@ -23,12 +23,13 @@ from PIL import Image
 from torch import Tensor
 
 from .autoaugment import auto_augment
+from .dataspec import RESAMPLING, DataSpec, evaluation_view, shown_box
 from .errors import RecipeError
 from .memory import sent
 from .order import random_stream
 from .recipe import AugmentSpec
 from .threads import map_threads
-from .transforms import RESAMPLING, DataSpec, as_tensor, evaluation_view, shown_box
+from .transforms import as_tensor
 
 Augment = AugmentSpec | Callable[[Tensor], Tensor]
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .dataspec import DataSpec
 from .errors import CheckpointError, ModelError, SetupError, near_matches
 from .recipe import POOLS
 from .tracing import evaluation_mode, trace
-from .transforms import DataSpec
 from .weights import Adapt, adapted, find_weights, fits, from_hub_cache, load_strictly, reach_hub
 
 _FIT_OF_CROP_MODE = {"center": "crop", "squash": "squash", "border": "letterbox"}

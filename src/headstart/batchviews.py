@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .augment import DRAWS, MOST_STEP, Augment, ViewPlans, erased_box, relit, view_plans, view_rng
+from .dataspec import DataSpec
 from .memory import sent
 from .recipe import AugmentSpec
-from .transforms import DataSpec
 
 
 def is_drawn_together(augment: Augment | None) -> bool:

@@ -25,6 +25,7 @@ from .audit_sheet import finding_line
 from .averaging import restore, snapshot
 from .classifier import Classifier
 from .dataset import ImageTable, Splits, bad_file_lines, check_images, load_images, split
+from .dataspec import DataSpec
 from .errors import CheckpointError, DataError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_logits
 from .features import Placement, StageData, make_source
@@ -40,7 +41,6 @@ from .runtime import Runtime
 from .stage_result import StageResult
 from .store import Cache
 from .terminal import ProgressBar, say
-from .transforms import DataSpec
 
 Data = str | Path | ImageTable | Splits | tuple[Pictures, Labels]
 

@@ -13,11 +13,11 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from .classifier import Classifier, create_classifier
+from .dataspec import DataSpec
 from .errors import CheckpointError, HeadstartError
 from .modelfile import read_header, read_json
 from .recipe import HeadSpec
 from .run import to_json, write_atomic
-from .transforms import DataSpec
 
 FORMAT, VERSION = "headstart-model", 1
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16",

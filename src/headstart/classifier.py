@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from .backbones import backbone_features, backbone_map, create_backbone, override_spec, pool_output, seeded
+from .dataspec import DataSpec
 from .errors import HeadstartError, ModelError
 from .heads import create_head
 from .recipe import HeadSpec
 from .tracing import Trace, trace
-from .transforms import DataSpec, normalise
+from .transforms import normalise
 
 _traces: dict[str, Trace] = {}  # names and shapes alone, some kilobytes for each backbone that was built by name
 

@@ -131,14 +131,31 @@ def _read(source: str | Path | bytes) -> Image.Image:
     if isinstance(source, bytes):
         _check_length(len(source))
         return _decode(io.BytesIO(source))
-    path = Path(source)
+    with _opened(Path(source)) as file:
+        return _decode(file)
+
+
+def picture_and_bytes(path: Path) -> tuple[Image.Image, bytes]:
+    """The picture as `open_image` gives it, and the file's bytes that it is made from.
+
+    Raises:
+        DataError: why not, in bare words.
+    """
+    with _opened(path) as file:
+        data = file.read()
+    return _decode(io.BytesIO(data)), data
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A picture's file; what is wrong with it, in bare words, as a `DataError`."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its writer
             raise DataError("a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file")
         _check_length(status.st_size)
         with path.open("rb") as file:
-            return _decode(file)
+            yield file
     except FileNotFoundError:
         raise DataError("a link to nowhere" if path.is_symlink() else "no such file") from None
     except OSError as error:

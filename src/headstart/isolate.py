@@ -1,9 +1,9 @@
 """Decoding in processes of its own, with limits: a file that crashes, hangs or bloats a decoder costs that file alone.
 
 A worker is `python -c ...` of the same interpreter, which imports the decoder and nothing heavy. It reads requests and
-writes answers through pipes, as JSON behind its length: nothing is pickled, no module of the caller is imported again,
-so notebooks and scripts without `if __name__ == "__main__"` work. The limits bound what a picture costs; they are no
-wall against code that takes a decoder over.
+writes answers through pipes, as JSON behind its length and bytes behind that: nothing is pickled, no module of the
+caller is imported again, so notebooks and scripts without `if __name__ == "__main__"` work. The limits bound what a
+picture costs; they are no wall against code that takes a decoder over.
 """
 
 from __future__ import annotations
@@ -18,20 +18,24 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from . import decode
 from .errors import SetupError
 
-MAX_MESSAGE = 1 << 20  # bytes of a request or an answer: a broken worker cannot fill the parent's memory
+MAX_MESSAGE = (
+    1 << 20
+)  # bytes of a request or an answer, without its blobs: a broken worker cannot fill the parent's memory
 MAX_REASON = 500
 ATTEMPTS = 2  # a worker may also die of what others do to the machine; a file is blamed for two deaths
 _START_SECONDS = 60.0  # until a worker has imported the decoder: reached where something is badly wrong
 _WATCH_SECONDS = 0.1
 _NOTHING = -1  # in place of a position: wakes a thread that waits for work
-_STARTED = "import sys; sys.path[:] = {path!r}; from headstart.isolate import serve; serve()"
+_STARTED = "import sys; sys.path[:] = {path!r}; from headstart.{room} import serve; serve()"
+_PLAIN = "isolate"  # the room whose workers say whether files decode, and nothing else
+MAX_BLOB = 1 << 30  # bytes of pixels in an answer
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,19 @@ class Struck(str):
     """A reason that is no verdict of the decoder: a death or a limit, which another machine or day may not see."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a worker says of a file: why it does not decode, or what was made of it, as told values and as bytes."""
+
+    reason: str | None
+    told: dict[str, Any] = field(default_factory=dict)
+    blobs: tuple[bytes, ...] = ()
+
+
+Work = Callable[[Path, Callable[[], None]], Answer]
+"""A worker's: the answer for a file; calls its second argument once the decoder is done, which lifts its time limit."""
+
+
 class WorkerDied(Exception):
     """The worker ended before it answered; the message says how, in bare words.
 
@@ -69,12 +86,29 @@ def bad_reasons(
     limits: Limits | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str | None]:
-    """`decode.bad_reason` of each file, decoded in worker processes; a worker's death or a time-out is a reason, too.
+    """`decode.bad_reason` of each file, decoded in worker processes; see `ask_all`."""
+    return ask_all(paths, workers=workers, limits=limits, progress=progress)
+
+
+def ask_all(
+    paths: Sequence[str | Path],
+    *,
+    workers: int,
+    limits: Limits | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    room: str = _PLAIN,
+    settings: dict[str, Any] | None = None,
+    take: Callable[[int, Answer], None] | None = None,
+) -> list[str | None]:
+    """Ask worker processes about each file; a worker's death or a time-out is a reason not to decode, too.
 
     Args:
         workers: processes at the most; there are fewer where there are few files.
         limits: what one file may cost; None is `Limits()`.
         progress: called from this thread with (files done, files in all).
+        room: whose `serve` is a worker's work.
+        settings: what it is told first, beside the limits.
+        take: is given (position, answer) of each file that decodes, from several threads.
     Returns:
         One entry per path: None for a file that decodes to its last row, `Struck` where a limit or a death decided.
     Raises:
@@ -89,7 +123,8 @@ def bad_reasons(
     for position in range(len(paths)):
         waiting.put((position, 0))
     done: queue.SimpleQueue[tuple[int, str | None] | BaseException] = queue.SimpleQueue()
-    crew = [_Driver(paths, waiting, done, limits) for _ in range(number)]
+    job = _Job(paths, limits, room, settings or {}, take)
+    crew = [_Driver(job, waiting, done) for _ in range(number)]
     watch = _Watch(crew)
     try:
         for thread in (*crew, watch):
@@ -113,18 +148,28 @@ def bad_reasons(
     return reasons
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What is asked, and who takes the answers; see `ask_all`."""
+
+    paths: Sequence[str | Path]
+    limits: Limits
+    room: str
+    settings: dict[str, Any]
+    take: Callable[[int, Answer], None] | None
+
+
 class _Driver(threading.Thread):
     """Feeds one worker with files until it is stopped, and puts another worker in its place when it dies."""
 
     def __init__(
         self,
-        paths: Sequence[str | Path],
+        job: _Job,
         waiting: queue.SimpleQueue[tuple[int, int]],
         done: queue.SimpleQueue[tuple[int, str | None] | BaseException],
-        limits: Limits,
     ) -> None:
         super().__init__(name="headstart-isolate", daemon=True)
-        self._paths, self._waiting, self._done, self._limits = paths, waiting, done, limits
+        self._job, self._waiting, self._done = job, waiting, done
         self.worker: Worker | None = None
         self._stopped = False
         self._lock = threading.Lock()
@@ -143,7 +188,7 @@ class _Driver(threading.Thread):
 
     def _one(self, position: int, attempt: int) -> None:
         try:
-            self._done.put((position, self._current().ask(self._paths[position])))
+            answer = self._current().ask(self._job.paths[position])
         except WorkerDied as death:
             with self._lock:
                 self.worker = None
@@ -151,11 +196,15 @@ class _Driver(threading.Thread):
                 self._waiting.put((position, attempt))  # behind all others, in a worker that has seen less
             else:
                 self._done.put((position, Struck(death)))
+            return
+        if answer.reason is None and self._job.take is not None:
+            self._job.take(position, answer)
+        self._done.put((position, answer.reason))
 
     def _current(self) -> Worker:
         if self.worker is not None:
             return self.worker
-        worker = Worker(self._limits)
+        worker = Worker(self._job.limits, self._job.room, self._job.settings)
         with self._lock:
             self.worker = worker  # from here on it is watched, and killed when the work is stopped
             if self._stopped:
@@ -193,11 +242,11 @@ class Worker:
         SetupError: it cannot be started.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self, limits: Limits, room: str = _PLAIN, settings: dict[str, Any] | None = None) -> None:
+        self._limits, self._settings = limits, settings or {}
         self._deadline: float | None = None
         self._overdue = False
-        code = _STARTED.format(path=[str(Path(__file__).parents[1]), *sys.path])
+        code = _STARTED.format(path=[str(Path(__file__).parents[1]), *sys.path], room=room)
         if not sys.executable:
             raise SetupError("This Python does not know its own program (sys.executable); run it as `python`.")
         try:
@@ -219,7 +268,9 @@ class Worker:
         Raises:
             SetupError: it is not to be imported there.
         """
-        settings = asdict(self._limits) | {"max_pixels": decode.MAX_PIXELS, "max_bytes": decode.MAX_BYTES}
+        settings = (
+            self._settings | asdict(self._limits) | {"max_pixels": decode.MAX_PIXELS, "max_bytes": decode.MAX_BYTES}
+        )
         try:
             self._exchange(settings, _START_SECONDS)
         except WorkerDied as death:
@@ -228,18 +279,18 @@ class Worker:
                 " work here?"
             ) from None
 
-    def ask(self, path: str | Path) -> str | None:
-        """Why this file does not decode; None when it does.
+    def ask(self, path: str | Path) -> Answer:
+        """What it makes of this file.
 
         Raises:
             WorkerDied: the worker did not live to answer, or took too long and was killed.
         """
-        answer = self._exchange({"path": str(path)}, self._limits.wait_seconds)
-        reason = answer.get("reason")
+        told, blobs = self._exchange({"path": str(path)}, self._limits.wait_seconds)
+        reason = told.get("reason")
         if reason is None:
-            return None
+            return Answer(None, told, blobs)
         text = str(reason)[:MAX_REASON]
-        return Struck(text) if answer.get("struck") else text
+        return Answer(Struck(text) if told.get("struck") else text)
 
     def check_time(self) -> None:
         """Kill the worker if its answer is overdue."""
@@ -261,7 +312,7 @@ class Worker:
                 with suppress(OSError):  # a request that was never read is still in the buffer
                     pipe.close()
 
-    def _exchange(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def _exchange(self, request: dict[str, Any], seconds: float) -> tuple[dict[str, Any], tuple[bytes, ...]]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._deadline = time.monotonic() + seconds
@@ -294,28 +345,35 @@ class Worker:
 # ---- the worker's side -----------------------------------------------------------------------------------------
 
 
-def serve() -> None:
-    """Answer requests from standard input until it ends; runs in the worker."""
+def serve(prepare: Callable[[dict[str, Any]], Work] | None = None) -> None:
+    """Answer requests from standard input until it ends; runs in the worker.
+
+    Args:
+        prepare: makes the work of the settings that came first; None: each file is decoded, and that is all.
+    """
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing a library prints gets between the answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    settings = _receive(requests) or {}
+    settings, _ = _receive(requests) or ({}, ())
     decode.MAX_PIXELS, decode.MAX_BYTES = int(settings["max_pixels"]), int(settings["max_bytes"])
     memory, seconds = int(settings["memory_bytes"]), float(settings["seconds"])
+    work = prepare(settings) if prepare else _decoded
     _limit_memory(memory)
     _send(answers, {})
     while (request := _receive(requests)) is not None:
         _set_timer(seconds)
-        answer = _answer(Path(request["path"]), memory)
+        try:
+            answer = work(Path(request[0]["path"]), lambda: _set_timer(0))
+        except MemoryError:
+            answer = Answer(Struck(f"its decoding needs more than {memory >> 20:,} MB of memory"))
         _set_timer(0)
-        _send(answers, answer)
+        _send(
+            answers, answer.told | {"reason": answer.reason, "struck": isinstance(answer.reason, Struck)}, answer.blobs
+        )
 
 
-def _answer(path: Path, memory: int) -> dict[str, Any]:
-    try:
-        return {"reason": decode.bad_reason(path)}
-    except MemoryError:
-        return {"reason": f"its decoding needs more than {memory >> 20:,} MB of memory", "struck": True}
+def _decoded(path: Path, done: Callable[[], None]) -> Answer:
+    return Answer(decode.bad_reason(path))
 
 
 def _limit_memory(nbytes: int) -> None:
@@ -337,14 +395,17 @@ def _set_timer(seconds: float) -> None:
 # ---- messages --------------------------------------------------------------------------------------------------
 
 
-def _send(pipe: IO[bytes], message: dict[str, Any]) -> None:
-    data = json.dumps(message).encode()  # ASCII: names that are no Unicode travel as lone surrogates
+def _send(pipe: IO[bytes], message: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
+    # ASCII: names that are no Unicode travel as lone surrogates.
+    data = json.dumps(message | {"blobs": [len(blob) for blob in blobs]}).encode()
     pipe.write(len(data).to_bytes(4, "big") + data)
+    for blob in blobs:
+        pipe.write(blob)
     pipe.flush()
 
 
-def _receive(pipe: IO[bytes] | BinaryIO) -> dict[str, Any] | None:
-    """The next message; None at the end of the stream.
+def _receive(pipe: IO[bytes] | BinaryIO) -> tuple[dict[str, Any], tuple[bytes, ...]] | None:
+    """The next message and its blobs; None at the end of the stream.
 
     Raises:
         ValueError: what comes is no message.
@@ -361,4 +422,10 @@ def _receive(pipe: IO[bytes] | BinaryIO) -> dict[str, Any] | None:
     message = json.loads(data)
     if not isinstance(message, dict):
         raise ValueError("a message that is no object")
-    return message
+    lengths = [int(length) for length in message.pop("blobs", ())]
+    if any(length < 0 for length in lengths) or sum(lengths) > MAX_BLOB:
+        raise ValueError(f"blobs of {lengths} bytes")
+    blobs = tuple(pipe.read(length) for length in lengths)
+    if any(len(blob) < length for blob, length in zip(blobs, lengths, strict=True)):
+        return None
+    return message, blobs

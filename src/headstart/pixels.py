@@ -16,12 +16,13 @@ from torch import Tensor
 from .augment import augmented_batch
 from .batchviews import is_drawn_together, views_together
 from .dataset import ImageTable, open_image
+from .dataspec import DataSpec
 from .errors import DataError
 from .memory import ready, sent
 from .pixelstore import PixelStore
 from .recipe import AugmentSpec
 from .runtime import GPU_SHARE, free_bytes
-from .transforms import DataSpec, load_view, working_image
+from .transforms import load_view, working_image
 
 Augment = AugmentSpec | Callable[[Tensor], Tensor]
 

@@ -15,18 +15,20 @@ import numpy as np
 import numpy.typing as npt
 import PIL
 import torch
-from PIL import Image, features
+from PIL import features
 from torch import Tensor
 
+from . import intake
 from .dataset import bad_reasons
-from .decode import bad_reason, decoder_version, open_image
-from .errors import DataError
-from .inspection import LOOK_BYTES, Look, look_of_bytes, pack, unpack
+from .dataspec import DataSpec, working_size
+from .decode import decoder_version
+from .inspection import LOOK_BYTES, Look, unpack
+from .intake import FULL, Made
 from .isolate import Struck
-from .store import Cache, Entry, EntryWriter, FileHashes, code_hash, content_hash, key_of
+from .store import Cache, Entry, EntryWriter, FileHashes, code_hash, key_of
 from .terminal import file_size
-from .threads import map_threads
-from .transforms import DataSpec, as_tensor, evaluation_view, working_image, working_size
+from .threads import available_cores, map_threads
+from .transforms import working_image_of
 
 SHARD_BYTES = 256 << 20  # an entry of the cache is about this large: what an interrupt loses, what an eviction takes
 
@@ -85,7 +87,7 @@ class PixelStore:
     ) -> list[str | None]:
         """Decode what is not there yet; returns for each file why it does not decode, or None.
 
-        Each file is first decoded in a process with limits (see `isolate`), then, if that went well, in threads here.
+        Each file is decoded once, in a process with limits (see `isolate`), where what is kept of it is made, too.
 
         Args:
             root: what the files have in common; their hashes are remembered under it.
@@ -191,58 +193,36 @@ class PixelStore:
             missing = self._missing(job)
             shards = _Shards(self.cache, self.family, room=self.cache.room())
             try:
-                reasons = self._check(job, missing, shards)
-                good = [i for i, reason in reasons.items() if reason is None and job.parts]
-                kept = map_threads(
-                    lambda i: self._keep(job.paths[i], job.parts, shards),
-                    good,
-                    workers=job.workers,
-                    progress=job.shifted(good),
-                )
+                reasons = self._make(job, missing, shards)
             finally:  # after an interrupt, too: what has been decoded is kept
                 shards.publish()
-        for i, (digest, reason) in zip(good, kept, strict=True):
-            reasons[i] = reason
-            if digest:
-                self._digests[job.paths[i]] = digest
         if shards.is_full:
             self.say("Pixel store: no more room; the other pictures are decoded whenever they are needed.")
         self._missing(job)
         return reasons
 
-    def _check(self, job: _Job, missing: Sequence[int], shards: _Shards) -> dict[int, str | None]:
-        """Why each missing picture does not decode, found in processes with limits; what the file decides is kept."""
+    def _make(self, job: _Job, missing: Sequence[int], shards: _Shards) -> dict[int, str | None]:
+        """Decode and keep the missing pictures; why each does not decode, which is kept where the file decides it."""
         paths = [job.paths[i] for i in missing]
-        progress = None if job.parts else job.shifted(missing)
-        reasons = bad_reasons(paths, workers=job.workers, progress=progress)
-        for path, reason in zip(paths, reasons, strict=True):
-            if path in self._digests and not isinstance(reason, Struck) and (reason or not job.parts):
-                shards.add_reason(self._digests[path], reason)
+        before = [self._digests.get(path) for path in paths]
+
+        def take(position: int, made: Made) -> None:
+            parts = dict(made.parts)
+            if FULL in parts:
+                assert self._spec is not None
+                parts["working"] = working_image_of(parts.pop(FULL).copy(), self._spec)
+            shards.add(made.digest, parts)
+            self._digests[paths[position]] = made.digest  # of what was decoded, if the file has changed since
+
+        progress, workers = job.shifted(missing), job.workers or available_cores()
+        if job.parts:
+            reasons = intake.make(paths, job.parts, self._spec, workers=workers, take=take, progress=progress)
+        else:
+            reasons = bad_reasons(paths, workers=workers, progress=progress)
+        for digest, reason in zip(before, reasons, strict=True):
+            if digest and not isinstance(reason, Struck) and (reason or not job.parts):
+                shards.add_reason(digest, reason)
         return dict(zip(missing, reasons, strict=True))
-
-    def _keep(self, path: Path, parts: Sequence[str], shards: _Shards) -> tuple[str | None, str | None]:
-        """The file's hash as it is now, and why it does not decode or None."""
-        try:
-            data = path.read_bytes()
-        except OSError:
-            return None, bad_reason(path)
-        digest = content_hash(data)
-        if digest != self._digests.get(path):  # not the bytes that were checked
-            (reason,) = bad_reasons([path], workers=1)
-            if reason is not None:
-                return None, reason
-        try:
-            image = open_image(data)
-        except DataError as error:
-            return digest, bad_reason(path) or str(error)
-        shards.add(digest, {part: self._made(part, image, data) for part in parts})
-        return digest, None
-
-    def _made(self, part: str, image: Image.Image, data: bytes) -> _Pixels:
-        if part == "look":
-            return pack(look_of_bytes(image, data))
-        assert self._spec is not None
-        return working_image(image, self._spec) if part == "working" else _view(image, self._spec)
 
     def contents(self, paths: Sequence[Path]) -> list[str] | None:
         """The hashes of the files as they were when the store was filled; None where one of them is not known."""
@@ -350,10 +330,6 @@ class _Shards:
             self._writer, self._records, self._reasons = None, [], {}
 
 
-def _view(image: Image.Image, spec: DataSpec) -> _Pixels:
-    return as_tensor(evaluation_view(image, spec)).numpy()
-
-
 def picture_bytes(spec: DataSpec, *, working: bool) -> int:
     """What a picture takes in the store, for one of the usual 4:3 and large enough to be shrunk."""
     view = 3 * spec.image_size**2
@@ -370,4 +346,4 @@ def _determined_by(spec: DataSpec | None) -> dict[str, Any]:
         del values["crop_pct"]
     libraries = {name: features.version(name) for name in ("jpg", "libjpeg_turbo", "zlib", "webp", "libtiff")}
     libraries |= {"pillow": PIL.__version__, "torch": torch.__version__, "decoder": decoder_version()}
-    return values | {**libraries, "code": code_hash("decode", "inspection", "transforms")}
+    return values | {**libraries, "code": code_hash("dataspec", "decode", "inspection", "intake", "transforms")}

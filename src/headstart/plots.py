@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .transforms import DataSpec
+    from .dataspec import DataSpec
 
 _TRAIN, _VAL = "#c2570c", "#0b6e78"
 _QUANTITIES = {"loss": "loss (nats)", "accuracy": "accuracy", "top5": "top-5 accuracy"}

@@ -14,6 +14,7 @@ from .checkpoint import load
 from .classifier import Classifier, create_classifier
 from .closing import FitResult, finish, leaked_rows, leave_usable, trained_on, write_plan
 from .dataset import ImageTable, Splits, check_images, load_images
+from .dataspec import DataSpec
 from .diary import Diary
 from .errors import HeadstartError, Interrupted, ModelError, RecipeError, SetupError
 from .evaluation import evaluate, tta_views
@@ -28,7 +29,6 @@ from .runtime import Runtime, make_runtime
 from .stage_result import Log, StageResult
 from .stage_run import look_at_stored_labels, run_stage, train_stage
 from .terminal import ProgressBar, say
-from .transforms import DataSpec
 
 
 def fine_tune(

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .dataspec import DataSpec
 from .errors import CheckpointError, HeadstartError, near_matches
 from .modelfile import check_archive, read_header, read_json
-from .transforms import DataSpec
 
 Adapt = Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]]
 

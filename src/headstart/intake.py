@@ -1,0 +1,103 @@
+"""What a run keeps of a picture, made in the process that decodes it: each new picture is decoded once, there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from . import isolate
+from .dataspec import DataSpec, PixelArray, evaluation_view, working_image_by_pillow
+from .decode import picture_and_bytes
+from .errors import DataError, SetupError
+from .inspection import look_of_bytes, pack
+from .isolate import Answer
+from .store import content_hash
+
+PARTS = ("view", "working", "look")
+FULL = "full"  # in place of the working image: the picture itself, where PyTorch, which no worker imports, shrinks it
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was made of a file. digest: hash of the bytes that were decoded. parts: uint8 arrays by name.
+
+    `view` [3, S, S], `working` or `full` [h, w, 3], `look` [bytes]; see `PixelStore`.
+    """
+
+    digest: str
+    parts: dict[str, PixelArray]
+
+
+def make(
+    paths: Sequence[Path],
+    parts: Sequence[str],
+    spec: DataSpec | None,
+    *,
+    workers: int,
+    take: Callable[[int, Made], None],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str | None]:
+    """Decode files in limited processes (see `isolate`), which also make of them what is to be kept.
+
+    Args:
+        parts: of `PARTS`. spec: needed for all but `look`.
+        take: is given (position, what was made) of each file that decodes, from several threads.
+    Returns:
+        Per file why it does not decode, or None; see `isolate.ask_all`.
+    """
+    settings = {"parts": list(parts), "spec": spec.to_dict() if spec else None}
+    allowed = {*parts, FULL}
+    return isolate.ask_all(
+        paths, workers=workers, progress=progress, room="intake", settings=settings,
+        take=lambda position, answer: take(position, _made(answer, allowed)),
+    )  # fmt: skip
+
+
+def _made(answer: Answer, allowed: set[str]) -> Made:
+    found = {}
+    for (name, shape), blob in zip(answer.told["arrays"], answer.blobs, strict=True):
+        if name not in allowed or math.prod(shape) != len(blob):
+            raise SetupError(f"A process that decodes pictures answers with {len(blob):,} bytes for {name} {shape}.")
+        found[name] = np.frombuffer(blob, dtype=np.uint8).reshape(shape)
+    return Made(str(answer.told["digest"]), found)
+
+
+# ---- the worker's side -----------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Runs in the worker."""
+    isolate.serve(_work)
+
+
+def _work(settings: dict[str, Any]) -> isolate.Work:
+    spec = DataSpec.from_dict(settings["spec"]) if settings["spec"] else None
+    parts = settings["parts"]
+
+    def answer(path: Path, decoded: Callable[[], None]) -> Answer:
+        try:
+            image, data = picture_and_bytes(path)
+        except DataError as error:
+            return Answer(str(error))
+        decoded()  # what comes now is our own, and takes no longer for one file than for another of its size
+        arrays = dict(_array(part, image, data, spec) for part in parts)
+        told = {"digest": content_hash(data), "arrays": [[name, array.shape] for name, array in arrays.items()]}
+        return Answer(None, told, tuple(array.tobytes() for array in arrays.values()))
+
+    return answer
+
+
+def _array(part: str, image: Image.Image, data: bytes, spec: DataSpec | None) -> tuple[str, PixelArray]:
+    if part == "look":
+        return part, pack(look_of_bytes(image, data))
+    assert spec is not None
+    if part == "view":
+        return part, evaluation_view(image, spec).transpose(2, 0, 1)
+    made = working_image_by_pillow(image, spec)
+    return (FULL, np.asarray(image)) if made is None else (part, made)
