@@ -35,12 +35,13 @@ from headstart.augment import augmented_view
 from headstart.backbones import backbone_features
 from headstart.classifier import Classifier
 from headstart.dataset import ImageTable, open_image
+from headstart.dataspec import evaluation_view
 from headstart.frozenpass import frozen_forward
 from headstart.once import fast_kernels, store_features
 from headstart.pixels import Pixels
 from headstart.recipe import POLICIES
 from headstart.runtime import Runtime, prefetch
-from headstart.transforms import evaluation_view, working_image
+from headstart.transforms import working_image
 
 sys.path.insert(0, str(Path(__file__).parent))
 import records

@@ -26,9 +26,10 @@ from PIL import Image
 from records import append
 
 from headstart import create_classifier
+from headstart.dataspec import RESAMPLING, DataSpec, evaluation_view, working_size
 from headstart.decode import open_image
 from headstart.inspection import look_of_bytes
-from headstart.transforms import RESAMPLING, DataSpec, as_tensor, evaluation_view, working_image, working_size
+from headstart.transforms import as_tensor, working_image
 
 SIZES = ((2000, 1500), (3000, 2000), (4000, 3000))
 

@@ -81,12 +81,13 @@ def measure(n: int, folder: Path) -> Record:
     import torch
 
     from headstart.dataset import ImageTable, open_image
+    from headstart.dataspec import DataSpec, evaluation_view
     from headstart.pixels import Pixels
     from headstart.pixelstore import PixelStore, picture_bytes
     from headstart.rowstore import RowStore
     from headstart.store import Cache
     from headstart.threads import available_cores, map_threads
-    from headstart.transforms import DataSpec, evaluation_view, working_image
+    from headstart.transforms import working_image
 
     spec = DataSpec(image_size=224)
     paths = make_pictures(folder / "pictures", n)

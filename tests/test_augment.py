@@ -19,9 +19,10 @@ from torchvision.transforms import v2
 
 from headstart.augment import DRAWS, augmented_batch, augmented_view, view_plans, view_rng
 from headstart.autoaugment import auto_augment
+from headstart.dataspec import FITS, DataSpec, evaluation_view
 from headstart.errors import RecipeError
 from headstart.recipe import POLICIES, AugmentSpec
-from headstart.transforms import FITS, DataSpec, evaluation_view, working_image
+from headstart.transforms import working_image
 
 SPEC = DataSpec(64, interpolation="bilinear")
 EVERYTHING = AugmentSpec(

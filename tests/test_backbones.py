@@ -18,11 +18,11 @@ from torch import nn
 from headstart.backbones import backbone_features, backbone_map, block_aliases, create_backbone, override_spec
 from headstart.checkpoint import save
 from headstart.classifier import create_classifier
+from headstart.dataspec import DataSpec
 from headstart.errors import CheckpointError, ModelError, SetupError
 from headstart.freezing import count_statistics
 from headstart.recipe import HeadSpec
 from headstart.tracing import evaluation_mode
-from headstart.transforms import DataSpec
 
 SMALL = "mobilenetv3_small_050"  # 1.0 M parameters without its classifier
 SIZES = (224, 240, 260, 300, 380, 456, 528, 600)  # EfficientNet B0-B7 (Tan and Le 2019, arXiv 1905.11946)

@@ -12,11 +12,12 @@ from torch import nn
 
 from headstart.backbones import backbone_features
 from headstart.classifier import Classifier, create_classifier
+from headstart.dataspec import DataSpec
 from headstart.errors import ModelError
 from headstart.freezing import set_freeze_line
 from headstart.recipe import HeadSpec, HiddenLayer
 from headstart.tracing import evaluation_mode, trace
-from headstart.transforms import DataSpec, normalise
+from headstart.transforms import normalise
 from tiny import SPEC, TinyNet
 
 NAMES = ("cat", "dog", "owl")

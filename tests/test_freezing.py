@@ -13,6 +13,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from headstart.classifier import Classifier, create_classifier
+from headstart.dataspec import DataSpec
 from headstart.errors import ModelError
 from headstart.freezing import (
     Contract,
@@ -24,7 +25,6 @@ from headstart.freezing import (
 )
 from headstart.rates import param_groups
 from headstart.recipe import HeadSpec, HiddenLayer
-from headstart.transforms import DataSpec
 from tiny import SPEC, TinyNet
 
 NAMES = ("cat", "dog", "owl")

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from headstart.dataset import ImageTable, load_images
+from headstart.dataspec import DataSpec
 from headstart.errors import DataError
 from headstart.metrics import evaluate_probs
 from headstart.plots import _column, plot_confusion, plot_history, preview_sheet, show_batch, spread_indices
 from headstart.recipe import AugmentSpec, Recipe
 from headstart.run import open_run, read_run
-from headstart.transforms import DataSpec
 
 SPEC = DataSpec(
     image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bilinear", crop_pct=1.0, fit="crop"

@@ -13,19 +13,9 @@ from PIL import Image
 from torchvision import transforms as tv
 
 from headstart.dataset import open_image
+from headstart.dataspec import FITS, RESAMPLING, WORKING_MARGIN, DataSpec, evaluation_view, working_size
 from headstart.errors import DataError, ModelError
-from headstart.transforms import (
-    FITS,
-    RESAMPLING,
-    WORKING_MARGIN,
-    DataSpec,
-    evaluation_view,
-    load_view,
-    load_views,
-    normalise,
-    working_image,
-    working_size,
-)
+from headstart.transforms import load_view, load_views, normalise, working_image
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
