@@ -6,9 +6,9 @@
 Needs the folder of real pictures and weights (HEADSTART_SHARED, else ../shared). Each fit (mobilenetv2_100, ImageNet
 weights, run folder and report written) runs in a process of its own: first with an empty cache, then again, where
 pictures, looks and features are kept. Seconds are processor time, which other work on the machine hardly stretches:
-of the fit, its decoding processes included; of the looks, taken while the pixel store fills; of the quick audit
-(reading looks, copies, shortcuts, its imports); and of the out-of-fold predictions. The baseline is the fit without
-these parts, their seconds subtracted. One run each (no accuracy is measured). Records are appended to
+of the fit, its decoding processes included; of the looks, taken there and here once more; of the quick audit (reading
+looks, copies, shortcuts, its imports); and of the out-of-fold predictions. The baseline is the fit without these parts,
+their seconds subtracted. One run each (no accuracy is measured). Records are appended to
 benchmarks/results/audit_cost-DATE.jsonl; they name the machine.
 """
 
@@ -28,9 +28,8 @@ from typing import Any
 
 from records import HERE, SHARED, WEIGHTS, append, newest, show
 
-# What counts as the audit: room and function, its name in the record, and the clock (of the thread, or of all threads).
+# What counts as the audit, beside the looks: room and function, its name in the record, and the clock.
 PARTS = (
-    ("pixelstore", "look_of_bytes", "looks", time.thread_time),
     ("bench", "quick_audit", "quick", time.process_time),
     ("stage_run", "look_at_labels", "labels", time.process_time),
 )
@@ -41,8 +40,10 @@ def fit_once(photos: Path, recipe: str, out: Path) -> dict[str, Any]:
     import importlib
 
     import headstart
+    from headstart.decode import file_bytes, picture_of
+    from headstart.inspection import look_of_bytes
 
-    parts = {name: 0.0 for *_, name, _ in PARTS}
+    parts = {"looks": 0.0} | {name: 0.0 for *_, name, _ in PARTS}
 
     def timed(function: Callable[..., Any], name: str, clock: Callable[[], float]) -> Callable[..., Any]:
         def run(*args: Any, **options: Any) -> Any:
@@ -59,10 +60,16 @@ def fit_once(photos: Path, recipe: str, out: Path) -> dict[str, Any]:
         setattr(module, function, timed(getattr(module, function), name, clock))
     before, started = _cpu_seconds(), time.perf_counter()
     result = headstart.fine_tune(photos, weights=WEIGHTS, recipe=recipe, out=out, device="cpu")
+    took = {"seconds": round(time.perf_counter() - started, 2), "cpu_seconds": round(_cpu_seconds() - before, 2)}
+    paths = [path for table in result.splits.named().values() for path in table.paths]
+    for path in paths if out.name == "empty" else ():
+        image = picture_of(data := file_bytes(path))
+        begun = time.thread_time()
+        look_of_bytes(image, data)
+        parts["looks"] += time.thread_time() - begun
     return {
         "pictures": sum(len(table) for table in result.splits.named().values()),
-        "seconds": round(time.perf_counter() - started, 2),
-        "cpu_seconds": round(_cpu_seconds() - before, 2),
+        **took,
         "cpu_seconds_of": {name: round(value, 2) for name, value in parts.items()},
         "phases": {one["name"]: round(one["seconds"], 2) for one in result.metrics["phases"]},
         "audit_seconds": json.loads((out / "audit.json").read_bytes())["seconds"],

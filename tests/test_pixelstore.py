@@ -159,6 +159,62 @@ def test_a_picture_that_changes_before_it_is_decoded_is_kept_as_what_it_is_then(
     assert torch.equal(view, load_view(paths[1], SPEC))
 
 
+@pytest.mark.parametrize("trouble", ["cut", "gone"])
+def test_a_file_that_is_whole_again_is_not_held_for_bad(
+    cache: Cache, photos: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    paths = sorted(photos.rglob("*.jpg"))
+    whole, hash_files = paths[1].read_bytes(), PixelStore._hash_files
+
+    def then_spoil(self: PixelStore, *args: Any) -> None:
+        hash_files(self, *args)
+        paths[1].unlink()
+        if trouble == "cut":
+            paths[1].write_bytes(whole[:300])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PixelStore, "_hash_files", then_spoil)
+        reasons = PixelStore(cache, SPEC).fill(paths, root=photos)
+    assert [i for i, reason in enumerate(reasons) if reason] == [1]
+    paths[1].write_bytes(whole)
+    assert PixelStore(cache, SPEC).fill(paths, root=photos) == [None] * 36
+
+
+def test_after_an_interrupt_bad_files_are_known(cache: Cache, photos: Path) -> None:
+    paths = sorted(photos.rglob("*.jpg"))
+    for path in paths[:20]:
+        path.write_bytes(path.name.encode())  # each other bytes
+
+    def stop(done: int, total: int) -> None:
+        if done >= 32:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        PixelStore(cache, SPEC).fill(paths, root=photos, progress=stop, workers=1)
+    with decodes() as seen:
+        PixelStore(cache, SPEC).fill(paths, root=photos)
+    assert not {path.name for path in paths[:20]} & set(seen)
+    assert len(seen) <= 4
+
+
+def test_workers_decode_with_the_decoder_of_this_process(
+    cache: Cache, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADSTART_DECODER", "simplejpeg")  # set after headstart was imported: nobody goes by it
+    store, paths = filled(cache, photos)
+    view = store.view(paths[0])
+    assert view is not None
+    assert torch.equal(view, load_view(paths[0], SPEC))
+
+
+def test_where_pillow_has_changed_meanwhile_nothing_is_kept(
+    cache: Cache, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("PIL.__version__", "1.0")
+    with pytest.raises(SetupError, match="start it again"):
+        filled(cache, photos)
+
+
 def test_an_answer_that_does_not_fit_is_refused() -> None:
     def answer(name: str, shape: list[int]) -> isolate.Answer:
         return isolate.Answer(None, {"digest": "d", "arrays": [[name, shape]]}, (b"123456",))

@@ -135,15 +135,23 @@ def _read(source: str | Path | bytes) -> Image.Image:
         return _decode(file)
 
 
-def picture_and_bytes(path: Path) -> tuple[Image.Image, bytes]:
-    """The picture as `open_image` gives it, and the file's bytes that it is made from.
+def file_bytes(path: Path) -> bytes:
+    """A picture file's bytes, which may be any.
+
+    Raises:
+        DataError: why they cannot be read, in bare words.
+    """
+    with _opened(path) as file:
+        return file.read()
+
+
+def picture_of(data: bytes) -> Image.Image:
+    """The picture that `open_image` makes of a file's bytes.
 
     Raises:
         DataError: why not, in bare words.
     """
-    with _opened(path) as file:
-        data = file.read()
-    return _decode(io.BytesIO(data)), data
+    return _read(data)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from PIL import Image
 
 from . import isolate
 from .dataspec import DataSpec, PixelArray, evaluation_view, working_image_by_pillow
-from .decode import picture_and_bytes
+from .decode import file_bytes, picture_of
 from .errors import DataError, SetupError
 from .inspection import look_of_bytes, pack
 from .isolate import Answer
@@ -25,11 +25,13 @@ FULL = "full"  # in place of the working image: the picture itself, where PyTorc
 
 @dataclass(frozen=True)
 class Made:
-    """What was made of a file. digest: hash of the bytes that were decoded. parts: uint8 arrays by name.
+    """What became of a file: why it does not decode, or parts, uint8 arrays by name.
 
+    digest: hash of the bytes that were decoded; empty where none could be read, or a limit was in the way. parts:
     `view` [3, S, S], `working` or `full` [h, w, 3], `look` [bytes]; see `PixelStore`.
     """
 
+    reason: str | None
     digest: str
     parts: dict[str, PixelArray]
 
@@ -47,25 +49,25 @@ def make(
 
     Args:
         parts: of `PARTS`. spec: needed for all but `look`.
-        take: is given (position, what was made) of each file that decodes, from several threads.
+        take: is given (position, what was made) of each file, from several threads.
     Returns:
         Per file why it does not decode, or None; see `isolate.ask_all`.
     """
     settings = {"parts": list(parts), "spec": spec.to_dict() if spec else None}
     allowed = {*parts, FULL}
     return isolate.ask_all(
-        paths, workers=workers, progress=progress, room="intake", settings=settings,
+        paths, workers=workers, progress=progress, room="intake", settings=settings, files_each=8,
         take=lambda position, answer: take(position, _made(answer, allowed)),
     )  # fmt: skip
 
 
 def _made(answer: Answer, allowed: set[str]) -> Made:
     found = {}
-    for (name, shape), blob in zip(answer.told["arrays"], answer.blobs, strict=True):
+    for (name, shape), blob in zip(answer.told.get("arrays", ()), answer.blobs, strict=True):
         if name not in allowed or math.prod(shape) != len(blob):
             raise SetupError(f"A process that decodes pictures answers with {len(blob):,} bytes for {name} {shape}.")
         found[name] = np.frombuffer(blob, dtype=np.uint8).reshape(shape)
-    return Made(str(answer.told["digest"]), found)
+    return Made(answer.reason, str(answer.told.get("digest", "")), found)
 
 
 # ---- the worker's side -----------------------------------------------------------------------------------------
@@ -81,14 +83,17 @@ def _work(settings: dict[str, Any]) -> isolate.Work:
     parts = settings["parts"]
 
     def answer(path: Path, decoded: Callable[[], None]) -> Answer:
+        told: dict[str, Any] = {}
         try:
-            image, data = picture_and_bytes(path)
+            data = file_bytes(path)
+            told["digest"] = content_hash(data)
+            image = picture_of(data)
         except DataError as error:
-            return Answer(str(error))
+            return Answer(str(error), told)
         decoded()  # what comes now is our own, and takes no longer for one file than for another of its size
         arrays = dict(_array(part, image, data, spec) for part in parts)
-        told = {"digest": content_hash(data), "arrays": [[name, array.shape] for name, array in arrays.items()]}
-        return Answer(None, told, tuple(array.tobytes() for array in arrays.values()))
+        told["arrays"] = [[name, array.shape] for name, array in arrays.items()]
+        return Answer(None, told, [np.ascontiguousarray(array).reshape(-1).data for array in arrays.values()])
 
     return answer
 

@@ -2,7 +2,7 @@
 
 A worker is `python -c ...` of the same interpreter, which imports the decoder and nothing heavy. It reads requests and
 writes answers through pipes, as JSON behind its length and bytes behind that: nothing is pickled, no module of the
-caller is imported again, so notebooks and scripts without `if __name__ == "__main__"` work. The limits bound what a
+caller's is imported again, so notebooks and scripts without `if __name__ == "__main__"` work. The limits bound what a
 picture costs; they are no wall against code that takes a decoder over.
 """
 
@@ -19,8 +19,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
+
+import PIL
 
 from . import decode
 from .errors import SetupError
@@ -34,6 +37,7 @@ _START_SECONDS = 60.0  # until a worker has imported the decoder: reached where 
 _WATCH_SECONDS = 0.1
 _NOTHING = -1  # in place of a position: wakes a thread that waits for work
 _STARTED = "import sys; sys.path[:] = {path!r}; from headstart.{room} import serve; serve()"
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 _PLAIN = "isolate"  # the room whose workers say whether files decode, and nothing else
 MAX_BLOB = 1 << 30  # bytes of pixels in an answer
 
@@ -59,11 +63,11 @@ class Struck(str):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker says of a file: why it does not decode, or what was made of it, as told values and as bytes."""
+    """What a worker says of a file: why it does not decode, and what was made of it, as told values and as bytes."""
 
     reason: str | None
     told: dict[str, Any] = field(default_factory=dict)
-    blobs: tuple[bytes, ...] = ()
+    blobs: Sequence[bytes | bytearray | memoryview] = ()
 
 
 Work = Callable[[Path, Callable[[], None]], Answer]
@@ -99,6 +103,7 @@ def ask_all(
     room: str = _PLAIN,
     settings: dict[str, Any] | None = None,
     take: Callable[[int, Answer], None] | None = None,
+    files_each: int = 16,
 ) -> list[str | None]:
     """Ask worker processes about each file; a worker's death or a time-out is a reason not to decode, too.
 
@@ -108,7 +113,8 @@ def ask_all(
         progress: called from this thread with (files done, files in all).
         room: whose `serve` is a worker's work.
         settings: what it is told first, beside the limits.
-        take: is given (position, answer) of each file that decodes, from several threads.
+        take: is given (position, answer) of each file that a worker has answered for, from several threads.
+        files_each: with fewer files for each worker there are fewer workers, since to start one takes time, too.
     Returns:
         One entry per path: None for a file that decodes to its last row, `Struck` where a limit or a death decided.
     Raises:
@@ -118,7 +124,7 @@ def ask_all(
     reasons: list[str | None] = [None] * len(paths)
     if not paths:
         return reasons
-    number = max(1, min(workers, (len(paths) + 15) // 16))
+    number = max(1, min(workers, -(-len(paths) // files_each)))
     waiting: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # (position, attempts so far)
     for position in range(len(paths)):
         waiting.put((position, 0))
@@ -197,7 +203,7 @@ class _Driver(threading.Thread):
             else:
                 self._done.put((position, Struck(death)))
             return
-        if answer.reason is None and self._job.take is not None:
+        if self._job.take is not None:
             self._job.take(position, answer)
         self._done.put((position, answer.reason))
 
@@ -256,7 +262,8 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                # The environment may name another decoder by now than this process has taken.
+                env={**os.environ, **_ONE_THREAD, decode.DECODER_VARIABLE: decode.DECODER},
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             )
         except OSError as error:
@@ -268,16 +275,17 @@ class Worker:
         Raises:
             SetupError: it is not to be imported there.
         """
-        settings = (
-            self._settings | asdict(self._limits) | {"max_pixels": decode.MAX_PIXELS, "max_bytes": decode.MAX_BYTES}
-        )
+        caps = {"max_pixels": decode.MAX_PIXELS, "max_bytes": decode.MAX_BYTES}
         try:
-            self._exchange(settings, _START_SECONDS)
+            told, _ = self._exchange(self._settings | asdict(self._limits) | caps, _START_SECONDS)
         except WorkerDied as death:
             raise SetupError(
-                f"A process for decoding pictures did not start: {death}. Does `{sys.executable} -c 'import PIL.Image'`"
-                " work here?"
+                f"A process for decoding pictures did not start: {death}. Does `{sys.executable} -c 'import PIL.Image,"
+                " numpy'` work here?"
             ) from None
+        if told.get("decoder") != decode.decoder_version() or told.get("pillow") != PIL.__version__:
+            self.close()
+            raise SetupError("What decodes pictures has changed since this Python was started; start it again.")
 
     def ask(self, path: str | Path) -> Answer:
         """What it makes of this file.
@@ -290,7 +298,7 @@ class Worker:
         if reason is None:
             return Answer(None, told, blobs)
         text = str(reason)[:MAX_REASON]
-        return Answer(Struck(text) if told.get("struck") else text)
+        return Answer(Struck(text) if told.get("struck") else text, told)
 
     def check_time(self) -> None:
         """Kill the worker if its answer is overdue."""
@@ -312,7 +320,7 @@ class Worker:
                 with suppress(OSError):  # a request that was never read is still in the buffer
                     pipe.close()
 
-    def _exchange(self, request: dict[str, Any], seconds: float) -> tuple[dict[str, Any], tuple[bytes, ...]]:
+    def _exchange(self, request: dict[str, Any], seconds: float) -> tuple[dict[str, Any], tuple[bytearray, ...]]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._deadline = time.monotonic() + seconds
@@ -359,7 +367,7 @@ def serve(prepare: Callable[[dict[str, Any]], Work] | None = None) -> None:
     memory, seconds = int(settings["memory_bytes"]), float(settings["seconds"])
     work = prepare(settings) if prepare else _decoded
     _limit_memory(memory)
-    _send(answers, {})
+    _send(answers, {"decoder": decode.decoder_version(), "pillow": PIL.__version__})
     while (request := _receive(requests)) is not None:
         _set_timer(seconds)
         try:
@@ -367,9 +375,9 @@ def serve(prepare: Callable[[dict[str, Any]], Work] | None = None) -> None:
         except MemoryError:
             answer = Answer(Struck(f"its decoding needs more than {memory >> 20:,} MB of memory"))
         _set_timer(0)
-        _send(
-            answers, answer.told | {"reason": answer.reason, "struck": isinstance(answer.reason, Struck)}, answer.blobs
-        )
+        verdict = {"reason": answer.reason, "struck": isinstance(answer.reason, Struck)}
+        _send(answers, answer.told | verdict, answer.blobs)
+        del answer  # the memory is the next file's
 
 
 def _decoded(path: Path, done: Callable[[], None]) -> Answer:
@@ -395,7 +403,7 @@ def _set_timer(seconds: float) -> None:
 # ---- messages --------------------------------------------------------------------------------------------------
 
 
-def _send(pipe: IO[bytes], message: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
+def _send(pipe: IO[bytes], message: dict[str, Any], blobs: Sequence[bytes | bytearray | memoryview] = ()) -> None:
     # ASCII: names that are no Unicode travel as lone surrogates.
     data = json.dumps(message | {"blobs": [len(blob) for blob in blobs]}).encode()
     pipe.write(len(data).to_bytes(4, "big") + data)
@@ -404,7 +412,7 @@ def _send(pipe: IO[bytes], message: dict[str, Any], blobs: Sequence[bytes] = ())
     pipe.flush()
 
 
-def _receive(pipe: IO[bytes] | BinaryIO) -> tuple[dict[str, Any], tuple[bytes, ...]] | None:
+def _receive(pipe: IO[bytes] | BinaryIO) -> tuple[dict[str, Any], tuple[bytearray, ...]] | None:
     """The next message and its blobs; None at the end of the stream.
 
     Raises:
@@ -425,7 +433,8 @@ def _receive(pipe: IO[bytes] | BinaryIO) -> tuple[dict[str, Any], tuple[bytes, .
     lengths = [int(length) for length in message.pop("blobs", ())]
     if any(length < 0 for length in lengths) or sum(lengths) > MAX_BLOB:
         raise ValueError(f"blobs of {lengths} bytes")
-    blobs = tuple(pipe.read(length) for length in lengths)
-    if any(len(blob) < length for blob, length in zip(blobs, lengths, strict=True)):
-        return None
+    blobs = tuple(bytearray(length) for length in lengths)
+    for blob in blobs:
+        if cast(BufferedReader, pipe).readinto(blob) < len(blob):
+            return None
     return message, blobs

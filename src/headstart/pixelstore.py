@@ -202,27 +202,29 @@ class PixelStore:
         return reasons
 
     def _make(self, job: _Job, missing: Sequence[int], shards: _Shards) -> dict[int, str | None]:
-        """Decode and keep the missing pictures; why each does not decode, which is kept where the file decides it."""
+        """Decode and keep the missing pictures; why each does not decode, which is kept where its bytes decide it."""
         paths = [job.paths[i] for i in missing]
-        before = [self._digests.get(path) for path in paths]
 
         def take(position: int, made: Made) -> None:
-            parts = dict(made.parts)
-            if FULL in parts:
-                assert self._spec is not None
-                parts["working"] = working_image_of(parts.pop(FULL).copy(), self._spec)
-            shards.add(made.digest, parts)
+            if not made.digest or isinstance(made.reason, Struck):
+                return
+            if made.reason or not job.parts:
+                shards.add_reason(made.digest, made.reason)
+            else:
+                shards.add(made.digest, self._finished(made.parts))
             self._digests[paths[position]] = made.digest  # of what was decoded, if the file has changed since
 
-        progress, workers = job.shifted(missing), job.workers or available_cores()
-        if job.parts:
-            reasons = intake.make(paths, job.parts, self._spec, workers=workers, take=take, progress=progress)
-        else:
-            reasons = bad_reasons(paths, workers=workers, progress=progress)
-        for digest, reason in zip(before, reasons, strict=True):
-            if digest and not isinstance(reason, Struck) and (reason or not job.parts):
-                shards.add_reason(digest, reason)
+        reasons = intake.make(
+            paths, job.parts, self._spec, workers=job.workers or available_cores(), take=take,
+            progress=job.shifted(missing),
+        )  # fmt: skip
         return dict(zip(missing, reasons, strict=True))
+
+    def _finished(self, parts: dict[str, _Pixels]) -> dict[str, _Pixels]:
+        if FULL not in parts or self._spec is None:
+            return parts
+        rest = {name: pixels for name, pixels in parts.items() if name != FULL}
+        return rest | {"working": working_image_of(parts[FULL], self._spec)}
 
     def contents(self, paths: Sequence[Path]) -> list[str] | None:
         """The hashes of the files as they were when the store was filled; None where one of them is not known."""
@@ -290,7 +292,10 @@ class _Shards:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, digest: str, parts: dict[str, _Pixels]) -> None:
-        rows = [(part, pixels.shape, data := pixels.tobytes(), zlib.crc32(data)) for part, pixels in parts.items()]
+        rows = [
+            (part, pixels.shape, data := np.ascontiguousarray(pixels).reshape(-1).data, zlib.crc32(data))
+            for part, pixels in parts.items()
+        ]
         nbytes = sum(len(data) for _, _, data, _ in rows)
         with self._lock:
             if self.is_full or nbytes > self.room:
