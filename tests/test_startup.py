@@ -17,10 +17,10 @@ def spent():
     return sum(os.times()[:4])
 import torch, timm
 torch.set_num_threads(1)
-started = spent()
+imported = started = spent()
 from headstart.cli import main
 code = main(["predict", sys.argv[1], sys.argv[2], "--json", "--workers", "1"])
-print(round(spent() - started, 3), file=sys.stderr)
+print(round(spent() - started, 3), round(imported, 3), file=sys.stderr)
 sys.exit(code)
 """
 
@@ -30,12 +30,15 @@ def test_predict_is_quick_beyond_importing_torch_and_timm(photos: Path, tmp_path
     recipe = Recipe(stages=(Stage(epochs=1, views=1),))
     fine_tune(photos, backbone="mobilenetv2_100", weights="none", recipe=recipe, limit=9, out=tmp_path / "run")
     arguments = [sys.executable, "-c", CODE, str(tmp_path / "run"), str(photos / "red" / "red0.jpg")]
-    seconds = []
+    seconds, imports = [], []
     for _ in range(3):  # what else the machine does stretches processor time, too, through its caches
         done = subprocess.run(arguments, capture_output=True, text=True, check=True)
         assert '"pred"' in done.stdout
-        seconds.append(float(done.stderr.splitlines()[-1]))
-    assert min(seconds) < 1.0  # 0.5 to 0.7 where this was written, on a busy machine
+        for figure, figures in zip(done.stderr.splitlines()[-1].split(), (seconds, imports), strict=True):
+            figures.append(float(figure))
+    # 0.5 to 0.7 s where this was written. A machine that others slow down takes longer for both: a seventh to a fifth
+    # of what it has just taken to import torch and timm.
+    assert min(seconds) < max(1.0, min(imports) / 4)
 
 
 SELF_TEST = """
