@@ -100,7 +100,8 @@ def _in_front_of(cut: Cut, model: Classifier, runtime: Runtime) -> _Frozen:
     dtype = cut.dtype if runtime.dtype == torch.float32 else runtime.dtype
 
     def compute(x: Tensor) -> Tensor:
-        return cut.prefix(model.enter(x))  # type: ignore[no-any-return]
+        out: Tensor = cut.prefix(model.enter(x))
+        return out
 
     return _Frozen(cut.prefix, cut.at, nn.Module.__call__, compute, cut.shape, dtype)
 

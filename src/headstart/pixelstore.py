@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import PIL
 import torch
 from PIL import features
@@ -20,11 +19,10 @@ from torch import Tensor
 
 from . import intake
 from .dataset import bad_reasons
-from .dataspec import DataSpec, working_size
+from .dataspec import DataSpec, PixelArray, working_size
 from .decode import decoder_version
 from .inspection import LOOK_BYTES, Look, unpack
 from .intake import FULL, Made
-from .isolate import Struck
 from .store import Cache, Entry, EntryWriter, FileHashes, code_hash, key_of
 from .terminal import file_size
 from .threads import available_cores, map_threads
@@ -35,7 +33,6 @@ SHARD_BYTES = 256 << 20  # an entry of the cache is about this large: what an in
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
-_Pixels = npt.NDArray[np.uint8]
 _Key = tuple[str, str]  # a file's hash; "view", "working" or "look"
 
 
@@ -206,7 +203,7 @@ class PixelStore:
         paths = [job.paths[i] for i in missing]
 
         def take(position: int, made: Made) -> None:
-            if not made.digest or isinstance(made.reason, Struck):
+            if not made.digest:  # a limit was in the way, or no bytes could be read
                 return
             if made.reason or not job.parts:
                 shards.add_reason(made.digest, made.reason)
@@ -220,7 +217,7 @@ class PixelStore:
         )  # fmt: skip
         return dict(zip(missing, reasons, strict=True))
 
-    def _finished(self, parts: dict[str, _Pixels]) -> dict[str, _Pixels]:
+    def _finished(self, parts: dict[str, PixelArray]) -> dict[str, PixelArray]:
         if FULL not in parts or self._spec is None:
             return parts
         rest = {name: pixels for name, pixels in parts.items() if name != FULL}
@@ -238,7 +235,7 @@ class PixelStore:
         pixels = self._pixels(path, "view")
         return None if pixels is None else torch.from_numpy(pixels)
 
-    def working(self, path: Path) -> _Pixels | None:
+    def working(self, path: Path) -> PixelArray | None:
         """The working image, uint8 [h, w, 3], likewise."""
         return self._pixels(path, "working")
 
@@ -247,7 +244,7 @@ class PixelStore:
         data = self._pixels(path, "look")
         return None if data is None else unpack(data)
 
-    def _pixels(self, path: Path, part: str) -> _Pixels | None:
+    def _pixels(self, path: Path, part: str) -> PixelArray | None:
         key = (self._digests.get(path, ""), part)
         record = self._records.get(key)
         entry = None if record is None else self._held.get(record.shard)
@@ -291,7 +288,7 @@ class _Shards:
     _reasons: dict[str, str | None] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, digest: str, parts: dict[str, _Pixels]) -> None:
+    def add(self, digest: str, parts: dict[str, PixelArray]) -> None:
         rows = [
             (part, pixels.shape, data := np.ascontiguousarray(pixels).reshape(-1).data, zlib.crc32(data))
             for part, pixels in parts.items()
