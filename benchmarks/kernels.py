@@ -3,10 +3,11 @@
     python benchmarks/kernels.py run [--backbones mobilenetv2_100,...] [--batch 16] [--rounds 9] [--threads 1]
     python benchmarks/kernels.py table [--write]         # the table in docs/benchmarks.md, from the records
 
-The training step and the forward pass of `fit` on random pixels at hand, 224 px, random weights, float32, with
-activations done by the convolution before them or apart, and with the gradients of 1 x 1 convolutions as matrix
-products or by oneDNN. The ways take turns, step by step; medians of processor seconds. How far the results of a
-forward pass lie apart is relative to their largest. Records are appended to benchmarks/results/kernels-DATE.jsonl.
+The training step and the forward pass of `fit` on random pixels at hand, 224 px, random weights, in bfloat16 where
+the machine computes in it, with activations done by the convolution before them or apart, and with the gradients of
+1 x 1 convolutions as matrix products or by oneDNN. The ways take turns, step by step; medians of processor seconds. How
+far the results of a forward pass lie apart is relative to their largest. Records are appended to
+benchmarks/results/kernels-DATE.jsonl.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def way(name: str) -> Iterator[None]:
     fused, products = WAYS[name]
     had = fastconv.activations_fuse, fastconv.products_pay
     if not fused:
-        fastconv.activations_fuse = lambda: False  # type: ignore[assignment]
+        fastconv.activations_fuse = lambda dtype: False  # type: ignore[assignment]
     if not products:
         fastconv.products_pay = lambda: False  # type: ignore[assignment]
     try:
@@ -61,12 +62,14 @@ def measure(backbone: str, batch: int, *, rounds: int) -> Record:
         steps = medians(step, tuple(WAYS), rounds)
     model = create_classifier(backbone, ["a", "b"], weights="none").eval()
     pixels = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8)
-    with fast_kernels(model, make_runtime(device="cpu")), torch.inference_mode():
+    runtime = make_runtime(device="cpu")
+    with fast_kernels(model, runtime), torch.inference_mode(), runtime.autocast():
         passes = medians(timed(lambda: model.features(pixels)), ("stock", "activations"), rounds)
         found: dict[str, Any] = {}
         for name in ("stock", "activations"):
             with way(name):
                 found[name] = model.features(pixels)
+    found = {name: features.float() for name, features in found.items()}
     apart = (found["stock"] - found["activations"]).abs().max() / found["stock"].abs().max()
     return {
         "backbone": backbone, "batch": batch, "rounds": rounds, "threads": torch.get_num_threads(), "dtype": dtype,
@@ -77,13 +80,13 @@ def measure(backbone: str, batch: int, *, rounds: int) -> Record:
 def table() -> str:
     """Markdown: what each way saves, of every network and number of threads the newest record."""
     rows = [
-        "| network | threads | forward pass, s: activations apart | by the convolution | outputs apart | step, s: stock"
-        " | activations by the convolution | and gradients as products |",
-        "|---|---|---|---|---|---|---|---|",
+        "| network | format | threads | forward pass, s: activations apart | by the convolution | outputs apart "
+        "| step, s: stock | activations by the convolution | and gradients as products |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in newest("kernels", "backbone", "threads"):
+    for r in newest("kernels", "backbone", "dtype", "threads"):
         step, forward = r["step"], r["pass"]
-        cells = [r["backbone"], r["threads"], f"{forward['stock']:.3f}", _saved(forward, "activations")]
+        cells = [r["backbone"], r["dtype"], r["threads"], f"{forward['stock']:.3f}", _saved(forward, "activations")]
         cells += ["same bits" if r["apart"] == 0 else f"{r['apart']:.0e}", f"{step['stock']:.3f}"]
         cells += [_saved(step, "activations"), _saved(step, "both") if r["products"] else "not here"]
         rows.append(f"| {' | '.join(map(str, cells))} |")

@@ -270,7 +270,7 @@ def test_relu6_in_place_copies_nothing_and_has_the_stock_gradient() -> None:
         assert torch.equal(a, b)
     net = nn.Sequential(nn.Conv2d(3, 6, 1), BatchNormAct2d(6, act_layer=nn.ReLU6), nn.Conv2d(6, 2, 1)).eval()
     found = []
-    fastconv.activations_fuse()  # its own trial copies, once in a process
+    fastconv.activations_fuse(torch.float32)  # its own trial copies, once in a process
     for fused in (False, True):
         with fuse_fixed_batchnorm(net) if fused else nullcontext(), Calls() as calls:
             net(x).sum().backward()
@@ -313,6 +313,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish])
 def test_convolutions_do_the_activation_after_them(act: type[nn.Module]) -> None:
     torch.manual_seed(0)
+    fastconv.activations_fuse(torch.float32)  # its own trials, once in a process, are none of the calls below
     net, x = spread_norms(Chains(act)), draw(4, 3, 29, 31, dtype=torch.float32) * 3
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     stock, classes = net_gradients(net, x), [type(m) for m in net.modules()]
@@ -328,9 +329,6 @@ def test_convolutions_do_the_activation_after_them(act: type[nn.Module]) -> None
         assert calls.count["_convolution_pointwise"] == 3 * keeps_result
         for a, b in zip(ours, stock, strict=True):
             assert relative(a, b) < 1e-5
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Calls() as calls:
-            assert relative(net(x), stock[0]) < 3e-2
-        assert not calls.count["_convolution_pointwise"]
         net.norm.train()  # then the activation is none of the convolution's business
         twin = copy.deepcopy(net)
         fastops.restore_stock(twin)
@@ -340,6 +338,37 @@ def test_convolutions_do_the_activation_after_them(act: type[nn.Module]) -> None
         net.norm.eval()
     assert [type(m) for m in net.modules()] == classes
     assert not any({"stock", "norm", "act", "done"} & vars(m).keys() for m in net.modules())
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish])
+def test_convolutions_do_the_activation_in_bfloat16_with_the_same_bits(
+    act: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fastconv.activations_fuse(torch.bfloat16):
+        pytest.skip("no convolution in bfloat16 here that does its activation")
+    torch.manual_seed(0)
+    net, x = spread_norms(Chains(act)), draw(4, 3, 29, 31, dtype=torch.float32) * 3
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    stock, keeps_result = net_gradients(net, x), act in (nn.ReLU, nn.ReLU6)
+    results = []
+    for fuses in (True, False):
+        if not fuses:
+            monkeypatch.setattr(fastconv, "activations_fuse", lambda dtype: False)
+        with fuse_fixed_batchnorm(net), torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad(), Calls() as calls:
+                plain = net(x)
+            assert calls.count["_convolution_pointwise"] == 3 * fuses
+            with Calls() as calls:
+                results.append([plain, *net_gradients(net, x)])
+            assert calls.count["_convolution_pointwise"] == 3 * (fuses and keeps_result)
+    for together, apart in zip(*results, strict=True):
+        # Limits that are no rounding in bfloat16 do the same before it and after it.
+        assert torch.equal(together, apart) if keeps_result else relative(together, apart) < 1e-2
+    assert relative(results[0][0], stock[0]) < 3e-2
+
+
+def test_no_fused_activation_in_float64() -> None:
+    assert not fastconv.activations_fuse(torch.float64)
 
 
 def test_fast_kernels_within_fast_kernels_change_nothing() -> None:

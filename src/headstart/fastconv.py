@@ -32,6 +32,9 @@ FUSED: dict[type, Fused] = {
     nn.SiLU: ("swish", (), ""),
     nn.Hardswish: ("hardswish", (), ""),
 }
+# How far a fused activation may lie from one that is done apart, relative and absolute. In bfloat16 the one is applied
+# before the result is rounded, the other after: the same bits for ReLU and ReLU6, another rounding for the two others.
+_ROUNDING = {torch.float32: (1e-5, 1e-8), torch.bfloat16: (2e-2, 1e-2)}
 # The gradient of these two can be told from the result alone, so that training needs no pass of its own for them.
 _FROM_RESULT = (nn.ReLU, nn.ReLU6)
 
@@ -211,15 +214,20 @@ def _activation_gradient(grad: Tensor, out: Tensor, act: Fused) -> Tensor:
 
 
 @functools.cache
-def activations_fuse() -> bool:
+def activations_fuse(dtype: torch.dtype) -> bool:
     """Does PyTorch's own, undocumented operation for this run here, and compute what the two steps do?"""
-    x = torch.linspace(-9, 9, 2 * 8 * 5 * 5).view(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
-    weight = torch.linspace(-1, 1, 8 * 8).view(8, 8, 1, 1)
+    if dtype not in _ROUNDING:
+        return False
+    x = torch.linspace(-9, 9, 2 * 8 * 5 * 5, dtype=dtype).view(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
+    weight = torch.linspace(-1, 1, 8 * 8, dtype=dtype).view(8, 8, 1, 1)
+    rtol, atol = _ROUNDING[dtype]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             plain = F.conv2d(x, weight)
             return all(
-                torch.allclose(_with_activation(x, weight, None, (1, 1), (0, 0), (1, 1), 1, how), act()(plain))
+                torch.allclose(
+                    _with_activation(x, weight, None, (1, 1), (0, 0), (1, 1), 1, how), act()(plain), rtol, atol
+                )
                 for act, how in FUSED.items()
             )
     except (AttributeError, RuntimeError):  # another build of PyTorch, without it
@@ -252,23 +260,23 @@ class _FastConv(nn.Conv2d):
         where = (self.stride, padding, self.dilation, self.groups)
         trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
         fused = _how_to_fuse(act, x, trains=trains)
-        if fused is not None and not trains:
-            return _with_activation(x, weight, bias, *where, fused)
         if fused is None and not (self.gradients and trains and x.device.type == "cpu"):
             out = F.conv2d(x, weight, bias, *where)
         else:
             if torch.is_autocast_enabled("cpu"):
                 x, weight, bias = (_autocast(t) for t in (x, weight, bias))
+            if fused is not None and not trains:
+                return _with_activation(x, weight, bias, *where, fused)
             out = cast(Tensor, Convolution.apply(x, weight, bias, *where, fused))
         return out if act is None or fused is not None else activate(act, out)
 
 
 def _how_to_fuse(act: nn.Module | None, x: Tensor, *, trains: bool) -> Fused | None:
     """How oneDNN is told to do an activation; None where it cannot, or its gradient needs what was there before."""
-    is_plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if act is None or not is_plain or (trains and stock_activation(act) not in _FROM_RESULT):
+    if act is None or x.device.type != "cpu" or (trains and stock_activation(act) not in _FROM_RESULT):
         return None
-    return FUSED.get(stock_activation(act)) if torch.backends.mkldnn.enabled and activations_fuse() else None
+    dtype = _autocast_dtype(x) if torch.is_autocast_enabled("cpu") else x.dtype
+    return FUSED.get(stock_activation(act)) if torch.backends.mkldnn.enabled and activations_fuse(dtype) else None
 
 
 def activate(act: nn.Module, x: Tensor) -> Tensor:
@@ -322,9 +330,12 @@ class FastConv2dSame(_FastConv, Conv2dSame):
 
 def _autocast(tensor: Tensor | None) -> Any:
     """What autocast does to an argument of a convolution: any float but float64 becomes the autocast format."""
-    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype("cpu"))
+    return None if tensor is None else tensor.to(_autocast_dtype(tensor))
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype:
+    stays = not tensor.is_floating_point() or tensor.dtype == torch.float64
+    return tensor.dtype if stays else torch.get_autocast_dtype("cpu")
 
 
 def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

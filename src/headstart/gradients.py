@@ -30,7 +30,8 @@ MEMORY_SHARE = 0.6
 # measured time, so that a run takes the same way whenever it is made.
 COMPILED_FROM = 200_000
 
-_TIMED_PICTURES = 16
+_TIMED_PICTURES = 8
+_CLOSE = (0.75, 1.25)  # times of the two formats that are this near each other are taken again
 
 Forward = Callable[[Classifier, Tensor], Tensor]
 Measured = TypeVar("Measured")
@@ -170,6 +171,9 @@ class Gradients:
                 took = self._tried(n, _seconds)
                 if turn:  # the first of each warms up
                     seconds[runtime.dtype] = min(seconds[runtime.dtype], took)
+            low, high = (share * seconds[exact.dtype] for share in _CLOSE)
+            if turn and asked.agrees(not low < seconds[asked.dtype] < high):  # no further turn changes the choice
+                break
         quicker = asked.agrees(seconds[asked.dtype] < 0.9 * seconds[exact.dtype])
         self.runtime = asked if quicker else exact
         name = str(self.runtime.dtype).removeprefix("torch.")
