@@ -154,8 +154,8 @@ def test_pictures_are_made_ready_in_other_threads_while_the_backbone_computes(ph
         pixels = Watched(table, SPEC, augment=augment)
         advanced: list[int] = []
         store_features(model, pixels, views=2, runtime=CPU, batch_size=16, advance=advanced.append)
-        assert [name.startswith("headstart-batch") for name in threads] == [in_background] * 5
-        assert advanced == [16, 16, 16, 16, 8]
+        assert [name.startswith("headstart-batch") for name in threads] == [in_background] * 6
+        assert advanced == [16, 16, 4] * 2  # view after view
 
 
 # ---------------------------------------------------------------- a line in the middle

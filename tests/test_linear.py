@@ -129,7 +129,7 @@ def test_lbfgs_ends_once_it_has_found_the_least_loss() -> None:
     assert 5 < result.epochs < 100
     assert result.history[-1]["event"]["message"] == f"L-BFGS has found the least loss after {result.epochs} epochs."
     losses = [record["train_loss"] for record in result.history[1:]]
-    assert losses[-1] == pytest.approx(losses[-2], rel=1e-3)
+    assert losses[-1] == pytest.approx(losses[-2], rel=1e-2)  # without the penalty, which is minimised too
     short = fit(model_of(), DATA, replace(stage, epochs=2), lr=1.0, runtime=CPU)
     assert short.epochs == 2
     assert short.history[-1]["event"] is None

@@ -34,7 +34,7 @@ from headstart.once import store_activations, store_features
 from headstart.pixels import Pixels
 from headstart.pixelstore import PixelStore
 from headstart.recipe import POLICIES
-from headstart.rowstore import RowStore, row_key
+from headstart.rowstore import RowStore, row_keys
 from headstart.store import Cache
 from tiny import SPEC, TinyNet
 
@@ -120,7 +120,8 @@ def test_the_key_names_weights_buffers_place_policy_and_machine(cache: Cache, ph
 
     def key(pixels: Pixels | None = None, at: str = "features", views: int = 2, batch_size: int = 32) -> str | None:
         pixels = pixels or Pixels(table, model.spec, augment=POLICIES["photo"], store=store)
-        return row_key(model, model.backbone, at, pixels, views=views, batch_size=batch_size, runtime=CPU)
+        keys = row_keys(model, model.backbone, at, pixels, batch_size=batch_size, runtime=CPU, kind="module")
+        return keys(views)
 
     keys = [key()]
     assert keys[0] == key()
@@ -233,8 +234,21 @@ def test_one_pass_serves_the_head_and_the_stage_after_it(cache: Cache, photos: P
     assert torch.equal(weights(first), weights(without))
 
 
-def test_a_stage_with_other_views_runs_its_own(cache: Cache, photos: Path) -> None:
-    assert two_stages(photos, views=3)[1] >= HEAD_ALONE + 24 * 3 + 6
+def test_a_stage_with_more_views_runs_those_alone_that_are_not_there(cache: Cache, photos: Path) -> None:
+    first, count = two_stages(photos, views=4)
+    assert HEAD_ALONE + 24 * 2 <= count <= HEAD_ALONE + 24 * 2 + TRIED
+    assert len(cache.names("features")) == 4  # training and validation of two stages: no rows are kept twice
+    without, count = two_stages(photos, views=4, cache=False)
+    assert count >= HEAD_ALONE + 24 * 4 + 6
+    assert torch.equal(weights(first), weights(without))
+    again, count = two_stages(photos, views=3)  # the beginning of what is there
+    assert count <= 6 + TRIED
+    without, _ = two_stages(photos, views=3, cache=False)
+    assert torch.equal(weights(again), weights(without))
+
+
+def test_a_stage_with_fewer_views_runs_its_own(cache: Cache, photos: Path) -> None:
+    assert two_stages(photos, views=1)[1] >= HEAD_ALONE + 24 + 6
     cache.clear()
     assert two_stages(photos, views=3, augment="none")[1] <= 24 + 6 + 6 + TRIED  # of which there are none
 
@@ -256,7 +270,7 @@ def test_without_room_nothing_is_put_aside(cache: Cache, photos: Path, monkeypat
     monkeypatch.setattr(RowStore, "begin", full)
     monkeypatch.setattr(RowStore, "filled", lambda self, rows: put.append(len(rows)) if rows.dim() == 4 else None)
     assert two_stages(photos)[1] >= HEAD_ALONE + 24 * 2 + 6
-    assert put == [32, 6, 32, 16, 6]  # given up after the first batch; then the second stage's own
+    assert put == [24, 6, 24, 24, 6]  # given up after the first batch; then the second stage's own
     assert not any("held in memory" in line for line in said)
 
 

@@ -97,13 +97,14 @@ class FeatureSource:
 
     def __init__(self, features: Tensor, labels: Tensor, device: torch.device | None = None) -> None:
         self.features, self.labels = features, labels
-        self._rows = features if device is None else features.to(device)  # a GPU's own copy; else the same
+        rows = features.transpose(0, 1).flatten(0, 1)  # view after view, as stored features lie: then no copy
+        self._rows = rows if device is None else rows.to(device)  # a GPU's own copy
         self.num_views: int | None = features.shape[1]
         self.nbytes = features.nbytes
 
     def batch(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
-        places = torch.as_tensor(indices) * self._rows.shape[1] + torch.as_tensor(views)
-        return self._rows.flatten(0, 1).index_select(0, sent(places, self._rows.device))
+        places = torch.as_tensor(views) * len(self.labels) + torch.as_tensor(indices)
+        return self._rows.index_select(0, sent(places, self._rows.device))
 
     def forward(self, model: Classifier, inputs: Tensor) -> Tensor:
         # The head is small and its inputs are stored: float32 costs nothing here and loses nothing.
@@ -121,12 +122,11 @@ class ActivationSource:
 
     def __init__(self, stored: Stored, labels: Tensor, cut: Cut) -> None:
         self.stored, self.labels, self.cut = stored, labels, cut
-        self._views = len(stored.rows) // len(labels)
-        self.num_views: int | None = self._views
+        self.num_views: int | None = len(stored.rows) // len(labels)
         self.nbytes = stored.rows.nbytes
 
     def batch(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
-        return self.stored.take(torch.as_tensor(indices) * self._views + torch.as_tensor(views))
+        return self.stored.take(torch.as_tensor(views) * len(self.labels) + torch.as_tensor(indices))
 
     def enter(self, model: Classifier, inputs: Tensor) -> Tensor:
         """What the suffix takes, with every module in the mode that it has to have."""

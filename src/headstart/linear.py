@@ -112,9 +112,9 @@ def set_ridge(model: Classifier, train: FeatureSource, val: FeatureSource) -> Ri
 
 
 def all_views(source: FeatureSource) -> tuple[Tensor, Tensor]:
-    """Features [N * K, D] in float32 and the label of each."""
-    features = source.features
-    return features.flatten(0, 1).float(), source.labels.repeat_interleave(features.shape[1])
+    """Features [K * N, D] in float32, view after view, and the label of each."""
+    features = source.features.transpose(0, 1)
+    return features.flatten(0, 1).float(), source.labels.repeat(len(features))
 
 
 def lbfgs_epoch(

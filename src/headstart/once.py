@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from .fastops import fast_training
 from .frozenpass import SAVED, FrozenForward, compile_pays, frozen_forward, tolerance
 from .memory import in_portions, sent
 from .pixels import Pixels
-from .rowstore import RowStore, row_store
+from .rowstore import RowStore, row_stores
 from .runtime import Runtime, prefetch
 
 Advance = Callable[[int], None]
@@ -28,6 +28,7 @@ Aside = Callable[[], Cut | None]
 
 _RECORDED_FROM = 4  # a pass of fewer batches is over before its kernels are recorded
 _COMPARED = 4  # pictures on which a pass in two halves is compared with the whole
+_LOOKED_FOR = 8  # rows of up to so many views are looked for, if they hold those that are wanted or a part of them
 _TIMED_FROM = 100  # in a pass of fewer batches no compile pays, so none is timed
 
 
@@ -36,7 +37,7 @@ class Stored:
     """What a function gave for every picture and view.
 
     Attributes:
-        rows: [N * K, ...], the views of a picture one after the other.
+        rows: [K * N, ...], view after view, so that fewer views are the beginning of more.
         channels_last: the rows are feature maps that lie as [H, W, C].
         dtype: the format in which they were computed; they may be kept in a shorter one.
     """
@@ -66,16 +67,16 @@ def store_features(
     View 0 is the plain evaluation view. Under several processes each computes its share.
 
     Args:
-        aside: finds the cut of the same backbone behind which the next stage trains, from as many views. Where rows are
-            made, in one process on a CPU, what passes there is put on disk on the way if there is room and if it is, on
-            the first pictures, to the bit what `store_activations` would make; that then finds it.
+        aside: finds the cut of the same backbone behind which the next stage trains, from as many views or more.
+            Where rows are made, in one process on a CPU, what passes there is put on disk on the way if there is room
+            and if it is, on the first pictures, to the bit what `store_activations` would make; that then finds it.
     """
     forward = partial(backbone_features, pool=model.pool)
     part = _Frozen(
         model.backbone, "features", forward, lambda x: model.features(x).float(), (model.num_features,), torch.float32
     )
     stored = _Pass(model, part, pixels, views, runtime, batch_size, advance, aside).run()
-    return stored.rows.cpu().reshape(len(pixels), views, -1)
+    return stored.rows.cpu().reshape(views, len(pixels), -1).transpose(0, 1)
 
 
 def store_activations(
@@ -137,7 +138,9 @@ class _Filling:
         made = out.dtype
         out = self.runtime.gather(out.to(self.part.dtype), len(chunk))
         if self.stored is None:
-            self.stored = self._begin(out, made)
+            mapped = out.dim() == 4 and not out.is_contiguous()  # the layout in which the first ones came
+            mapped = mapped and out.is_contiguous(memory_format=torch.channels_last)
+            self.stored = self._begin(channels_last=mapped, made=made)
         now = self.stored.rows[chunk[0] : chunk[-1] + 1]
         now[:] = out.permute(0, 2, 3, 1) if self.stored.channels_last else out
         if self.disk and self.stored.rows.device.type == "cpu":
@@ -148,17 +151,24 @@ class _Filling:
         """Whether the rows so far went to disk."""
         return self.disk is not None and self.disk.is_open
 
-    def _begin(self, out: Tensor, made: torch.dtype) -> Stored:
-        """Room for all rows, in the layout in which the first ones came."""
-        mapped = out.dim() == 4 and not out.is_contiguous()
-        mapped = mapped and out.is_contiguous(memory_format=torch.channels_last)
+    def put_earlier(self, fewer: Stored, batch_size: int) -> None:
+        """The first rows, as a pass over fewer views has made them."""
+        self.stored = self._begin(channels_last=fewer.channels_last, made=fewer.dtype)
+        for there, here in zip(fewer.rows.split(batch_size), self.stored.rows.split(batch_size), strict=False):
+            now = here[: len(there)]
+            now.copy_(there)
+            if self.disk and now.device.type == "cpu":
+                self.disk.filled(now)
+
+    def _begin(self, *, channels_last: bool, made: torch.dtype) -> Stored:
+        """Room for all rows."""
         shape, dtype = self.part.shape, self.part.dtype
-        size = (self.size, *((*shape[1:], shape[0]) if mapped else shape))
+        size = (self.size, *((*shape[1:], shape[0]) if channels_last else shape))
         if self.runtime.holds(math.prod(size) * dtype.itemsize):
-            rows = torch.empty(size, dtype=dtype, device=out.device)
+            rows = torch.empty(size, dtype=dtype, device=self.runtime.device)
         else:
             rows = self.disk.begin(size, dtype) if self.disk else torch.empty(size, dtype=dtype)
-        return Stored(rows, mapped, made)
+        return Stored(rows, channels_last, made)
 
     def keep(self, batch_size: int) -> Stored:
         """All rows are in their place: on disk, where there is one, for later runs and stages."""
@@ -211,12 +221,14 @@ class _Pass:
     disk: RowStore | None = None
     way: _Way | None = None
     kind: str = ""
+    _disks: Callable[[int], RowStore | None] = lambda views: None
 
     def __post_init__(self) -> None:
         if self.runtime.gpu:
             self.batch_size = max(self.batch_size, self.runtime.batch_size)
-        self.places = torch.arange(len(self.pixels) * self.views)
-        self.chunks = self.places.split(self.batch_size * self.runtime.world)
+        # No batch holds two views, so that a pass over fewer of them has the same batches, and rows with the same bits.
+        each = torch.arange(len(self.pixels)).split(self.batch_size * self.runtime.world)
+        self.chunks = [chunk + view * len(self.pixels) for view in range(self.views) for chunk in each]
 
     def run(self) -> Stored:
         """What is kept of this part, pictures and views from before, or else what the part gives now."""
@@ -253,22 +265,36 @@ class _Pass:
 
         Kinds: the `module` as it is, a `folded` copy of it (see `frozen_forward`), or a `compiled` one.
         """
-        self.kind = kind
-        self.disk = row_store(
-            self.model, self.part.net, self.part.at, self.pixels,
-            views=self.views, batch_size=self.batch_size, runtime=self.runtime, kind=kind,
-        )  # fmt: skip
-        kept = self.disk.load() if self.disk else None
-        if not self.runtime.agrees(kept is not None) or not kept:
+        self.kind, self._disks = kind, self._stores(self.part, kind)
+        self.disk = self._disks(self.views)
+        stored = self._loaded(range(self.views, max(self.views, _LOOKED_FOR) + 1))
+        if stored is None:
             return None
-        rows, facts = kept
-        if self.disk:
-            shown = f"{len(self.pixels):,} pictures x {self.views} view{'s' * (self.views != 1)}"
-            self.disk.tell(f"Features stored earlier are used: {shown}.")
-        if self.advance:
-            self.advance(len(self.runtime.share(torch.arange(len(rows)))))
-        rows = rows.to(self.runtime.device) if self.runtime.holds(rows.nbytes) else rows
-        return Stored(rows, facts["channels_last"], getattr(torch, facts["made"]))
+        on_device = self.runtime.holds(stored.rows.nbytes)
+        return replace(stored, rows=stored.rows.to(self.runtime.device)) if on_device else stored
+
+    def _stores(self, part: _Frozen, kind: str) -> Callable[[int], RowStore | None]:
+        """The places on disk of a part's rows by their number of views."""
+        return row_stores(
+            self.model, part.net, part.at, self.pixels, batch_size=self.batch_size, runtime=self.runtime, kind=kind
+        )
+
+    def _loaded(self, numbers: Iterable[int]) -> Stored | None:
+        """Rows from before, of the first of these numbers of views of which there are any, as many as are of use."""
+        for views in numbers:
+            disk = self._disks(views)
+            kept = disk.load() if disk else None
+            if not self.runtime.agrees(kept is not None) or not disk or not kept:
+                continue
+            rows, facts = kept
+            of_use = min(views, self.views)
+            shown = f"{len(self.pixels):,} pictures x {of_use} view{'s' * (of_use != 1)}"
+            disk.tell(f"Features stored earlier are used: {shown}.")
+            rows = rows[: len(self.pixels) * of_use]
+            if self.advance:
+                self.advance(len(self.runtime.share(torch.arange(len(rows)))))
+            return Stored(rows, facts["channels_last"], getattr(torch, facts["made"]))
+        return None
 
     def compile_pays(self) -> bool:
         """Whether a compile pays, by the time of one batch and their number; a line says so for a long pass."""
@@ -321,15 +347,20 @@ class _Pass:
     def compute(self, quick: FrozenForward | None) -> Stored:
         """Fill a store of the part's row shape and format, batch by batch."""
         # Made outside inference mode: autograd refuses to save inference tensors for a backward pass.
-        filling = _Filling(self.part, len(self.places), self.runtime, self.disk)
+        filling = _Filling(self.part, self.size, self.runtime, self.disk)
         way = self.way if self.way and not quick and self.agree(self.way) else None
-        shares = [self.runtime.share(chunk) for chunk in self.chunks]
+        # A pass with another on the way needs all its batches.
+        fewer = None if way else self._loaded(range(min(self.views - 1, _LOOKED_FOR), 0, -1))
+        if fewer:
+            filling.put_earlier(fewer, self.batch_size)
+        chunks = [chunk for chunk in self.chunks if not fewer or chunk[0] >= len(fewer.rows)]
+        shares = [self.runtime.share(chunk) for chunk in chunks]
         compute = self._through(quick) if quick else self.part.compute
         with ThreadPoolExecutor(self.runtime.workers, thread_name_prefix="headstart-batch") as pool:
             # Decoding and augmenting go on while the network computes.
             threads = pool if self.pixels.in_background else None
             inputs = prefetch(self._batch, shares, pool=threads, ahead=self.runtime.workers + 1)
-            for chunk, mine, batch in zip(self.chunks, shares, inputs, strict=True):
+            for chunk, mine, batch in zip(chunks, shares, inputs, strict=True):
                 if way is None:
                     filling.put(chunk, self._run(compute, batch))
                 else:
@@ -344,26 +375,27 @@ class _Pass:
         if self.kind == "compiled" and quick and not quick.compiled:
             assert filling.stored is not None
             return filling.stored  # compiling failed on the way: rows of two functions
-        return filling.keep(self.batch_size)
+        stored = filling.keep(self.batch_size)
+        shorter = self._disks(len(fewer.rows) // len(self.pixels)) if fewer else None
+        if shorter and self.disk and self.disk.is_kept:
+            shorter.remove()  # its rows are the beginning of those just kept
+        return stored
 
     def in_halves(self, cut: Cut) -> _Way | None:
         """The pass in two halves, where what passes between them is not kept yet and has room on disk."""
         part = _in_front_of(cut, self.model, self.runtime)
-        disk = row_store(
-            self.model, part.net, part.at, self.pixels,
-            views=self.views, batch_size=self.batch_size, runtime=self.runtime,
-        )  # fmt: skip
-        if disk is None or not disk.wants(len(self.places) * cut.bytes_per_picture(part.dtype)):
+        disk = self._stores(part, "module")(self.views)
+        if disk is None or not disk.wants(self.size * cut.bytes_per_picture(part.dtype)):
             return None
         cut.suffix.training = False
-        few = self._batch(self.places[:_COMPARED])
+        few = self._batch(self.chunks[0][:_COMPARED])
         with fast_kernels(part.net, self.runtime):
             alone = self._run(part.compute, few)
 
         def rest(x: Tensor) -> Tensor:
             return pool_output(self.model.backbone, cut.suffix(x), self.model.pool).to(self.part.dtype)
 
-        return _Way(_Filling(part, len(self.places), self.runtime, disk), rest, few, alone)
+        return _Way(_Filling(part, self.size, self.runtime, disk), rest, few, alone)
 
     def agree(self, way: _Way) -> bool:
         """Whether the halves give the whole's bits, and the first half those of a pass of its own.
@@ -378,7 +410,12 @@ class _Pass:
         """The pictures of these places, uint8; None where this process has no share."""
         if not len(mine):
             return None
-        return self.pixels.batch((mine // self.views).tolist(), (mine % self.views).tolist())
+        return self.pixels.batch((mine % len(self.pixels)).tolist(), (mine // len(self.pixels)).tolist())
+
+    @property
+    def size(self) -> int:
+        """How many rows there are: pictures times views."""
+        return len(self.pixels) * self.views
 
     @cached_property
     def _first(self) -> Tensor | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from itertools import chain
 from typing import Any
@@ -35,12 +36,15 @@ class RowStore:
         key: what determines the rows; see `row_key`.
         writes: whether this process keeps what it makes.
         say: is told when rows made before are used.
+
+    Attributes:
+        is_kept: what was written is on disk under its name.
     """
 
     def __init__(self, cache: Cache, key: str, *, writes: bool, say: Say) -> None:
         self._cache, self._key, self._writes, self.tell = cache, key, writes, say
         self._writer: EntryWriter | None = None
-        self._crc = 0
+        self._crc, self.is_kept = 0, False
 
     def load(self) -> tuple[Tensor, dict[str, Any]] | None:
         """Rows [N, ...] and what `finish` was told about them; None where they have to be made."""
@@ -98,6 +102,7 @@ class RowStore:
         dtype = str(rows.dtype).removeprefix("torch.")
         try:
             self._writer.publish({**facts, "crc": self._crc, "shape": list(rows.shape), "dtype": dtype})
+            self.is_kept = True
         except OSError as error:
             self.tell(f"Stored features are not kept: {self._cache.folder} cannot be used ({error}).")
             return rows
@@ -106,6 +111,11 @@ class RowStore:
         entry = self._cache.open("features", self._key)  # held from here on, as a later run would hold it
         return rows if entry is None else torch.from_numpy(entry.data).view(rows.dtype).reshape(rows.shape)
 
+    def remove(self) -> None:
+        """Take kept rows off the disk; whoever holds them goes on holding them."""
+        with suppress(OSError):  # a system that removes nothing that is held
+            self._cache.path("features", self._key).unlink(missing_ok=True)
+
     def discard(self) -> None:
         """Leave nothing half done behind."""
         if self._writer is not None:
@@ -113,60 +123,51 @@ class RowStore:
             self._writer = None
 
 
-def row_store(
-    model: Classifier,
-    net: nn.Module,
-    at: str,
-    pixels: Pixels,
-    *,
-    views: int,
-    batch_size: int,
-    runtime: Runtime,
-    kind: str = "module",
-) -> RowStore | None:
-    """Where the output of `net`, the part of the model up to `at`, is kept; None where nothing names it."""
-    if pixels.store is None:
-        return None
-    key = row_key(model, net, at, pixels, views=views, batch_size=batch_size, runtime=runtime, kind=kind)
-    if key is None:
-        return None
-    return RowStore(pixels.store.cache, key, writes=runtime.is_main, say=pixels.store.say)
+def row_stores(
+    model: Classifier, net: nn.Module, at: str, pixels: Pixels, *, batch_size: int, runtime: Runtime, kind: str
+) -> Callable[[int], RowStore | None]:
+    """Where the output of `net`, the part of the model up to `at`, is kept of so many views; None: nothing names it."""
+    key_of_views = row_keys(model, net, at, pixels, batch_size=batch_size, runtime=runtime, kind=kind)
+
+    def of(views: int) -> RowStore | None:
+        key = key_of_views(views)
+        if key is None or pixels.store is None:
+            return None
+        return RowStore(pixels.store.cache, key, writes=runtime.is_main, say=pixels.store.say)
+
+    return of
 
 
-def row_key(
-    model: Classifier,
-    net: nn.Module,
-    at: str,
-    pixels: Pixels,
-    *,
-    views: int,
-    batch_size: int,
-    runtime: Runtime,
-    kind: str = "module",
-) -> str | None:
-    """A name for everything that decides the rows; None with a module or a transform of the user's own.
+def row_keys(
+    model: Classifier, net: nn.Module, at: str, pixels: Pixels, *, batch_size: int, runtime: Runtime, kind: str
+) -> Callable[[int], str | None]:
+    """A name for everything that decides the rows of so many views; None with a module or transform of the user's own.
 
     Weights and buffers of `net`, where it ends, preparation, contents of the files in order, views with their policy
     and seed, number format, batch shape, processes, threads, machine, the kind of function that made them,
     libraries, and our own source text.
     """
-    assert pixels.store is not None
-    contents = pixels.store.contents(pixels.table.paths)
-    drawn = views > 1 and pixels.is_augmented
-    if model.backbone_name is None or contents is None or (drawn and not isinstance(pixels.augment, AugmentSpec)):
-        return None
-    return key_of(
-        {
-            "weights": tensors_digest(chain(net.named_parameters(), net.named_buffers())),
-            "net": [model.backbone_name, model.backbone_args, model.pool, at],
-            "pixels": [pixels.spec.to_dict(), pixels.store.family],
-            "contents": hashlib.sha256("".join(contents).encode()).hexdigest(),
-            "views": [views, pixels.augment.to_dict(), pixels.seed] if drawn else views,  # type: ignore[union-attr]
-            "computed": [runtime.dtype, batch_size, runtime.world, kind, *_machine(runtime.device)],
-            "libraries": {name: metadata.version(name) for name in _LIBRARIES},
-            "code": code_hash(),
-        }
-    )
+    contents = pixels.store.contents(pixels.table.paths) if pixels.store else None
+    if pixels.store is None or model.backbone_name is None or contents is None:
+        return lambda views: None
+    facts = {
+        "weights": tensors_digest(chain(net.named_parameters(), net.named_buffers())),
+        "net": [model.backbone_name, model.backbone_args, model.pool, at],
+        "pixels": [pixels.spec.to_dict(), pixels.store.family],
+        "contents": hashlib.sha256("".join(contents).encode()).hexdigest(),
+        "computed": [runtime.dtype, batch_size, runtime.world, kind, *_machine(runtime.device)],
+        "libraries": {name: metadata.version(name) for name in _LIBRARIES},
+        "code": code_hash(),
+    }
+
+    def of(views: int) -> str | None:
+        if views == 1 or not pixels.is_augmented:
+            return key_of({**facts, "views": views})
+        if not isinstance(pixels.augment, AugmentSpec):
+            return None
+        return key_of({**facts, "views": [views, pixels.augment.to_dict(), pixels.seed]})
+
+    return of
 
 
 def _machine(device: torch.device) -> list[Any]:

@@ -119,7 +119,7 @@ def train_stage(
     if place.why:
         say(f"  {place.why}", enabled=show)
     aside = None
-    if following and model.backbone_is_frozen and (following.views == stage.views or not trainset.is_augmented):
+    if following and model.backbone_is_frozen and (following.views >= stage.views or not trainset.is_augmented):
         aside = cache(partial(_cut_of, following, model, trainset, valset, stage, bench))
     with ProgressBar(place.passes, "  frozen backbone", enabled=show and bool(place.passes)) as bar:
         source, shared = bench.source(trainset, valset, model, place, advance=bar.advance, aside=aside)
