@@ -72,9 +72,9 @@ RUNS = {
     "keras": Run("Keras, head then top 20 layers", "keras", "keras"),
     "fastai": Run("fastai `fine_tune(4)`", "torch", "fastai"),
     "huggingface": Run("Hugging Face example", "torch", "hf"),
-    "plain_bf16_head": Run("plain PyTorch, channels-last, head", "torch", "plain", "head fast"),
+    "plain_bf16_head": Run("plain PyTorch, fast formats, head", "torch", "plain", "head fast"),
     "timm": Run("timm train.py", "torch", "timm"),
-    "plain_bf16_all": Run("plain PyTorch, channels-last, everything", "torch", "plain", "all fast"),
+    "plain_bf16_all": Run("plain PyTorch, fast formats, everything", "torch", "plain", "all fast"),
     "plain_head": Run("plain PyTorch, head", "torch", "plain", "head"),
     "plain_all": Run("plain PyTorch, everything", "torch", "plain", "all"),
 }
@@ -85,15 +85,21 @@ HEADS = {"keras": 20.0, "plain_bf16_head": 10.0}
 WHOLE_BAR = 5.0
 
 
-def records() -> list[Record]:
-    """The records of whole runs, then estimates of those that have only been run in part.
+Found = dict[tuple[str, int, str], Record]
+"""Records by set, seed and run."""
+KINDS = {True: "On a CPU with bfloat16", False: "On a CPU without bfloat16"}
+"""Machines: runs on one kind are never compared with runs on the other."""
+
+
+def records(bfloat16: bool) -> Found:
+    """Whole runs on CPUs of this kind, and estimates of those that have only been run in part.
 
     Of repeated runs the last one counts, and a whole run before any estimate.
     """
-    found = read("peers")
-    whole = {(r["set"], r["seed"], r["run"]): r for r in found if not r.get("part")}
-    parts = {(r["set"], r["seed"], r["run"]): estimate(r) for r in found if r.get("part")}
-    return list((parts | whole).values())
+    made = [r for r in read("peers") if r["bfloat16_cpu"] == bfloat16]
+    whole = {(r["set"], r["seed"], r["run"]): r for r in made if not r.get("part")}
+    parts = {(r["set"], r["seed"], r["run"]): estimate(r) for r in made if r.get("part")}
+    return parts | whole
 
 
 def estimate(record: Record) -> Record:
@@ -282,7 +288,7 @@ def run_all(options: argparse.Namespace) -> None:
 def run_one(key: str, options: argparse.Namespace, *, name: str, seed: int) -> None:
     """One run, and headstart's again from the cache it has filled; what has a record is not run again."""
     keys = [key] + [f"{key}_cached"] * (f"{key}_cached" in RUNS)
-    if {(name, seed, key) for key in keys} <= {(r["set"], r["seed"], r["run"]) for r in records() if not r.get("part")}:
+    if {(name, seed, key) for key in keys} <= whole_runs(records(has_bfloat16())).keys():
         return
     lock, threads, epochs = options.lock, options.threads, options.epochs
     with tempfile.TemporaryDirectory(prefix="headstart-bench-") as cache:
@@ -308,28 +314,27 @@ def reached(ours: Record, val_accuracy: float) -> float | None:
     return next((e["seconds"] for e in ours["curve"] if e["val_accuracy"] >= val_accuracy - 1e-6), None)
 
 
-def sooner(theirs: str) -> list[float]:
+def whole_runs(found: Found) -> Found:
+    return {key: record for key, record in found.items() if not record.get("part")}
+
+
+def sooner(found: Found, theirs: str) -> list[float]:
     """How many times sooner, by the wall, headstart had the validation accuracy with which a peer's whole run ended.
 
     0 where the default run never had it.
     """
-    found = by_key()
     times = []
-    for (name, seed, peer), record in found.items():
+    for (name, seed, peer), record in whole_runs(found).items():
         mine = found.get((name, seed, "headstart"))
-        if peer == theirs and mine and not record.get("part"):
+        if peer == theirs and mine:
             there = reached(mine, record["val_accuracy"])
             times.append(record["seconds"] / there if there else 0.0)
     return times
 
 
-def _sooner(theirs: str) -> str:
-    times = sooner(theirs)
+def _sooner(found: Found, theirs: str) -> str:
+    times = sooner(found, theirs)
     return "" if not times else f"{statistics.median(times):.0f}x" if statistics.median(times) else "never"
-
-
-def by_key() -> dict[tuple[str, int, str], Record]:
-    return {(r["set"], r["seed"], r["run"]): r for r in records()}
 
 
 def _number(value: float | None, digits: int = 0) -> str:
@@ -341,9 +346,8 @@ def _median(values: Iterable[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-def run_rows(name: str) -> list[str]:
+def run_rows(found: Found, name: str) -> list[str]:
     """The table of one set: medians over the seeds, mean accuracies with the mean interval; `~` is an estimate."""
-    found = by_key()
     rows = [
         "| run | seeds | processor seconds: head | in all | wall seconds: head | in all | validation | "
         "headstart gets there in | test accuracy | memory, MB |",
@@ -365,7 +369,7 @@ def run_rows(name: str) -> list[str]:
     return rows
 
 
-def _quality(scored: Sequence[Record], found: dict[tuple[str, int, str], Record], *, theirs: bool) -> list[str]:
+def _quality(scored: Sequence[Record], found: Found, *, theirs: bool) -> list[str]:
     """Validation accuracy, when headstart got there, test accuracy and memory of whole runs."""
     if not scored:
         return ["-"] * 4
@@ -379,13 +383,12 @@ def _quality(scored: Sequence[Record], found: dict[tuple[str, int, str], Record]
     return [validation, got if theirs else "", accuracy, _number(_median(r["peak_pss_mb"] for r in scored))]
 
 
-def ratios(theirs: str, field: str, ours: Sequence[str] = ("headstart",)) -> list[float]:
+def ratios(found: Found, theirs: str, field: str, ours: Sequence[str] = ("headstart",)) -> list[float]:
     """How many times longer a peer took than headstart, for each set and seed that has both.
 
     Args:
         ours: headstart's runs to compare with, the first that there is.
     """
-    found = by_key()
     pairs = []
     for (name, seed, key), record in found.items():
         mine = next((found[name, seed, one] for one in ours if (name, seed, one) in found), None)
@@ -400,7 +403,7 @@ def verdict(values: Sequence[float], bar: float) -> str:
     return "held" if middle >= bar else f"missed: {middle:.1f} of {bar:g}"
 
 
-def bar_rows() -> list[str]:
+def bar_rows(found: Found) -> list[str]:
     """Ratios by processor and by wall seconds, their medians over all sets and seeds, and whether each bar is held."""
     rows = [
         "| headstart's default against | bar | ratio, processor | ratio, wall | runs | by processor seconds "
@@ -411,25 +414,25 @@ def bar_rows() -> list[str]:
     wanted += [(key, "whole run", "", WHOLE_BAR, ("headstart",)) for key in WHOLE]
     wanted += [(key, "whole run, recipe `quick`", "", WHOLE_BAR, ("headstart_quick",)) for key in WHOLE]
     for key, what, prefix, bar, ours in wanted:
-        wall, processor = (ratios(key, f"{prefix}{field}", ours) for field in ("seconds", "processor_seconds"))
+        wall, processor = (ratios(found, key, f"{prefix}{field}", ours) for field in ("seconds", "processor_seconds"))
         if not processor:
             continue
-        about = "~" * any(r["run"] == key and r.get("part") for r in records())
+        about = "~" * any(run == key and r.get("part") for (_, _, run), r in found.items())
         spread = f" ({min(processor):.1f} - {max(processor):.1f})" if len(processor) > 1 else ""
         cells = (
             f"{what}: {RUNS[key].title}", f"{bar:g}x", f"{about}{statistics.median(processor):.1f}x{spread}",
             f"{statistics.median(wall):.1f}x" if wall else "-", len(processor), verdict(processor, bar),
-            _sooner(key) if what == "whole run" else "",
+            _sooner(found, key) if what == "whole run" else "",
         )  # fmt: skip
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return rows
 
 
 def accuracy_rows(
-    ours: str = "headstart", theirs: Sequence[str] = (*WHOLE, "plain_head", "plain_bf16_head")
+    found: Found, ours: str = "headstart", theirs: Sequence[str] = (*WHOLE, "plain_head", "plain_bf16_head")
 ) -> list[str]:
     """Paired differences of test accuracy, `ours` minus each of `theirs`, for each set, over the seeds."""
-    found = {key: record for key, record in by_key().items() if not record.get("part")}
+    found = whole_runs(found)
     rows = ["| set | against | seeds | difference in points | 95 % interval | |", "|---|---|---|---|---|---|"]
     for name in sorted({key[0] for key in found}):
         for peer in theirs:
@@ -446,11 +449,11 @@ def accuracy_rows(
     return rows
 
 
-def time_rows() -> list[str]:
+def time_rows(found: Found) -> list[str]:
     """Where the processor seconds of headstart's default run go, by the ends of its epochs; medians over all runs."""
     parts: dict[str, list[float]] = {}
-    for record in records():
-        if record["run"] != "headstart":
+    for (_, _, run), record in found.items():
+        if run != "headstart":
             continue
         later = [e["processor_seconds"] for e in record["curve"] if e["phase"] == "all"]
         head, whole = record["head_processor_seconds"], record["processor_seconds"]
@@ -468,17 +471,22 @@ def time_rows() -> list[str]:
 
 
 def table() -> str:
-    """Markdown: the bars, one table per set, and the accuracies compared."""
-    sets = sorted({r["set"] for r in records()})
-    parts = ["### Against the bars", "", *bar_rows()]
-    for name in sets:
-        parts += ["", f"### {name}", "", *run_rows(name)]
-    parts += ["", "### Where headstart's time goes", "", *time_rows()]
-    parts += ["", "### Accuracy, on the same test pictures", "", *accuracy_rows()]
-    if any(r["run"] == "headstart_quick" for r in records()):
-        quick = accuracy_rows("headstart_quick", ("headstart", *WHOLE))
-        parts += ["", "### Accuracy of the recipe `quick`, on the same test pictures", "", *quick]
-    return "\n".join(parts)
+    """Markdown, for each kind of machine: the bars, one table per set, and the accuracies compared."""
+    parts = []
+    for bfloat16, title in KINDS.items():
+        found = records(bfloat16)
+        if not found:
+            continue
+        parts += [f"### {title}", "", *bar_rows(found)]
+        for name in sorted({where for where, _, _ in found}):
+            parts += ["", f"#### {name}", "", *run_rows(found, name)]
+        parts += ["", "#### Where headstart's time goes", "", *time_rows(found)]
+        parts += ["", "#### Accuracy, on the same test pictures", "", *accuracy_rows(found)]
+        if any(run == "headstart_quick" for _, _, run in found):
+            quick = accuracy_rows(found, "headstart_quick", ("headstart", *WHOLE))
+            parts += ["", "#### Accuracy of the recipe `quick`, on the same test pictures", "", *quick]
+        parts.append("")
+    return "\n".join(parts[:-1])
 
 
 def main() -> None:
