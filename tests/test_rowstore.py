@@ -224,10 +224,20 @@ HEAD_ALONE = 24 * 2 + 6 + 6
 TRIED = 2 * 3 * 4 + 2 * 2  # in two passes two halves are compared with the whole; two cuts are tried
 
 
-def test_one_pass_serves_the_head_and_the_stage_after_it(cache: Cache, photos: Path) -> None:
+def test_one_pass_serves_the_head_and_the_stage_after_it(
+    cache: Cache, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("headstart.bench.say", lambda text, **_: said.append(text))
     first, count = two_stages(photos)
     assert HEAD_ALONE < count <= HEAD_ALONE + TRIED
+    assert not any("stored earlier" in line for line in said)  # the head stage of the same run
     again, _ = two_stages(photos)
+    used = [line for line in said if "stored earlier" in line]
+    assert (
+        used
+        == [f"Features stored earlier are used: {n}." for n in ("24 pictures x 2 views", "6 pictures x 1 view")] * 2
+    )
     without, count = two_stages(photos, cache=False)
     assert count >= HEAD_ALONE + 24 * 2 + 6
     assert torch.equal(weights(first), weights(again))

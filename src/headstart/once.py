@@ -288,8 +288,9 @@ class _Pass:
                 continue
             rows, facts = kept
             of_use = min(views, self.views)
-            shown = f"{len(self.pixels):,} pictures x {of_use} view{'s' * (of_use != 1)}"
-            disk.tell(f"Features stored earlier are used: {shown}.")
+            if disk.is_from_before:
+                shown = f"{len(self.pixels):,} pictures x {of_use} view{'s' * (of_use != 1)}"
+                disk.tell(f"Features stored earlier are used: {shown}.")
             rows = rows[: len(self.pixels) * of_use]
             if self.advance:
                 self.advance(len(self.runtime.share(torch.arange(len(rows)))))

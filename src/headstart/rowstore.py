@@ -86,6 +86,11 @@ class RowStore:
         return torch.empty(shape, dtype=dtype)
 
     @property
+    def is_from_before(self) -> bool:
+        """Whether the rows, if there are any, were made by an earlier run, and not by an earlier stage."""
+        return not self._cache.began("features", self._key)
+
+    @property
     def is_open(self) -> bool:
         """Whether rows are being written to disk."""
         return self._writer is not None

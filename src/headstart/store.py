@@ -187,6 +187,7 @@ class Cache:
     def __init__(self, folder: Path | None = None, limit_bytes: int | None = None) -> None:
         self.folder = folder or cache_folder()
         self.limit_bytes = cache_limit() if limit_bytes is None else limit_bytes
+        self._begun: set[Path] = set()
 
     def path(self, kind: str, name: str) -> Path:
         """Where the entry of this name stands, or would."""
@@ -242,7 +243,13 @@ class Cache:
 
     def write(self, kind: str, name: str) -> EntryWriter:
         """Begin an entry; it appears when it is published."""
-        return EntryWriter(self.path(kind, name))
+        path = self.path(kind, name)
+        self._begun.add(path)
+        return EntryWriter(path)
+
+    def began(self, kind: str, name: str) -> bool:
+        """Whether this entry, if it is there, is from this very object."""
+        return self.path(kind, name) in self._begun
 
     def room(self) -> int:
         """Bytes that could be added if everything that nobody uses went: by the limit, and by the disk's free space."""
