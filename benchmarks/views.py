@@ -120,7 +120,7 @@ def head_stages(name: str, seed: int, *, kinds: tuple[int | str, ...] = (*VIEWS,
         source = (
             FreshFeatures(features, labels["train"])
             if kind == FRESH
-            else FeatureSource(features[:, :views].contiguous(), labels["train"])
+            else FeatureSource(features[:, :views], labels["train"])
         )
         data = StageData(source, FeatureSource(val, labels["val"]))
         result, training = timed(

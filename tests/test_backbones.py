@@ -384,6 +384,12 @@ def test_missing_running_statistics_are_an_error_but_not_their_counter(file: Pat
         create(SMALL, weights=without("blocks.0.0.bn1.running_var"))
 
 
+def test_weights_that_are_no_numbers_are_refused_by_name(file: Path) -> None:
+    bad = spoiled(file, lambda tensors: tensors["blocks.0.0.conv_pw.weight"][0].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=r"NaN or infinite: blocks\.0\.0\.conv_pw\.weight"):
+        create(SMALL, weights=bad)
+
+
 def test_weights_of_another_network(file: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"do not fit resnet18. Outside the classifier, 9\d missing: conv1.weight"

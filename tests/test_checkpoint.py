@@ -129,3 +129,13 @@ def test_a_torn_or_foreign_file_is_refused(model: Classifier, tmp_path: Path) ->
             load(tmp_path)
     card.write_text(text)
     load(tmp_path)
+
+
+def test_a_model_with_weights_that_are_no_numbers_is_refused(model: Classifier, tmp_path: Path) -> None:
+    path = save(model, tmp_path) / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.startswith("backbone.") and tensors[name].dim() == 4)
+    tensors[name][0] = float("inf")
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=f"NaN or infinite: {name}"):
+        load(tmp_path)

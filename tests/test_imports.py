@@ -150,6 +150,7 @@ SIDEWAYS = {
     ("rates", "freezing"),
     ("mixing", "freezing"),
     ("checkpoint", "classifier"),
+    ("checkpoint", "weights"),
     ("cautions", "verdicts"),
     ("pixels", "pixelstore"),
     ("rowstore", "classifier"),

@@ -266,7 +266,7 @@ def test_a_stage_with_fewer_views_runs_its_own(cache: Cache, photos: Path) -> No
 def test_without_room_nothing_is_put_aside(cache: Cache, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("headstart.bench.say", lambda text, **_: said.append(text))
-    monkeypatch.setattr(RowStore, "wants", lambda self, nbytes: False)
+    monkeypatch.setattr(RowStore, "has_room", lambda self, nbytes: False)
     assert two_stages(photos)[1] >= HEAD_ALONE + 24 * 2 + 6
     cache.clear()
     monkeypatch.undo()
@@ -328,6 +328,60 @@ def test_halves_that_give_other_bits_than_the_whole_are_not_used(cache: Cache, p
     features = store_features(model, pixels, views=2, runtime=CPU, batch_size=8, aside=lambda: off)
     assert torch.equal(features, store_features(model, replace_store(pixels), views=2, runtime=CPU, batch_size=8))
     assert len(cache.names("features")) == 1
+
+
+def rows_of(cache: Cache, photos: Path, **how: Any) -> Callable[..., tuple[torch.Tensor, int]]:
+    """Features of so many views of the training pictures, and how many pictures the network saw for them."""
+    splits = split(load_images(photos))
+    model = create_classifier("test_resnet.r160_in1k", splits.class_names, weights="none", image_size=32)
+    set_freeze_line(model, "head")
+    store = PixelStore(cache, model.spec, **how)
+    store.fill(splits.train.paths, root=photos)
+
+    def rows(views: int, seed: int = 0) -> tuple[torch.Tensor, int]:
+        pixels = Pixels(splits.train, model.spec, augment=POLICIES["photo"], seed=seed, store=store)
+        with computed() as seen:
+            features = store_features(model, pixels, views=views, runtime=CPU, batch_size=8)
+        return features, sum(seen)
+
+    return rows
+
+
+def test_rows_of_other_numbers_of_views_are_used_as_far_as_they_go(cache: Cache, photos: Path) -> None:
+    rows = rows_of(cache, photos)
+    whole = rows(10)[0].clone()  # what is held is not cleared
+    cache.clear()
+    for views, new in ((2, 2), (4, 2), (3, 0), (9, 5), (10, 1), (10, 0)):
+        features, seen = rows(views)
+        assert torch.equal(features, whole[:, :views])
+        assert seen == 24 * new, views
+
+
+def test_the_plain_view_stays_for_other_seeds(cache: Cache, photos: Path) -> None:
+    rows = rows_of(cache, photos)
+    assert [rows(*how)[1] // 24 for how in ((1, 0), (2, 0), (1, 0), (2, 1), (3, 2))] == [1, 1, 0, 1, 2]
+
+
+def test_fewer_views_that_leave_no_room_for_more_are_made_anew(cache: Cache, photos: Path) -> None:
+    said: list[str] = []
+    rows_of(cache, photos)
+    used = sum(entry.nbytes for entry in cache.entries())
+    each = rows_of(cache, photos)(1)[0].numel() * 4
+    cache.clear(("features",))
+    tight = Cache(cache.folder, limit_bytes=used + 5 * each)
+    rows = rows_of(tight, photos, say=said.append)
+    assert rows(2)[1] == 24 * 2
+    assert rows(4)[1] == 24 * 4
+    assert not any("held in memory" in line for line in said)
+    assert rows(4)[1] == 0
+
+
+def test_what_is_there_among_more_views_is_not_put_aside(cache: Cache, photos: Path) -> None:
+    model, pixels, found = ready_to_cut(cache, photos, *CUTS[0])
+    store_activations(model, found, pixels, views=4, runtime=CPU, batch_size=8)
+    assert len(cache.names("features")) == 1
+    store_features(model, pixels, views=2, runtime=CPU, batch_size=8, aside=lambda: found)
+    assert len(cache.names("features")) == 2
 
 
 def ready_to_cut(cache: Cache, photos: Path, backbone: str, line: str) -> tuple[Classifier, Pixels, Cut]:

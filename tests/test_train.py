@@ -26,7 +26,7 @@ from headstart.classifier import Classifier
 from headstart.evaluation import Score, score
 from headstart.features import FeatureSource, Source, StageData
 from headstart.schedule import batches_of_epoch, class_weight_vector, learning_rate, make_optimizer, views_of_epoch
-from headstart.train import _Stage, fit
+from headstart.train import Progress, _Stage, fit
 from tiny import SPEC, TinyNet
 
 CPU = make_runtime(device="cpu", precision="fp32", workers=1)
@@ -277,6 +277,19 @@ class TestCollapse:
 def test_a_loss_that_is_not_finite_is_an_error_that_names_the_rate() -> None:
     with pytest.raises(ModelError, match=r"rate of 1e\+38 .*not a finite number"):
         fit(model_at(), DATA, replace(QUICK, optimizer="sgd", schedule="constant"), lr=1e38, runtime=CPU)
+
+
+def test_weights_that_are_not_finite_are_an_error_though_the_loss_is() -> None:
+    model = model_at("all")
+
+    def ruin(at: Progress) -> None:
+        if at.step == 5:
+            with torch.no_grad():
+                model.backbone.block.weight.fill_(float("nan"))
+
+    with pytest.raises(ModelError, match=r"rate of 0\.05 .*not a finite number"):
+        fit(model, DATA, QUICK, lr=0.05, runtime=CPU, report=ruin)
+    assert model.backbone.block.weight.isfinite().all()  # the best state so far
 
 
 def test_requires_grad_changed_behind_our_back_is_named() -> None:

@@ -18,6 +18,7 @@ from .errors import CheckpointError, HeadstartError
 from .modelfile import read_header, read_json
 from .recipe import HeadSpec
 from .run import to_json, write_atomic
+from .weights import refuse_not_finite
 
 FORMAT, VERSION = "headstart-model", 1
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -154,9 +155,11 @@ def _check_tensors(model: Classifier, path: Path) -> None:
 def _read_tensors(model: Classifier, path: Path) -> None:
     try:
         with safe_open(path, framework="pt") as file:
-            model.load_state_dict({name: file.get_tensor(name) for name in model.state_dict()})
+            tensors = {name: file.get_tensor(name) for name in model.state_dict()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error}).") from None
+    refuse_not_finite(tensors, path)
+    model.load_state_dict(tensors)
 
 
 def read_card(folder: Path) -> dict[str, Any]:

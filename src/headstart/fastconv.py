@@ -34,6 +34,7 @@ FUSED: dict[type, Fused] = {
 }
 # How far a fused activation may lie from one that is done apart, relative and absolute. In bfloat16 the one is applied
 # before the result is rounded, the other after: the same bits for ReLU and ReLU6, another rounding for the two others.
+# In both formats oneDNN's ReLU and ReLU6 give 0 for NaN: weights are looked at instead, when loaded and after an epoch.
 _ROUNDING = {torch.float32: (1e-5, 1e-8), torch.bfloat16: (2e-2, 1e-2)}
 # The gradient of these two can be told from the result alone, so that training needs no pass of its own for them.
 _FROM_RESULT = (nn.ReLU, nn.ReLU6)

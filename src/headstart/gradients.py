@@ -157,8 +157,8 @@ class Gradients:
     def keep_quicker_format(self) -> None:
         """Compute in float32 from now on unless the runtime's format is quicker by a tenth; a line says what was timed.
 
-        A processor that has bfloat16 may still be slower in it: small depthwise convolutions, and our own kernels are
-        for float32. Steps of a few pictures take turns, the quickest of each format counts.
+        A processor that has bfloat16 may still be slower in it, with small depthwise convolutions for instance. Steps
+        of a few pictures take turns, the quickest of each format counts.
         """
         asked, exact = self.runtime, replace(self.runtime, dtype=torch.float32)
         if not asked.times_formats or isinstance(self.source, FeatureSource):  # a head is computed in float32 anyway

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
@@ -28,7 +28,7 @@ Aside = Callable[[], Cut | None]
 
 _RECORDED_FROM = 4  # a pass of fewer batches is over before its kernels are recorded
 _COMPARED = 4  # pictures on which a pass in two halves is compared with the whole
-_LOOKED_FOR = 8  # rows of up to so many views are looked for, if they hold those that are wanted or a part of them
+_LOOKED_FOR = 8  # where rows are wanted, those of up to so many views are looked for, of which they are the beginning
 _TIMED_FROM = 100  # in a pass of fewer batches no compile pays, so none is timed
 
 
@@ -152,7 +152,7 @@ class _Filling:
         return self.disk is not None and self.disk.is_open
 
     def put_earlier(self, fewer: Stored, batch_size: int) -> None:
-        """The first rows, as a pass over fewer views has made them."""
+        """The first rows, as a pass over fewer views has made them; copied so many at once."""
         self.stored = self._begin(channels_last=fewer.channels_last, made=fewer.dtype)
         for there, here in zip(fewer.rows.split(batch_size), self.stored.rows.split(batch_size), strict=False):
             now = here[: len(there)]
@@ -221,7 +221,7 @@ class _Pass:
     disk: RowStore | None = None
     way: _Way | None = None
     kind: str = ""
-    _disks: Callable[[int], RowStore | None] = lambda views: None
+    _disks: Callable[[int], RowStore | None] = field(default=lambda views: None, init=False)
 
     def __post_init__(self) -> None:
         if self.runtime.gpu:
@@ -267,9 +267,10 @@ class _Pass:
         """
         self.kind, self._disks = kind, self._stores(self.part, kind)
         self.disk = self._disks(self.views)
-        stored = self._loaded(range(self.views, max(self.views, _LOOKED_FOR) + 1))
-        if stored is None:
+        found = self._loaded(self._as_many)
+        if found is None:
             return None
+        stored = self._using(*found)
         on_device = self.runtime.holds(stored.rows.nbytes)
         return replace(stored, rows=stored.rows.to(self.runtime.device)) if on_device else stored
 
@@ -279,23 +280,39 @@ class _Pass:
             self.model, part.net, part.at, self.pixels, batch_size=self.batch_size, runtime=self.runtime, kind=kind
         )
 
-    def _loaded(self, numbers: Iterable[int]) -> Stored | None:
+    def _loaded(self, numbers: Iterable[int]) -> tuple[Stored, RowStore] | None:
         """Rows from before, of the first of these numbers of views of which there are any, as many as are of use."""
         for views in numbers:
             disk = self._disks(views)
             kept = disk.load() if disk else None
-            if not self.runtime.agrees(kept is not None) or not disk or not kept:
-                continue
-            rows, facts = kept
-            of_use = min(views, self.views)
-            if disk.is_from_before:
-                shown = f"{len(self.pixels):,} pictures x {of_use} view{'s' * (of_use != 1)}"
-                disk.tell(f"Features stored earlier are used: {shown}.")
-            rows = rows[: len(self.pixels) * of_use]
-            if self.advance:
-                self.advance(len(self.runtime.share(torch.arange(len(rows)))))
-            return Stored(rows, facts["channels_last"], getattr(torch, facts["made"]))
+            if self.runtime.agrees(kept is not None) and disk and kept:
+                rows, facts = kept
+                rows = rows[: len(self.pixels) * self.views]
+                return Stored(rows, facts["channels_last"], getattr(torch, facts["made"])), disk
         return None
+
+    def _fewer(self) -> tuple[Stored, RowStore] | None:
+        """Rows from before of the first views, where those of all views have room beside them."""
+        fewer = self._loaded(range(self.views - 1, 0, -1))
+        nbytes = self.size * math.prod(self.part.shape) * self.part.dtype.itemsize
+        has_room = not (fewer and self.disk and self.runtime.is_main) or self.disk.has_room(nbytes)
+        # While they are held they cannot go; with all rows made anew there may be room.
+        return fewer if self.runtime.agrees(has_room or self.runtime.holds(nbytes)) else None
+
+    def _using(self, stored: Stored, disk: RowStore) -> Stored:
+        """Rows from before are used: the user is told, and the progress bar."""
+        views = len(stored.rows) // len(self.pixels)
+        if disk.is_from_before:
+            shown = f"{len(self.pixels):,} pictures x {views} view{'s' * (views != 1)}"
+            disk.tell(f"Features stored earlier are used: {shown}.")
+        if self.advance:
+            self.advance(len(self.runtime.share(torch.arange(len(stored.rows)))))
+        return stored
+
+    @property
+    def _as_many(self) -> range:
+        """Numbers of views of which rows hold those of this pass, as far as it is worth looking."""
+        return range(self.views, max(self.views, _LOOKED_FOR) + 1)
 
     def compile_pays(self) -> bool:
         """Whether a compile pays, by the time of one batch and their number; a line says so for a long pass."""
@@ -351,10 +368,12 @@ class _Pass:
         filling = _Filling(self.part, self.size, self.runtime, self.disk)
         way = self.way if self.way and not quick and self.agree(self.way) else None
         # A pass with another on the way needs all its batches.
-        fewer = None if way else self._loaded(range(min(self.views - 1, _LOOKED_FOR), 0, -1))
-        if fewer:
-            filling.put_earlier(fewer, self.batch_size)
-        chunks = [chunk for chunk in self.chunks if not fewer or chunk[0] >= len(fewer.rows)]
+        found = None if way else self._fewer()
+        done = 0
+        if found:
+            done = len(self._using(*found).rows)
+            filling.put_earlier(found[0], self.batch_size)
+        chunks = [chunk for chunk in self.chunks if chunk[0] >= done]
         shares = [self.runtime.share(chunk) for chunk in chunks]
         compute = self._through(quick) if quick else self.part.compute
         with ThreadPoolExecutor(self.runtime.workers, thread_name_prefix="headstart-batch") as pool:
@@ -377,16 +396,20 @@ class _Pass:
             assert filling.stored is not None
             return filling.stored  # compiling failed on the way: rows of two functions
         stored = filling.keep(self.batch_size)
-        shorter = self._disks(len(fewer.rows) // len(self.pixels)) if fewer else None
-        if shorter and self.disk and self.disk.is_kept:
-            shorter.remove()  # its rows are the beginning of those just kept
+        # Its rows are the beginning of those just kept. Those of the plain view serve other seeds and policies, too.
+        is_held_twice = done > len(self.pixels) and self.views <= _LOOKED_FOR and self.disk and self.disk.is_kept
+        if found and is_held_twice:
+            found[1].remove()
         return stored
 
     def in_halves(self, cut: Cut) -> _Way | None:
         """The pass in two halves, where what passes between them is not kept yet and has room on disk."""
         part = _in_front_of(cut, self.model, self.runtime)
-        disk = self._stores(part, "module")(self.views)
-        if disk is None or not disk.wants(self.size * cut.bytes_per_picture(part.dtype)):
+        disks = self._stores(part, "module")
+        disk = disks(self.views)
+        if disk is None or any(other and other.is_there for other in map(disks, self._as_many)):
+            return None
+        if not disk.has_room(self.size * cut.bytes_per_picture(part.dtype)):
             return None
         cut.suffix.training = False
         few = self._batch(self.chunks[0][:_COMPARED])

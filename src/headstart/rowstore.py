@@ -33,7 +33,7 @@ class RowStore:
     written is removed, and the rows are made again.
 
     Args:
-        key: what determines the rows; see `row_key`.
+        key: what determines the rows; see `row_keys`.
         writes: whether this process keeps what it makes.
         say: is told when rows made before are used.
 
@@ -57,12 +57,15 @@ class RowStore:
         dtype = getattr(torch, entry.meta["dtype"])
         return torch.from_numpy(entry.data).view(dtype).reshape(entry.meta["shape"]), entry.meta
 
-    def wants(self, nbytes: int) -> bool:
-        """Whether the rows are not there yet, and so many bytes have room, which is made."""
+    @property
+    def is_there(self) -> bool:
+        """Whether there are rows."""
+        return self._cache.describe("features", self._key) is not None
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether this process may write so many bytes; room is made for them."""
         try:
-            return (
-                self._writes and self._cache.describe("features", self._key) is None and self._cache.make_room(nbytes)
-            )
+            return self._writes and self._cache.make_room(nbytes)
         except OSError:
             return False
 

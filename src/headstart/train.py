@@ -149,6 +149,11 @@ class _Stage:
         """With a running average, the model holds it inside; an epoch is judged by it. Training goes on without it."""
         return self.average.applied() if self.average else nullcontext()
 
+    def is_finite(self) -> bool:
+        """Whether all trained weights are; the loss does not tell, where a convolution's ReLU makes zeros of NaN."""
+        trained = [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
+        return math.isfinite(float(nn.utils.get_total_norm(trained)))
+
     def _sum_over_processes(self, value: Tensor) -> float:
         if self.runtime.world > 1:
             torch.distributed.all_reduce(value)
@@ -293,7 +298,7 @@ def _attempt(
             run.contract.watch()
             with run.in_shown_state():
                 val = run.score_val()
-                if not math.isfinite(val.loss):
+                if not (math.isfinite(val.loss) and run.is_finite()):
                     _not_finite(run, watch, epoch)
                 if alarm:
                     alarm.at_end(epoch, run.step, val)

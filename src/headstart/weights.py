@@ -194,7 +194,24 @@ def load_strictly(
     wrong = [f"{len(keys)} {what}: {_listed(keys)}" for what, keys in problems.items() if keys]
     if wrong:
         raise CheckpointError(f"Weights {source} do not fit {name}. Outside the classifier, {'; '.join(wrong)}.")
+    refuse_not_finite({k: tensors[k] for k in own if k in tensors}, source)
     net.load_state_dict({k: tensors.get(k, own[k]) for k in own})
+
+
+def refuse_not_finite(tensors: Mapping[str, torch.Tensor], source: Path) -> None:
+    """No weight may be NaN or infinite.
+
+    A ReLU that its convolution does makes zeros of NaN (see `fastconv`), so that outputs would look sound.
+
+    Raises:
+        CheckpointError: naming the tensors.
+    """
+    wrong = [name for name, values in tensors.items() if values.is_floating_point() and not values.isfinite().all()]
+    if wrong:
+        raise CheckpointError(
+            f"{source} holds weights that are NaN or infinite: {_listed(wrong)}. The file is damaged, or the training"
+            " that wrote it went wrong; get it again, or take another one."
+        )
 
 
 def _may_miss(key: str) -> bool:
