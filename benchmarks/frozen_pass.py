@@ -193,7 +193,8 @@ def _compiles(found: Sequence[records.Record]) -> str:
             cpu, made = r["rates_per_cpu_second"], r["compile"]
             own, quick = cpu["forward"], cpu["forward, compiled"]
             took = f"{made['processor']:.0f} | {made['wall']:.0f} | {made['apart']:.0e}"
-            rows.append(f"| {r['backbone']} | {own:.1f} | {quick:.1f} | {quick / own:.2f}x | {took} |")
+            network = f"{r['backbone']} ({r['dtype'].removeprefix('torch.')})"
+            rows.append(f"| {network} | {own:.1f} | {quick:.1f} | {quick / own:.2f}x | {took} |")
     return "\n".join(rows)
 
 

@@ -160,20 +160,20 @@ def measure(backbone: str, batch: int, *, rounds: int, threads: int, with_keras:
 
 
 def table() -> str:
-    """Markdown: seconds of a step, of every network and batch size the newest record, and headstart's gain."""
+    """Markdown: seconds of a step, of every network, batch size and format the newest record, and headstart's gain."""
     rows = [
         "| network | batch | threads | stock, s | stock, fixed, s | Keras, s | headstart, s | against stock | by wall"
         " seconds | against Keras | by wall seconds | bar 1.6x |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    keys = ("backbone", "batch", "threads")
+    keys = ("backbone", "batch", "threads", "dtype")
     for record in sorted(newest("step", *keys), key=lambda r: [r[key] for key in keys]):
-        backbone, batch, threads = (record[key] for key in keys)
+        backbone, batch, threads, dtype = (record[key] for key in keys)
         seconds, wall = record["processor"], record["wall"]
         gain, keras_too = seconds["stock"] / seconds["headstart"], "keras" in seconds
         cells = (
             backbone, batch, threads, f"{seconds['stock']:.2f}", f"{seconds['stock, fixed']:.2f}",
-            f"{seconds['keras']:.2f}" if keras_too else "-", f"{seconds['headstart']:.2f} ({record['dtype']})",
+            f"{seconds['keras']:.2f}" if keras_too else "-", f"{seconds['headstart']:.2f} ({dtype})",
             f"{gain:.2f}x", f"{wall['stock'] / wall['headstart']:.2f}x",
             *(f"{of['keras'] / of['headstart']:.2f}x" if keras_too else "-" for of in (seconds, wall)),
             "held" if gain >= BAR else f"missed: {gain:.2f}",
