@@ -40,9 +40,10 @@ from headstart.backbones import backbone_features, backbone_output
 from headstart.batchviews import views_together
 from headstart.cut import Cut, cut_or_reason
 from headstart.features import ActivationSource
+from headstart.filling import Stored
 from headstart.frozenpass import frozen_forward
 from headstart.gradients import Batch, CompiledForward, Gradients
-from headstart.once import Stored, fast_kernels
+from headstart.once import fast_kernels
 from headstart.pixels import views_at_once
 from headstart.recipe import FINE_TUNE_STAGE, POLICIES
 from headstart.runtime import Runtime

@@ -25,8 +25,9 @@ from headstart.classifier import Classifier
 from headstart.cut import Cut, cut_or_reason
 from headstart.dataspec import DataSpec
 from headstart.features import ActivationSource, FeatureSource, PixelSource, StageData
+from headstart.filling import Stored
 from headstart.memory import Portion, in_portions
-from headstart.once import Stored, store_activations
+from headstart.once import store_activations
 from headstart.pixels import Pixels, views_at_once
 from headstart.recipe import FINE_TUNE_STAGE, HEAD_STAGE, POLICIES, AugmentSpec, Recipe
 from headstart.runtime import Runtime, _device

@@ -40,7 +40,7 @@ LAYERS = (
     (
         *("weights", "backbones", "blocks", "classifier", "freezing", "rates", "mixing", "handover", "checkpoint"),
         *("verdicts", "cautions"),
-        *("pixels", "pixelstore", "rowstore", "once"),
+        *("pixels", "pixelstore", "rowstore", "filling", "once"),
     ),
     (
         *("features", "evaluation", "probing", "harm", "averaging", "alarm", "linear", "schedule", "stage_result"),
@@ -157,10 +157,12 @@ SIDEWAYS = {
     ("rowstore", "freezing"),
     ("rowstore", "pixels"),
     ("rowstore", "pixelstore"),
+    ("filling", "rowstore"),
     ("once", "backbones"),
     ("once", "classifier"),
     ("once", "pixels"),
     ("once", "rowstore"),
+    ("once", "filling"),
     ("evaluation", "features"),
     ("harm", "evaluation"),
     ("averaging", "evaluation"),

@@ -19,8 +19,9 @@ from torch import Tensor
 from .backbones import backbone_output
 from .classifier import Classifier
 from .cut import Cut, cut_or_reason
+from .filling import Stored
 from .memory import sent
-from .once import Advance, Aside, Stored, fast_kernels, store_activations, store_features
+from .once import Advance, Aside, fast_kernels, store_activations, store_features
 from .pixels import Pixels
 from .recipe import AugmentSpec
 from .runtime import Runtime, free_memory_bytes

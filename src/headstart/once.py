@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from .backbones import backbone_features, backbone_output, pool_output
 from .classifier import Classifier
-from .cut import Cut, Forward
+from .cut import Cut
 from .fastops import fast_training
+from .filling import Filling, FrozenPart, Stored
 from .frozenpass import SAVED, FrozenForward, compile_pays, frozen_forward, tolerance
 from .memory import in_portions, sent
 from .pixels import Pixels
@@ -30,26 +31,6 @@ _RECORDED_FROM = 4  # a pass of fewer batches is over before its kernels are rec
 _COMPARED = 4  # pictures on which a pass in two halves is compared with the whole
 _LOOKED_FOR = 8  # where rows are wanted, those of up to so many views are looked for, of which they are the beginning
 _TIMED_FROM = 100  # in a pass of fewer batches no compile pays, so none is timed
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What a function gave for every picture and view.
-
-    Attributes:
-        rows: [K * N, ...], view after view, so that fewer views are the beginning of more.
-        channels_last: the rows are feature maps that lie as [H, W, C].
-        dtype: the format in which they were computed; they may be kept in a shorter one.
-    """
-
-    rows: Tensor
-    channels_last: bool
-    dtype: torch.dtype
-
-    def take(self, places: Tensor) -> Tensor:
-        """Rows in the layout and format in which they were computed."""
-        chosen = self.rows.index_select(0, sent(places, self.rows.device)).to(self.dtype)
-        return chosen.permute(0, 3, 1, 2) if self.channels_last else chosen
 
 
 def store_features(
@@ -72,7 +53,7 @@ def store_features(
             and if it is, on the first pictures, to the bit what `store_activations` would make; that then finds it.
     """
     forward = partial(backbone_features, pool=model.pool)
-    part = _Frozen(
+    part = FrozenPart(
         model.backbone, "features", forward, lambda x: model.features(x).float(), (model.num_features,), torch.float32
     )
     stored = _Pass(model, part, pixels, views, runtime, batch_size, advance, aside).run()
@@ -97,96 +78,14 @@ def store_activations(
     return _Pass(model, _in_front_of(cut, model, runtime), pixels, views, runtime, batch_size, advance).run()
 
 
-def _in_front_of(cut: Cut, model: Classifier, runtime: Runtime) -> _Frozen:
+def _in_front_of(cut: Cut, model: Classifier, runtime: Runtime) -> FrozenPart:
     dtype = cut.dtype if runtime.dtype == torch.float32 else runtime.dtype
 
     def compute(x: Tensor) -> Tensor:
         out: Tensor = cut.prefix(model.enter(x))
         return out
 
-    return _Frozen(cut.prefix, cut.at, nn.Module.__call__, compute, cut.shape, dtype)
-
-
-@dataclass(frozen=True)
-class _Frozen:
-    """A part that runs once.
-
-    net, at: its module, and where in the network it ends. forward: what of the module runs on normalised pictures.
-    compute: the same from pixels. shape, dtype: of what is kept of a picture.
-    """
-
-    net: nn.Module
-    at: str
-    forward: Forward
-    compute: Callable[[Tensor], Tensor]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass
-class _Filling:
-    """Rows of a part, put in place batch by batch; room for all of them is taken once, when the first ones come."""
-
-    part: _Frozen
-    size: int
-    runtime: Runtime
-    disk: RowStore | None
-    stored: Stored | None = None
-
-    def put(self, chunk: Tensor, out: Tensor) -> None:
-        """The rows of these places, the next ones in order, from what this process made of its share."""
-        made = out.dtype
-        out = self.runtime.gather(out.to(self.part.dtype), len(chunk))
-        if self.stored is None:
-            mapped = out.dim() == 4 and not out.is_contiguous()  # the layout in which the first ones came
-            mapped = mapped and out.is_contiguous(memory_format=torch.channels_last)
-            self.stored = self._begin(channels_last=mapped, made=made)
-        now = self.stored.rows[chunk[0] : chunk[-1] + 1]
-        now[:] = out.permute(0, 2, 3, 1) if self.stored.channels_last else out
-        if self.disk and self.stored.rows.device.type == "cpu":
-            self.disk.filled(now)
-
-    @property
-    def on_disk(self) -> bool:
-        """Whether the rows so far went to disk."""
-        return self.disk is not None and self.disk.is_open
-
-    def put_earlier(self, fewer: Stored, batch_size: int) -> None:
-        """The first rows, as a pass over fewer views has made them; copied so many at once."""
-        self.stored = self._begin(channels_last=fewer.channels_last, made=fewer.dtype)
-        for there, here in zip(fewer.rows.split(batch_size), self.stored.rows.split(batch_size), strict=False):
-            now = here[: len(there)]
-            now.copy_(there)
-            if self.disk and now.device.type == "cpu":
-                self.disk.filled(now)
-
-    def _begin(self, *, channels_last: bool, made: torch.dtype) -> Stored:
-        """Room for all rows."""
-        shape, dtype = self.part.shape, self.part.dtype
-        size = (self.size, *((*shape[1:], shape[0]) if channels_last else shape))
-        if self.runtime.holds(math.prod(size) * dtype.itemsize):
-            rows = torch.empty(size, dtype=dtype, device=self.runtime.device)
-        else:
-            rows = self.disk.begin(size, dtype) if self.disk else torch.empty(size, dtype=dtype)
-        return Stored(rows, channels_last, made)
-
-    def keep(self, batch_size: int) -> Stored:
-        """All rows are in their place: on disk, where there is one, for later runs and stages."""
-        assert self.stored is not None, "Pixels of no picture raise"
-        stored, rows = self.stored, self.stored.rows
-        if self.disk is None:
-            return stored
-        facts = {"channels_last": stored.channels_last, "made": str(stored.dtype)[len("torch.") :]}
-        if rows.device.type == "cpu":
-            return replace(stored, rows=self.disk.finish(rows, facts))
-        kept = self.disk.begin(tuple(rows.shape), rows.dtype)
-        if not self.disk.is_open:
-            return stored
-        for there, here in zip(rows.split(batch_size), kept.split(batch_size), strict=True):
-            here.copy_(there)
-            self.disk.filled(here)
-        self.disk.finish(kept, facts)
-        return stored
+    return FrozenPart(cut.prefix, cut.at, nn.Module.__call__, compute, cut.shape, dtype)
 
 
 @dataclass(frozen=True)
@@ -197,7 +96,7 @@ class _Way:
     first half gives of them when nothing but it is made quicker, as in a pass of its own.
     """
 
-    filling: _Filling
+    filling: Filling
     rest: Callable[[Tensor], Tensor]
     few: Tensor | None
     alone: Tensor
@@ -211,7 +110,7 @@ class _Pass:
     """
 
     model: Classifier
-    part: _Frozen
+    part: FrozenPart
     pixels: Pixels
     views: int
     runtime: Runtime
@@ -274,7 +173,7 @@ class _Pass:
         on_device = self.runtime.holds(stored.rows.nbytes)
         return replace(stored, rows=stored.rows.to(self.runtime.device)) if on_device else stored
 
-    def _stores(self, part: _Frozen, kind: str) -> Callable[[int], RowStore | None]:
+    def _stores(self, part: FrozenPart, kind: str) -> Callable[[int], RowStore | None]:
         """The places on disk of a part's rows by their number of views."""
         return row_stores(
             self.model, part.net, part.at, self.pixels, batch_size=self.batch_size, runtime=self.runtime, kind=kind
@@ -365,7 +264,7 @@ class _Pass:
     def compute(self, quick: FrozenForward | None) -> Stored:
         """Fill a store of the part's row shape and format, batch by batch."""
         # Made outside inference mode: autograd refuses to save inference tensors for a backward pass.
-        filling = _Filling(self.part, self.size, self.runtime, self.disk)
+        filling = Filling(self.part, self.size, self.runtime, self.disk)
         way = self.way if self.way and not quick and self.agree(self.way) else None
         # A pass with another on the way needs all its batches.
         found = None if way else self._fewer()
@@ -419,7 +318,7 @@ class _Pass:
         def rest(x: Tensor) -> Tensor:
             return pool_output(self.model.backbone, cut.suffix(x), self.model.pool).to(self.part.dtype)
 
-        return _Way(_Filling(part, self.size, self.runtime, disk), rest, few, alone)
+        return _Way(Filling(part, self.size, self.runtime, disk), rest, few, alone)
 
     def agree(self, way: _Way) -> bool:
         """Whether the halves give the whole's bits, and the first half those of a pass of its own.
