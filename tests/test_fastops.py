@@ -340,6 +340,60 @@ def test_convolutions_do_the_activation_after_them(act: type[nn.Module]) -> None
     assert not any({"stock", "norm", "act", "done"} & vars(m).keys() for m in net.modules())
 
 
+class Changed(nn.Module):
+    """What ReLU6 gives is changed in place, in each of the ways in which it can be; ReLU's may not, in stock PyTorch."""
+
+    def __init__(self, norm: nn.Module, how: str) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3), norm
+        self.act = nn.Identity() if isinstance(norm, BatchNormAct2d) else nn.ReLU6()
+        self.passing, self.drop, self.last = nn.Identity(), nn.Dropout(0.5, inplace=True), nn.Conv2d(6, 4, 1)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.norm(self.conv(x)))
+        if self.how == "operator":
+            y *= 2
+        elif self.how == "method":
+            y.add_(1)
+        elif self.how == "module":
+            y = self.drop(y)
+        elif self.how == "function":
+            y = F.relu6(y, inplace=True)
+        else:
+            y = self.passing(y)
+            y += 1
+        return self.last(y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["operator", "method", "module", "function", "passed on"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_relu6_whose_result_is_changed_in_place_trains(inside: bool, how: str) -> None:
+    norm = BatchNormAct2d(6, act_layer=nn.ReLU6) if inside else nn.BatchNorm2d(6)
+    net, x = spread_norms(Changed(norm, how)), draw(4, 3, 9, 9, dtype=torch.float32)
+    net.drop.train()
+    torch.manual_seed(0)
+    expected = net_gradients(copy.deepcopy(net), x)
+    with fastops.fast_training(net):
+        torch.manual_seed(0)
+        ours = net_gradients(net, x)
+    for a, b in zip(ours, expected, strict=True):
+        assert relative(a, b) < 1e-5
+
+
+def test_what_is_added_to_a_norm_in_place_leaves_it_fused() -> None:
+    class Residual(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.conv(x))
+            y += x
+            return y  # type: ignore[no-any-return]
+
+    net = Residual()
+    net.conv, net.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+    with fuse_fixed_batchnorm(net.eval()) as done:
+        assert done.converted == 1
+
+
 @pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish])
 def test_convolutions_do_the_activation_in_bfloat16_with_the_same_bits(
     act: type[nn.Module], monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@ and parameters, so training the suffix trains the backbone.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,11 @@ from torch import Tensor, fx, nn
 from .fastconv import Done
 
 Forward = Callable[[Any, Tensor], Any]
+
+# `x += y` and its like, which change x.
+IN_PLACE = frozenset(
+    {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow}
+)
 
 # Modules whose behaviour hangs on their own training flag, and those whose class may be exchanged for a faster one:
 # called as they are, never looked into.
@@ -50,8 +56,24 @@ class Whole(nn.Module):
         return self.call(self.net, x)
 
 
+class _InPlace(fx.Proxy):
+    """Records `x += y` as what it is; the stock one takes it for `x = x + y`."""
+
+
+def _recorded(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return record
+
+
+for _operation in IN_PLACE:
+    setattr(_InPlace, f"__{_operation.__name__}__", _recorded(_operation))
+
+
 class _Tracer(fx.Tracer):
-    def __init__(self) -> None:
+    def __init__(self, *, in_place: bool) -> None:
+        self._proxy = _InPlace if in_place else fx.Proxy
         functions = [function for function in get_notrace_functions() if callable(function)]
         super().__init__(autowrap_modules=(math,), autowrap_functions=tuple(functions))
         self._leaves = (*_LEAVES, *get_notrace_modules())
@@ -59,15 +81,21 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return self._proxy(node, self)
 
-def trace(net: nn.Module, forward: Forward) -> tuple[nn.Module, fx.Graph]:
+
+def trace(net: nn.Module, forward: Forward, *, in_place: bool = False) -> tuple[nn.Module, fx.Graph]:
     """Record `forward(net, x)` as a graph over the module that is returned with it; its names start with `net.`.
 
     The graph is that of the modes the modules are in: what asks for `self.training` in the middle of a forward is
     decided now. Normalisation, dropout and drop-path modules are called as they are and keep their own modes.
+
+    in_place: record `x += y` as an operation of `IN_PLACE`, to be looked at; a graph that runs changes nothing in
+    place, which would be what is stored at a cut.
     """
     whole = Whole(net, forward)
-    return whole, _Tracer().trace(whole)
+    return whole, _Tracer(in_place=in_place).trace(whole)
 
 
 def features(net: nn.Module, x: Tensor) -> Any:

@@ -17,7 +17,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, fx, nn
 
-from .cut import Forward, trace
+from .cut import IN_PLACE, Forward, trace
 from .fastconv import (
     FUSED,
     STRIP,
@@ -134,7 +134,7 @@ def conv_chains(module: nn.Module, forward: Forward) -> list[Chain]:
         graph, own = module.graph, ""
     else:
         try:
-            graph, own = trace(module, forward)[1], "net."
+            graph, own = trace(module, forward, in_place=True)[1], "net."
         except Exception:  # whatever a foreign forward raises under tracing: then nothing is known of its order
             return []
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
@@ -151,6 +151,17 @@ def conv_chains(module: nn.Module, forward: Forward) -> list[Chain]:
             return reader(found)
         return found if calls[found.target] == 1 else None
 
+    def is_changed(node: fx.Node) -> bool:
+        """Whether something changes this node's result in place."""
+        for user in node.users:
+            module = module_of(user) if user.op == "call_module" else None
+            itself = user.target in IN_PLACE or (user.op == "call_method" and str(user.target).endswith("_"))
+            if user.kwargs.get("inplace") or getattr(module, "inplace", False) or (itself and user.args[0] is node):
+                return True
+            if type(module) is nn.Identity and is_changed(user):
+                return True
+        return False
+
     chains = []
     for node in graph.nodes:
         if node.op != "call_module" or calls[node.target] > 1 or not _is_plain_conv(module_of(node)):
@@ -162,6 +173,11 @@ def conv_chains(module: nn.Module, forward: Forward) -> list[Chain]:
         else:
             norm = None
         act = act if act is not None and stock_activation(module_of(act)) in FUSED else None
+        # An activation's gradient is told from its result, which must stay what it was.
+        if act is not None and is_changed(act):
+            act = None
+        elif norm is not None and isinstance(module_of(norm), BatchNormAct2d) and is_changed(norm):
+            continue
         if norm is not None or act is not None:
             names = (None if n is None else str(n.target).removeprefix(own) for n in (node, norm, act))
             chains.append(Chain(*names))  # type: ignore[arg-type]
