@@ -341,7 +341,7 @@ def test_convolutions_do_the_activation_after_them(act: type[nn.Module]) -> None
 
 
 class Changed(nn.Module):
-    """What ReLU6 gives is changed in place, in each of the ways in which it can be; ReLU's may not, in stock PyTorch."""
+    """What ReLU6 gives is changed in place, in each way in which it can be; ReLU's may not be, in stock PyTorch."""
 
     def __init__(self, norm: nn.Module, how: str) -> None:
         super().__init__()

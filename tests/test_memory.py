@@ -217,6 +217,32 @@ def pixel_gradients(table: ImageTable, stage: Stage) -> Gradients:
 AUTO = Stage(name="all", freeze_line="all", batchnorm="train", batch_size="auto")
 
 
+class HungryInTraining(TinyNet):
+    """More than three pictures at once are too many for a step of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 3 and torch.is_grad_enabled():
+            ask_for_too_much()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("measured", ["size", "format"])
+def test_a_measured_step_that_runs_out_of_memory_is_halved(table: ImageTable, measured: str) -> None:
+    model = create_classifier(HungryInTraining(), table.class_names, head=None, data_spec=SPEC)
+    set_freeze_line(model, "all")
+    how = replace(runtime(), dtype=torch.bfloat16, times_formats=True) if measured == "format" else runtime()
+    stage = Stage(freeze_line="all", batch_size=8)
+    gradients = Gradients(model, PixelSource(Pixels(table, SPEC, workers=1)), stage, runtime=how)
+    if measured == "format":
+        gradients.keep_quicker_format()
+    else:
+        gradients.fit_to_memory()
+    assert gradients.portion.size == 2
+    kinds = dict.fromkeys(event["kind"] for event in gradients.portion.take())
+    assert list(kinds) == ["out-of-memory", *(["precision"] if measured == "format" else [])]
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_measuring_a_step_changes_nothing_and_grows_with_the_pictures(table: ImageTable) -> None:
     gradients = pixel_gradients(table, AUTO)
     before, random = snapshot(gradients.model), torch.get_rng_state()

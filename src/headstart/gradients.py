@@ -181,7 +181,10 @@ class Gradients:
         self.portion.note("precision", f"Trained in {name}: a step of {n} pictures takes {figures}.")
 
     def _tried(self, n: int, measure: Callable[[Callable[[], object]], Measured]) -> Measured:
-        """What a measurement says of the gradients of n pictures; nothing is changed by it."""
+        """What a measurement says of the gradients of n pictures; nothing is changed by it.
+
+        Where memory runs out, they are computed in parts half as large, as those of a step are from then on.
+        """
         state, was_training = snapshot(self.model), self.model.training
         indices = torch.arange(n) % len(self.source.labels)
         views = views_of_epoch(indices, self.source.num_views, epoch=1)
@@ -189,8 +192,15 @@ class Gradients:
         self.model.train()
         forward, self._forward = self._forward, self.source.forward if self._compiled else self._forward
         try:
-            with torch.random.fork_rng(devices=self.runtime.generators):
-                return measure(lambda: self._backward(batch, float(n)))
+            while True:
+                try:
+                    with torch.random.fork_rng(devices=self.runtime.generators):
+                        return measure(lambda: self._backward(batch, float(n)))
+                except Exception as error:
+                    self.model.zero_grad(set_to_none=True)
+                    if not is_out_of_memory(error):
+                        raise
+                    self.portion.halve(n, error, doing=f"in stage {self.stage.name!r}")
         finally:
             self._forward = forward
             self.model.zero_grad(set_to_none=True)
@@ -200,7 +210,8 @@ class Gradients:
     def fit_to_memory(self, free: int | None = None) -> None:
         """Compute as large a power of two of pictures at once as memory holds, up to the stage's batch.
 
-        Steps of two and of four pictures are measured, which tells what each further picture takes.
+        Steps of two and of four pictures are measured, which tells what each further picture takes. Where memory runs
+        out with these few already, so many as it holds are what it takes.
 
         Args:
             free: bytes; None asks the machine.
@@ -211,6 +222,8 @@ class Gradients:
         if self.runtime.gpu:
             self.step_bytes(2)  # libraries take their workspaces, once
         two, four = self.step_bytes(2), self.step_bytes(4)
+        if self.portion.size is not None and self.portion.size < 4:
+            return
         each = max(1, (four - two) // 2)
         batch = min(self.stage.batch_pictures, len(self.source.labels))
         room = int(free * MEMORY_SHARE) - max(0, two - 2 * each) - self._optimizer_bytes()
