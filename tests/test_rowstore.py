@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +18,11 @@ from torch import nn
 from conftest import make_picture
 from headstart import (
     Recipe,
+    SetupError,
     Stage,
     create_classifier,
     fastconv,
+    features,
     fine_tune,
     fit,
     load_images,
@@ -132,6 +135,10 @@ def test_the_key_names_weights_buffers_place_policy_and_machine(cache: Cache, ph
     torch.set_num_threads(2)
     keys.append(key())
     torch.set_num_threads(1)
+    rounding = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    keys.append(key())
+    torch.backends.cudnn.conv.fp32_precision = rounding
     with torch.no_grad():
         next(b for n, b in model.backbone.named_buffers() if n.endswith("running_mean")).add_(1e-3)
     keys.append(key())
@@ -209,6 +216,42 @@ def test_without_room_rows_stay_in_memory(cache: Cache, photos: Path, monkeypatc
     assert any("Stored features take" in line and "are held in memory" in line for line in said)
     assert cache.entries() == [] or all(entry.kind == "files" for entry in cache.entries())
     assert run(photos)[1] == 24 * 2 + 6 + 6
+
+
+def test_rows_that_neither_disk_nor_memory_holds_are_an_error_and_not_a_killed_process(
+    cache: Cache, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADSTART_CACHE_LIMIT", "1KB")
+    monkeypatch.setattr("headstart.filling.free_memory_bytes", lambda: 10_000)
+    with pytest.raises(SetupError, match=r"no room in the cache folder, and 10 kB of\s+memory are free.*--views"):
+        run(photos)
+
+
+def test_a_folder_that_cannot_be_written_is_not_counted_on(cache: Cache, photos: Path) -> None:
+    splits = split(load_images(photos))
+    model = create_classifier("test_resnet.r160_in1k", splits.class_names, weights="none", image_size=32)
+    train = Pixels(splits.train, model.spec, augment=POLICIES["photo"], store=PixelStore(cache, model.spec))
+    assert features._budget(train, model, CPU) == cache.limit_bytes // 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "STORE_BYTES", 1000)
+        assert features._budget(train, model, CPU) == cache.limit_bytes // 2
+        shutil.rmtree(cache.folder)
+        cache.folder.write_text("a file where the folder should be")
+        assert features._budget(train, model, CPU) == 1000
+
+
+def test_without_locks_rows_are_kept_and_found(cache: Cache, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", none)
+    first, count = run(photos)
+    assert count == 24 * 2 + 6 + 6
+    again, count = run(photos)
+    assert count == 6
+    assert torch.equal(weights(first), weights(again))
+    assert cache.clear() == (0, len(cache.entries()))  # who uses what cannot be told
 
 
 def two_stages(photos: Path, *, views: int = 2, augment: str = "photo", **how: Any) -> tuple[Classifier, int]:

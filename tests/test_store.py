@@ -89,6 +89,22 @@ def test_the_least_recently_used_goes_first_and_what_is_in_use_stays(cache: Cach
     assert not any(path.exists() for path in paths)
 
 
+def test_an_entry_removed_while_it_is_opened_is_none(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = put(cache, "a")
+    there = Path.exists
+
+    def gone(self: Path) -> bool:  # the last look at the name, just before the map
+        found = there(self)
+        if self == path:
+            self.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "exists", gone)
+    assert cache.open("features", "a") is None
+    monkeypatch.undo()
+    assert not path.exists()
+
+
 def test_leftovers_of_a_dead_writer_are_swept_and_a_living_one_is_left_alone(cache: Cache) -> None:
     writer = cache.write("features", "living")
     (left,) = (cache.folder / "features").glob(".*.part")

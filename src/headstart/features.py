@@ -236,7 +236,7 @@ def place_source(
 def _budget(train: Pixels, model: Classifier, runtime: Runtime) -> int:
     memory = min(STORE_BYTES, int(STORE_SHARE * free_memory_bytes()))
     is_kept = model.backbone_name and isinstance(train.augment, AugmentSpec) and runtime.world == 1
-    if train.store is None or not is_kept:
+    if train.store is None or not is_kept or not train.store.cache.is_writable:
         return memory
     return max(memory, min(train.store.cache.room(), train.store.cache.limit_bytes // 2))
 

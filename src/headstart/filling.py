@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .cut import Forward
+from .errors import SetupError
 from .memory import sent
 from .rowstore import RowStore
-from .runtime import Runtime
+from .runtime import Runtime, free_memory_bytes
+from .terminal import file_size
+
+MEMORY_SHARE = 0.8  # rows held in memory may take this much of what is free
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ class Filling:
         if self.runtime.holds(math.prod(size) * dtype.itemsize):
             rows = torch.empty(size, dtype=dtype, device=self.runtime.device)
         else:
-            rows = self.disk.begin(size, dtype) if self.disk else torch.empty(size, dtype=dtype)
+            on_disk = self.disk.begin(size, dtype) if self.disk else None
+            rows = _in_memory(size, dtype) if on_disk is None else on_disk
         return Stored(rows, channels_last, made)
 
     def keep(self, batch_size: int) -> Stored:
@@ -108,10 +113,26 @@ class Filling:
         if rows.device.type == "cpu":
             return replace(stored, rows=self.disk.finish(rows, facts))
         kept = self.disk.begin(tuple(rows.shape), rows.dtype)
-        if not self.disk.is_open:
+        if kept is None:
             return stored
         for there, here in zip(rows.split(batch_size), kept.split(batch_size), strict=True):
             here.copy_(there)
             self.disk.filled(here)
         self.disk.finish(kept, facts)
         return stored
+
+
+def _in_memory(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Room in memory; systems that promise more than they have would end the process later, without a word.
+
+    Raises:
+        SetupError: there is not enough of it.
+    """
+    nbytes, free = math.prod(size) * dtype.itemsize, free_memory_bytes()
+    if nbytes > MEMORY_SHARE * free:
+        raise SetupError(
+            f"Stored features take {file_size(nbytes)}, which have no room in the cache folder, and {file_size(free)}"
+            " of memory are free. Give the cache room (HEADSTART_CACHE names another folder, HEADSTART_CACHE_LIMIT"
+            " its size), store fewer views (--views), or move the freeze line back (--freeze-line)."
+        )
+    return torch.empty(size, dtype=dtype)

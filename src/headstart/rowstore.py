@@ -69,8 +69,8 @@ class RowStore:
         except OSError:
             return False
 
-    def begin(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Room for all rows, to be filled in order: on disk, or in memory where the cache has no room."""
+    def begin(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Room on disk for all rows, to be filled in order; None where the cache has none."""
         nbytes = math.prod(shape) * dtype.itemsize
         try:
             has_room = self._writes and self._cache.make_room(nbytes)
@@ -86,7 +86,7 @@ class RowStore:
         except OSError as error:
             self.tell(f"Stored features are not kept: {self._cache.folder} cannot be used ({error}).")
             self.discard()
-        return torch.empty(shape, dtype=dtype)
+        return None
 
     @property
     def is_from_before(self) -> bool:
@@ -179,7 +179,9 @@ def row_keys(
 
 
 def _machine(device: torch.device) -> list[Any]:
-    """What decides the order of additions, and with it the last bits."""
+    """What decides the order of additions, and to how many bits float32 is rounded before products (TF32)."""
+    of: Any = torch.backends
+    rounding = [part.fp32_precision for part in (of, of.cudnn.conv, of.cuda.matmul, of.mkldnn.conv, of.mkldnn.matmul)]
     if device.type == "cuda":
-        return [device.type, torch.cuda.get_device_name(device)]
-    return [device.type, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]
+        return [device.type, torch.cuda.get_device_name(device), *rounding]
+    return [device.type, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(), *rounding]

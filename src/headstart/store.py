@@ -115,7 +115,7 @@ class Entry:
     def __init__(self, path: Path, meta: dict[str, Any], fd: int) -> None:
         self.path, self.meta = path, meta
         size = int(meta["nbytes"])
-        self.data: _Bytes = (
+        self.data: _Bytes = (  # not from `fd`: the map would have a copy of it, and with it the lock
             np.memmap(path, np.uint8, mode="c", offset=len(_MAGIC), shape=(size,)) if size else np.zeros(0, np.uint8)
         )
         self.close = weakref.finalize(self.data, os.close, fd)
@@ -228,11 +228,14 @@ class Cache:
             return None
         try:
             if fcntl is not None:
-                fcntl.flock(fd, fcntl.LOCK_SH)
+                with suppress(OSError):  # a file system without locks, where nothing is ever evicted
+                    fcntl.flock(fd, fcntl.LOCK_SH)
             with os.fdopen(fd, "rb", closefd=False) as file:
                 meta = _read_meta(file)
             if meta is not None and path.exists():  # not evicted between opening and locking
                 return Entry(path, meta, fd)
+        except FileNotFoundError:  # removed by who does not ask for locks, before it was mapped
+            pass
         except BaseException:
             os.close(fd)
             raise
@@ -250,6 +253,15 @@ class Cache:
     def began(self, kind: str, name: str) -> bool:
         """Whether this entry, if it is there, is from this very object."""
         return self.path(kind, name) in self._begun
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether this process may write here; the folder is made where there is none."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return False
+        return os.access(self.folder, os.W_OK)
 
     def room(self) -> int:
         """Bytes that could be added if everything that nobody uses went: by the limit, and by the disk's free space."""
