@@ -32,6 +32,7 @@ from headstart import (
 )
 from headstart.classifier import Classifier
 from headstart.cut import Cut, Suffix, Whole
+from headstart.errors import DataError
 from headstart.features import ActivationSource, FeatureSource, make_source, place_source
 from headstart.once import store_activations, store_features
 from headstart.pixels import Pixels
@@ -108,6 +109,31 @@ def test_whatever_changes_the_features_changes_the_key(cache: Cache, photos: Pat
     changed = a_training_picture(photos)
     make_picture(np.random.default_rng(9), 0).save(changed, quality=95)
     assert run(photos)[1] >= 48
+
+
+def test_a_file_that_changes_before_it_is_read_again_leaves_nothing_under_its_name(cache: Cache, photos: Path) -> None:
+    splits = split(load_images(photos))
+    model = create_classifier("test_resnet.r160_in1k", splits.class_names, weights="none", image_size=32)
+    set_freeze_line(model, "head")
+    changing = splits.train.paths[3]
+    before, other = changing.read_bytes(), splits.train.paths[-1].read_bytes()
+    store = PixelStore(Cache(cache.folder, limit_bytes=10_000), model.spec)  # no room for pictures
+    store.fill(splits.train.paths, root=photos)
+    store.cache.limit_bytes = 10**6  # but for features
+
+    def rows(store: PixelStore | None, augment: str, views: int) -> torch.Tensor:
+        pixels = Pixels(splits.train, model.spec, augment=POLICIES[augment], store=store)
+        return store_features(model, pixels, views=views, runtime=CPU, batch_size=8)
+
+    changing.write_bytes(other)
+    for augment, views in (("none", 1), ("photo", 2)):  # the plain view, and working images
+        with pytest.raises(DataError, match=rf"{changing.name} has changed while .* run the command again"):
+            rows(store, augment, views)
+    assert cache.names("features") == []
+    changing.write_bytes(before)
+    fresh = PixelStore(cache, model.spec)
+    fresh.fill(splits.train.paths, root=photos)
+    assert torch.equal(rows(fresh, "photo", 2), rows(None, "photo", 2))
 
 
 def a_training_picture(photos: Path) -> Path:

@@ -7,22 +7,24 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .augment import augmented_batch
 from .batchviews import is_drawn_together, views_together
 from .dataset import ImageTable, open_image
-from .dataspec import DataSpec
+from .dataspec import DataSpec, evaluation_view
 from .errors import DataError
 from .memory import ready, sent
 from .pixelstore import PixelStore
 from .recipe import AugmentSpec
 from .runtime import GPU_SHARE, free_bytes
-from .transforms import load_view, working_image
+from .transforms import as_tensor, working_image
 
 Augment = AugmentSpec | Callable[[Tensor], Tensor]
 
@@ -133,7 +135,7 @@ class Pixels:
         """Pictures as uint8 [B, 3, S, S], on the device where there is one; view 0 is the plain one.
 
         Raises:
-            DataError: a file can no longer be read; the message names it.
+            DataError: a file can no longer be read, or has changed since the store was filled; the message names it.
         """
         if not len(indices):
             raise DataError("There is no picture in this split. Hold some out, or leave the step that needs it.")
@@ -199,7 +201,7 @@ class Pixels:
             kept = self.store.view(path)
         if kept is not None:
             return kept
-        picture = load_view(path, self.spec)
+        picture = as_tensor(evaluation_view(self._picture(path), self.spec))
         if self.device is None and self._kept.reserve(picture.numel()):
             self._kept.plain[index] = picture
         return picture
@@ -211,7 +213,11 @@ class Pixels:
             kept = self.store.working(path)
         if kept is not None:
             return kept
-        picture = working_image(open_image(path), self.spec)
+        picture = working_image(self._picture(path), self.spec)
         if self.device is None and self._kept.reserve(picture.nbytes):
             self._kept.working[index] = picture
         return picture
+
+    def _picture(self, path: Path) -> Image.Image:
+        """The picture decoded from its file."""
+        return open_image(path) if self.store is None else self.store.picture(path)

@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
-from PIL import features
+from PIL import Image, features
 from torch import Tensor
 
 from . import intake
 from .dataset import bad_reasons
 from .dataspec import DataSpec, PixelArray, working_size
-from .decode import decoder_version
+from .decode import decoder_version, file_bytes, open_image, picture_of
+from .errors import DataError
 from .inspection import LOOK_BYTES, Look, unpack
 from .intake import FULL, Made
-from .store import Cache, Entry, EntryWriter, FileHashes, code_hash, key_of
+from .store import Cache, Entry, EntryWriter, FileHashes, code_hash, content_hash, key_of
 from .terminal import file_size
 from .threads import available_cores, map_threads
 from .transforms import working_image_of
@@ -243,6 +244,26 @@ class PixelStore:
         """What an audit measures of the picture, likewise."""
         data = self._pixels(path, "look")
         return None if data is None else unpack(data)
+
+    def picture(self, path: Path) -> Image.Image:
+        """The picture decoded from its file, which must hold what it held when the store was filled.
+
+        Raises:
+            DataError: the file cannot be read, or has changed; the message names it.
+        """
+        digest = self._digests.get(path)
+        if digest is None:
+            return open_image(path)
+        try:
+            data = file_bytes(path)
+            if content_hash(data) == digest:
+                return picture_of(data)
+        except DataError as error:
+            raise DataError(f"Picture {path}: {error}.") from None
+        raise DataError(
+            f"Picture {path} has changed while this run was reading it: it holds other bytes than at the start. Leave"
+            " the pictures alone until the run has ended, and run the command again."
+        )
 
     def _pixels(self, path: Path, part: str) -> PixelArray | None:
         key = (self._digests.get(path, ""), part)
