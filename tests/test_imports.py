@@ -126,6 +126,7 @@ SIDEWAYS = {
     ("audit_copies", "inspection"),
     ("audit_kept", "audit_quick"),
     ("audit_kept", "dataset"),
+    ("audit_kept", "decode"),
     ("audit_kept", "findings"),
     ("audit_kept", "run"),
     ("audit_kept", "store"),

@@ -20,7 +20,19 @@ import torch
 from PIL import Image, ImageFile
 
 from conftest import make_picture
-from headstart import DataSpec, Recipe, Stage, fine_tune, intake, isolate, load_images, load_view, open_image, split
+from headstart import (
+    DataSpec,
+    Recipe,
+    Stage,
+    decode,
+    fine_tune,
+    intake,
+    isolate,
+    load_images,
+    load_view,
+    open_image,
+    split,
+)
 from headstart.errors import DataError, SetupError
 from headstart.inspection import look
 from headstart.isolate import Limits
@@ -178,6 +190,30 @@ def test_a_file_that_is_whole_again_is_not_held_for_bad(
     assert [i for i, reason in enumerate(reasons) if reason] == [1]
     paths[1].write_bytes(whole)
     assert PixelStore(cache, SPEC).fill(paths, root=photos) == [None] * 36
+
+
+@pytest.mark.parametrize("spec", [SPEC, None])
+def test_a_picture_is_refused_for_its_size_by_the_cap_of_now(
+    cache: Cache, photos: Path, monkeypatch: pytest.MonkeyPatch, spec: DataSpec | None
+) -> None:
+    large = photos / "red" / "large.jpg"
+    make_picture(np.random.default_rng(5), 2, (90, 90)).save(large)
+    paths = sorted(photos.rglob("*.jpg"))
+
+    def refused(cap: int) -> tuple[list[str], int]:
+        monkeypatch.setattr(decode, "MAX_PIXELS", cap)
+        with decodes() as seen:
+            reasons = PixelStore(cache, spec).fill(paths, root=photos)
+        assert all(path == large for path, reason in zip(paths, reasons, strict=True) if reason)
+        return [reason for reason in reasons if reason], len(seen)
+
+    why = "its header promises more than {:,} pixels; shrink it first (or set HEADSTART_MAX_PIXELS)"
+    assert refused(8_099) == ([why.format(8_099)], 37)
+    assert refused(8_099) == ([why.format(8_099)], 0)
+    assert refused(8_098) == ([why.format(8_098)], 37)  # nobody knows how large the others are
+    assert refused(8_100) == ([], 1)
+    assert refused(decode.PILLOWS_PIXELS) == ([], 0)
+    assert refused(8_099) == ([why.format(8_099)], 0)
 
 
 def test_after_an_interrupt_bad_files_are_known(cache: Cache, photos: Path) -> None:

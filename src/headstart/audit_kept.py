@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 
+from . import decode
 from .audit_quick import QuickAudit
 from .dataset import ImageTable
 from .findings import AuditResult
@@ -35,6 +36,7 @@ def audit_key(table: ImageTable, contents: Sequence[str]) -> str:
             "classes": table.class_names,
             "splits": table.split_names,
             "bad": [(str(path), reason) for path, reason in table.bad_files],
+            "max_pixels": decode.MAX_PIXELS,
             "code": code_hash(*_ROOMS),
             "libraries": {name: metadata.version(name) for name in _LIBRARIES},
         }

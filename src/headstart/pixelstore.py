@@ -17,7 +17,7 @@ import torch
 from PIL import Image, features
 from torch import Tensor
 
-from . import intake
+from . import decode, intake
 from .dataset import bad_reasons
 from .dataspec import DataSpec, PixelArray, working_size
 from .decode import decoder_version, file_bytes, open_image, picture_of
@@ -53,7 +53,7 @@ class PixelStore:
     They are memory-mapped and shared by all runs and processes. What the store gives is to the bit what `load_view`,
     `working_image` and `inspection.look` compute from the file. A picture is found by the
     hash of its file's bytes, so it may move or be copied; a changed file is another picture. Files that do not decode
-    are remembered with their reasons.
+    are remembered with their reasons, those that are too large only as long as `HEADSTART_MAX_PIXELS` is the same.
 
     Args:
         spec: size, interpolation, crop and fit decide what is kept; None keeps no pixels.
@@ -152,9 +152,10 @@ class PixelStore:
         return [i for i, path in enumerate(job.paths) if not self._is_known(path, job.parts)]
 
     def _index(self, name: str, meta: dict[str, Any] | None) -> None:
-        if meta is None:
+        # Made under a higher cap, it may hold pictures that are refused now.
+        if meta is None or meta.get("max_pixels", decode.MAX_PIXELS) > decode.MAX_PIXELS:
             return
-        self._reasons |= meta["reasons"]
+        self._reasons |= {digest: why for digest, why in meta["reasons"].items() if not _is_of_another_cap(why)}
         for digest, part, offset, shape, crc in meta["records"]:
             self._records[digest, part] = _Record(name, offset, tuple(shape), crc)
 
@@ -347,7 +348,8 @@ class _Shards:
     def _publish(self) -> None:
         writer = self._open()
         try:
-            writer.publish({"records": self._records, "reasons": self._reasons})
+            facts = {"records": self._records, "reasons": self._reasons, "max_pixels": decode.MAX_PIXELS}
+            writer.publish(facts)
         finally:
             writer.discard()
             self._writer, self._records, self._reasons = None, [], {}
@@ -357,6 +359,11 @@ def picture_bytes(spec: DataSpec, *, working: bool) -> int:
     """What a picture takes in the store, for one of the usual 4:3 and large enough to be shrunk."""
     view = 3 * spec.image_size**2
     return view + 3 * math.prod(working_size(4000, 3000, spec)) if working else view
+
+
+def _is_of_another_cap(reason: str | None) -> bool:
+    """Whether a picture was refused for its size, by a cap that is not the one of now."""
+    return reason is not None and decode.PIXELS_VARIABLE in reason and f" {decode.MAX_PIXELS:,} pixels" not in reason
 
 
 def _determined_by(spec: DataSpec | None) -> dict[str, Any]:
