@@ -403,6 +403,59 @@ def test_the_estimate_is_about_what_is_taken(cache: Cache, tmp_path: Path) -> No
     assert 0.95 < entry.nbytes / (4 * picture_bytes(spec, working=True)) < 1.1
 
 
+def test_pictures_that_take_more_than_estimated_do_not_exceed_the_limit(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "wide").mkdir()
+    paths = [tmp_path / "wide" / f"{i}.jpg" for i in range(32)]
+    for path in paths:
+        make_picture(rng, 0, (160, 90)).save(path)
+    spec = replace(SPEC, image_size=64, fit="crop", crop_pct=0.875)
+    estimate = 32 * picture_bytes(spec, working=True)
+    monkeypatch.setattr("headstart.pixelstore.SHARD_BYTES", estimate // 3)
+    limited = Cache(cache.folder, limit_bytes=int(1.35 * estimate))
+    writer = limited.write("features", "earlier")
+    writer.append(bytes(int(0.34 * estimate)))  # it may stay, by the estimate
+    writer.publish({})
+    said: list[str] = []
+    taken: list[int] = []
+
+    def measure(done: int, total: int) -> None:
+        taken.append(sum(path.stat().st_size for path in cache.folder.glob("*/*")))
+
+    store = PixelStore(limited, spec, say=said.append)
+    store.fill(paths, root=tmp_path, progress=measure)
+    measure(32, 32)
+    assert len(taken) == 3
+    assert max(taken) <= limited.limit_bytes
+    assert all(store.view(path) is not None for path in paths)
+    assert limited.names("features") == []
+    assert not any("no more room" in line for line in said)
+    held = sum(entry.nbytes for entry in limited.entries())
+    for path in paths:
+        make_picture(rng, 1, (160, 90)).save(path)
+    limited.limit_bytes = held + int(1.1 * estimate)
+    second = PixelStore(limited, spec, say=said.append)
+    second.fill(paths, root=tmp_path)
+    assert sum(entry.nbytes for entry in limited.entries()) <= limited.limit_bytes
+    assert 24 < sum(second.view(path) is not None for path in paths) < 32
+    assert "no more room" in said[-1]
+    assert all(store.view(path) is not None for path in paths)
+
+
+def test_what_is_decoded_stays_while_more_is_decoded(
+    cache: Cache, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headstart.pixelstore.SHARD_BYTES", 10_000)
+    kept: list[int] = []
+    store, paths = PixelStore(cache, SPEC), sorted(photos.rglob("*.jpg"))
+    store.fill(paths, root=photos, progress=lambda done, total: kept.append(Cache(cache.folder).clear()[1]))
+    assert len(kept) == 3
+    assert kept[0] > 0
+    assert all(store.view(path) is not None and store.working(path) is not None for path in paths)
+
+
 def test_bytes_that_the_disk_changed_are_noticed(cache: Cache, photos: Path) -> None:
     store, paths = filled(cache, photos)
     (entry,) = cache.entries()

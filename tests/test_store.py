@@ -105,6 +105,19 @@ def test_an_entry_removed_while_it_is_opened_is_none(cache: Cache, monkeypatch: 
     assert not path.exists()
 
 
+def test_what_is_being_written_takes_room(cache: Cache) -> None:
+    path = put(cache, "a", 300_000)
+    writer = cache.write("pixels", "b")
+    writer.reserve(600_000)
+    assert 399_000 < cache.room() < 400_000
+    assert not cache.make_room(500_000)
+    assert path.exists()
+    assert cache.make_room(300_000)
+    assert not path.exists()
+    writer.discard()
+    assert cache.room() == 1_000_000
+
+
 def test_leftovers_of_a_dead_writer_are_swept_and_a_living_one_is_left_alone(cache: Cache) -> None:
     writer = cache.write("features", "living")
     (left,) = (cache.folder / "features").glob(".*.part")

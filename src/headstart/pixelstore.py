@@ -190,7 +190,7 @@ class PixelStore:
 
         with self.cache.lock(self.family, waiting=waiting):
             missing = self._missing(job)
-            shards = _Shards(self.cache, self.family, room=self.cache.room())
+            shards = _Shards(self.cache, self.family, self._hold)
             try:
                 reasons = self._make(job, missing, shards)
             finally:  # after an interrupt, too: what has been decoded is kept
@@ -299,12 +299,16 @@ class _Job:
 
 @dataclass
 class _Shards:
-    """Shards on their way to the disk; any thread may add to them."""
+    """Shards on their way to the disk; any thread may add to them. Room is made as they grow.
+
+    hold: is given the name of each as soon as it has appeared.
+    """
 
     cache: Cache
     family: str
-    room: int
+    hold: Callable[[str], None]
     is_full: bool = False
+    _room: int = 0
     _writer: EntryWriter | None = None
     _records: list[tuple[str, str, int, tuple[int, ...], int]] = field(default_factory=list)
     _reasons: dict[str, str | None] = field(default_factory=dict)
@@ -317,16 +321,16 @@ class _Shards:
         ]
         nbytes = sum(len(data) for _, _, data, _ in rows)
         with self._lock:
-            if self.is_full or nbytes > self.room:
-                self.is_full = True
-                return
             try:
+                self.is_full = self.is_full or not self._has_room(nbytes)
+                if self.is_full:
+                    return
                 for part, shape, data, crc in rows:
                     self._records.append((digest, part, self._open().append(data), shape, crc))
             except OSError:
                 self.is_full = True
                 return
-            self.room -= nbytes
+            self._room -= nbytes
             if self._open().nbytes >= SHARD_BYTES:
                 self._publish()
 
@@ -339,6 +343,12 @@ class _Shards:
         with self._lock:
             if self._records or self._reasons:
                 self._publish()
+
+    def _has_room(self, nbytes: int) -> bool:
+        if nbytes > self._room:  # for more than this picture at once, since it takes a look at the whole cache
+            more = (max(nbytes, SHARD_BYTES // 16), nbytes)
+            self._room = next((size for size in more if self.cache.make_room(size)), 0)
+        return nbytes <= self._room
 
     def _open(self) -> EntryWriter:
         if self._writer is None:
@@ -353,6 +363,7 @@ class _Shards:
         finally:
             writer.discard()
             self._writer, self._records, self._reasons = None, [], {}
+        self.hold(writer.target.stem)
 
 
 def picture_bytes(spec: DataSpec, *, working: bool) -> int:

@@ -264,9 +264,12 @@ class Cache:
         return os.access(self.folder, os.W_OK)
 
     def room(self) -> int:
-        """Bytes that could be added if everything that nobody uses went: by the limit, and by the disk's free space."""
+        """Bytes that could be added if everything that nobody uses went: by the limit, and by the disk's free space.
+
+        Entries on their way count as far as they have got.
+        """
         free = [entry.nbytes for entry in self.entries() if not _is_held(entry.path)]
-        held = sum(entry.nbytes for entry in self.entries()) - sum(free)
+        held = sum(entry.nbytes for entry in self.entries()) - sum(free) + self._on_its_way()
         return max(0, min(self.limit_bytes - held, self._free_disk() + sum(free)))
 
     def make_room(self, nbytes: int) -> bool:
@@ -275,7 +278,7 @@ class Cache:
         if nbytes > self.room():
             return False
         entries = self.entries()
-        total = sum(entry.nbytes for entry in entries)
+        total = sum(entry.nbytes for entry in entries) + self._on_its_way()
         for entry in entries:
             if total + nbytes <= self.limit_bytes and nbytes <= self._free_disk():
                 break
@@ -305,6 +308,15 @@ class Cache:
                     waiting()
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    def _on_its_way(self) -> int:
+        """Bytes of what is being written."""
+        total = 0
+        for kind in KINDS:
+            for path in (self.folder / kind).glob(".*.part"):
+                with suppress(OSError):  # published meanwhile
+                    total += path.stat().st_size
+        return total
 
     def _free_disk(self) -> int:
         """Free bytes of the disk, less what is left to others: a twentieth of it, at most 2 GB."""
