@@ -24,6 +24,7 @@ from headstart import (
     DataSpec,
     Recipe,
     Stage,
+    bench,
     decode,
     fine_tune,
     intake,
@@ -390,6 +391,23 @@ def test_without_room_the_run_goes_on_and_says_so(
     pixels = Pixels(load_images(photos, bad_files="skip"), SPEC, store=store)
     assert torch.equal(pixels.batch([0], [0])[0], load_view(pixels.table.paths[0], SPEC))
     assert len(kept) == 36
+
+
+@pytest.mark.parametrize("change", ["other", "cut", "gone", ""])
+def test_a_look_at_files_that_have_changed_is_not_kept_as_one_at_what_they_were(
+    cache: Cache, photos: Path, change: str
+) -> None:
+    table = load_images(photos)
+    cache.limit_bytes = 10_000  # no room for looks
+    store, paths = filled(cache, photos, look=True)
+    cache.limit_bytes = 10**6
+    before = paths[1].read_bytes()
+    if change == "gone":
+        paths[1].unlink()
+    elif change:
+        paths[1].write_bytes(paths[2].read_bytes() if change == "other" else before[:300])
+    bench._looked_at(table, store, workers=1, show=False)
+    assert len(cache.names("audits")) == (not change)
 
 
 def test_the_estimate_is_about_what_is_taken(cache: Cache, tmp_path: Path) -> None:

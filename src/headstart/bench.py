@@ -309,7 +309,7 @@ def _looked_at(
                 table, known=store.look if store else None, workers=workers, progress=lambda done, _: bar.move_to(done)
             )
         known = quick.result, quick.copies.names
-        if store and key:
+        if store and key and store.is_unchanged(table.paths, root=table.root):
             keep_audit(store.cache, key, quick)
     result, copies = known
     return result, found.with_groups(dict(zip(table.paths, join_groups(table.groups, copies), strict=True)))

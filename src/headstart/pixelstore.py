@@ -246,6 +246,18 @@ class PixelStore:
         data = self._pixels(path, "look")
         return None if data is None else unpack(data)
 
+    def is_unchanged(self, paths: Sequence[Path], *, root: Path) -> bool:
+        """Whether the files of which no look is here hold what they held when the store was filled."""
+        hashes = FileHashes(self.cache, root)
+        try:
+            return all(
+                hashes.of(path) == self._digests.get(path)
+                for path in paths
+                if (self._digests.get(path, ""), "look") not in self._records
+            )
+        except OSError:
+            return False
+
     def picture(self, path: Path) -> Image.Image:
         """The picture decoded from its file, which must hold what it held when the store was filled.
 
