@@ -23,6 +23,7 @@ LAYERS = (
         *("decode", "isolate", "order", "threads", "dataset", "dataspec", "transforms", "augment", "batchviews"),
         *("metrics", "modelfile", "run", "runtime", "store", "terminal", "memory"),
         *("autoaugment", "heads", "tracing", "cut", "fastconv", "fastops", "numerics", "frozenpass", "checkpointing"),
+        "batchstats",
         *(
             "findings",
             "inspection",

@@ -7,14 +7,26 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from headstart import Runtime
+import several
+from headstart import ModelError, Runtime, SetupError, Stage, create_classifier, make_runtime, set_freeze_line
+from headstart.classifier import Classifier
+from headstart.features import StageData
+from headstart.gradients import Batch, Gradients
+from headstart.schedule import batches_of_epoch
 from headstart.store import Cache
+from headstart.train import fit
+from tiny import SPEC
+
+CPU = make_runtime(device="cpu", precision="fp32", workers=1)
 
 FIT = """fit {photos} --backbone test_resnet.r160_in1k --weights none --image-size 32 --device cpu --precision fp32
     --workers 1 --epochs 4,2 --batch-size 8 --out {out}"""
@@ -69,17 +81,90 @@ def test_two_processes_make_the_model_that_one_makes(launcher: str, photos: Path
     assert probabilities(tmp_path / "three") == got
 
 
-def test_summed_gradients_lie_as_their_parameters_do() -> None:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes ended the stages of `several` in."""
+    folder, port = tmp_path_factory.mktemp("apart"), str(free_port())
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, str(Path(several.__file__)), str(folder)]
+    started = [
+        subprocess.Popen(
+            command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in "01"
+    ]
     try:
-        conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-        conv(torch.randn(2, 3, 8, 8)).sum().backward()
-        assert conv.weight.grad is not None
-        expected = conv.weight.grad.clone()
-        runtime = Runtime(torch.device("cpu"), world=2)  # as if another process had added nothing
-        runtime.sum_gradients(conv.parameters())
-        assert torch.equal(conv.weight.grad, expected)
-        assert conv.weight.grad.stride() == conv.weight.stride()
-        assert not runtime.agrees(True)
+        errors = [process.communicate(timeout=120)[1] for process in started]
     finally:
-        torch.distributed.destroy_process_group()
+        for process in started:
+            process.kill()
+    assert not any(process.returncode for process in started), "\n".join(errors)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", several.STAGES)
+def test_a_stage_in_which_batchnorm_learns_is_that_of_one_process(name: str, apart: list[dict[str, Any]]) -> None:
+    first, second = (process[name] for process in apart)
+    assert first["state"].keys() == second["state"].keys()
+    for key, tensor in first["state"].items():
+        assert torch.equal(second["state"][key], tensor), key  # statistics too
+    assert first["losses"] == second["losses"]
+    if name == "auto":  # memory, of which one of them has less, is for four pictures at once
+        assert all("32 pictures, 4 at once" in events[0] for events in (first["events"], second["events"]))
+        return
+    one = several.trained(name, CPU)
+    if name == "head":  # each process computes all of it
+        assert all(torch.equal(one["state"][key], tensor) for key, tensor in first["state"].items())
+    assert torch.allclose(first["logits"], one["logits"], rtol=0, atol=1e-4)
+    assert first["losses"] == pytest.approx(one["losses"], abs=1e-5)
+
+
+@pytest.fixture
+def as_if_two() -> Iterator[Runtime]:
+    """One process that takes itself for the first of two, of which the other has nothing to add."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield replace(CPU, world=2)
+    torch.distributed.destroy_process_group()
+
+
+def test_out_of_memory_is_an_error_where_processes_wait_for_each_other(as_if_two: Runtime) -> None:
+    stage = Stage(freeze_line="all", batchnorm="train")
+    source, model = (
+        several.pictures(8, 0),
+        create_classifier(several.backbone(), ["a", "b"], head=several.HEAD, data_spec=SPEC),
+    )
+    batch = Batch(source.batch(range(8), []), torch.arange(8) % 2)
+    sizes: list[int] = []
+
+    def short(model: Classifier, inputs: Tensor) -> Tensor:
+        sizes.append(len(inputs))
+        raise MemoryError("no more")
+
+    source.forward = short  # type: ignore[method-assign]
+    with pytest.raises(SetupError, match=r"in one of several processes, with 8 pictures .*--batchnorm fixed"):
+        Gradients(model, source, stage, runtime=as_if_two).add([batch], 8.0)
+    assert sizes == [8]  # the other process is not left behind in a layer
+
+
+def test_every_process_has_a_picture_of_every_batch_batchnorm_learns_from() -> None:
+    labels = torch.arange(49) % 3
+    sizes = [len(b) for b in batches_of_epoch(49, labels, Stage(batch_size=23), seed=0, epoch=1, least=4)]
+    assert sizes == [23, 26]
+    stage = Stage(freeze_line="all", batchnorm="train", batch_size=3)
+    model = create_classifier(several.backbone(), ["a", "b", "c"], head=several.HEAD, data_spec=SPEC)
+    set_freeze_line(model, "all", batchnorm="train")
+    data = StageData(several.pictures(49, 0), several.pictures(9, 1))
+    with pytest.raises(ModelError, match=r"4 processes from batches of 3 pictures.* batch size of 4"):
+        fit(model, data, stage, lr=0.1, runtime=replace(CPU, world=4))
+
+
+def test_summed_gradients_lie_as_their_parameters_do(as_if_two: Runtime) -> None:
+    conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    conv(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert conv.weight.grad is not None
+    expected = conv.weight.grad.clone()
+    as_if_two.sum_gradients(conv.parameters())
+    assert torch.equal(conv.weight.grad, expected)
+    assert conv.weight.grad.stride() == conv.weight.stride()
+    assert not as_if_two.agrees(True)

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .cut import Forward, Recording, Uncuttable, record, tensor_shapes
 
+Within = Callable[[], AbstractContextManager[object]]
+
 _TRIALS = 24  # sizes of the largest segment that are tried
 
 
@@ -20,28 +22,30 @@ class Segments:
 
     Gradients are those of the plain pass: dropout draws the same numbers again, and BatchNorm that learns takes its
     statistics from the first pass only. Reference: Chen et al. 2016, arXiv 1604.06174.
+
+    Args:
+        again: what the second pass runs within, where the first one does: the backward pass leaves it.
     """
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
-        self.parts = list(parts)
+    def __init__(self, parts: Sequence[nn.Module], again: Within = nullcontext) -> None:
+        self.parts, self.again = list(parts), again
         self._norms = [
             [m for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] for part in self.parts
         ]
 
     def __call__(self, x: Tensor) -> Tensor:
         for part, norms in zip(self.parts, self._norms, strict=True):
-            x = checkpoint(part, x, use_reentrant=False, context_fn=_contexts(norms))
+            x = checkpoint(part, x, use_reentrant=False, context_fn=self._contexts(norms))
         return x
 
-
-def _contexts(
-    norms: Sequence[nn.modules.batchnorm._BatchNorm],
-) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
-    return lambda: (nullcontext(), _without_learning(norms))
+    def _contexts(
+        self, norms: Sequence[nn.modules.batchnorm._BatchNorm]
+    ) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+        return lambda: (nullcontext(), _without_learning(norms, self.again))
 
 
 @contextmanager
-def _without_learning(norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
+def _without_learning(norms: Sequence[nn.modules.batchnorm._BatchNorm], again: Within) -> Iterator[None]:
     """BatchNorm normalises by the batch as before, but leaves its running statistics and its count alone."""
     before = [(norm, norm.momentum, norm._buffers.get("num_batches_tracked")) for norm in norms]
     try:
@@ -49,7 +53,8 @@ def _without_learning(norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> Itera
             norm.momentum = 0.0
             if count is not None:
                 norm._buffers["num_batches_tracked"] = None
-        yield
+        with again():
+            yield
     finally:
         for norm, momentum, count in before:
             norm.momentum = momentum
@@ -63,6 +68,7 @@ def segments(
     example_shape: tuple[int, ...],
     forward: Forward = nn.Module.__call__,
     kept_in_eval: Sequence[nn.Module] = (),
+    again: Within = nullcontext,
 ) -> Segments | str:
     """Divide a pass in training mode where a single tensor is alive, so that least memory is taken; or say why not.
 
@@ -73,6 +79,7 @@ def segments(
         net: a network, or the recorded half of one (see `cut`).
         example_shape: of one input, without the batch.
         kept_in_eval: modules (each without its children) that stay in evaluation mode in training.
+        again: see `Segments`.
     """
     try:
         if isinstance(net, fx.GraphModule):
@@ -90,7 +97,7 @@ def segments(
     places = [recording.place[n] for n in recording.single_tensors(len(sizes) - 1) if _is_place(recording, n)]
     ends = [recording.chain[place] for place in best_places(sizes, [p for p in places if sizes[p]])]
     pieces = zip([None, *ends], [*ends, None], strict=True)
-    return Segments([recording.piece(start, end) for start, end in pieces])
+    return Segments([recording.piece(start, end) for start, end in pieces], again)
 
 
 def _is_place(recording: Recording, node: fx.Node) -> bool:

@@ -170,6 +170,12 @@ def is_batchnorm(module: nn.Module) -> bool:
     )
 
 
+def learns_statistics(model: Classifier) -> bool:
+    """Whether some BatchNorm of the model, head included, is in training mode when the model is."""
+    kept = {id(module) for module in model.kept_in_eval}
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and id(m) not in kept for m in model.modules())
+
+
 def set_freeze_line(model: Classifier, where: str, *, batchnorm: str = "fixed") -> FreezeLine:
     """Freeze everything in front of the line and make everything behind it trainable; the head always is.
 

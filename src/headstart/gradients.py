@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 
 from .averaging import restore, snapshot
 from .backbones import backbone_output
-from .checkpointing import segments
+from .batchstats import SharedStatistics
+from .checkpointing import Within, segments
 from .classifier import Classifier
+from .errors import SetupError
 from .features import ActivationSource, FeatureSource, PixelSource, Source
-from .memory import Portion, is_out_of_memory, peak_bytes, sent
+from .freezing import learns_statistics
+from .memory import Portion, equal_parts, is_out_of_memory, peak_bytes, sent
 from .mixing import Mix, mix_inputs
 from .recipe import Stage
 from .runtime import Runtime, free_bytes
@@ -39,11 +43,15 @@ Measured = TypeVar("Measured")
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs [B, ...] as their source gave them, their class ids [B], and how they are mixed among themselves."""
+    """Inputs [B, ...] as their source gave them, their class ids [B], and how they are mixed.
+
+    among: the batch that the partners are of, where this is one process's share of it; None: they are of this one.
+    """
 
     inputs: Tensor
     labels: Tensor
     mix: Mix | None = None
+    among: Batch | None = None
 
 
 class Gradients:
@@ -51,6 +59,10 @@ class Gradients:
 
     Args:
         portion: how many pictures at once; smaller once memory has run out.
+
+    Attributes:
+        joint: whether BatchNorm learns from a batch that several processes share. They then talk in every such layer:
+            all have to go through the same layers, equally often, on a picture or more.
     """
 
     def __init__(
@@ -58,10 +70,12 @@ class Gradients:
     ) -> None:
         self.model, self.source, self.stage, self.runtime = model, source, stage, runtime
         self.portion = portion or Portion()
+        self.joint = runtime.world > 1 and learns_statistics(model)
+        self._statistics: Within = SharedStatistics if self.joint else nullcontext
         self._forward: Forward = source.forward
         self._compiled: CompiledForward | None = None
         if stage.checkpointing:
-            found = checkpointed(source, model)
+            found = checkpointed(source, model, again=self._statistics)
             if isinstance(found, str):
                 self.portion.note("checkpointing", f"All activations are kept: {found}.")
             else:
@@ -75,6 +89,11 @@ class Gradients:
     def _compiling_pays(self) -> bool:
         """Whether the step is compiled; a line says so."""
         asked, pictures = self.runtime.compile, len(self.source.labels) * self.stage.epochs
+        if self.joint:
+            if asked == "on":
+                why = "BatchNorm learns from the pictures of all processes"
+                self.portion.note("compile", f"The training step runs as it is: {why}.")
+            return False
         pays = asked == "on" or (asked == "auto" and self.runtime.dtype != torch.float32 and pictures >= COMPILED_FROM)
         if pays:
             self.portion.note(
@@ -98,7 +117,8 @@ class Gradients:
         batch or draws random numbers: BatchNorm that learns, dropout.
 
         Raises:
-            SetupError: memory runs out with the smallest part, too.
+            SetupError: memory runs out with the smallest part, too, or where BatchNorm learns from several processes:
+                one cannot go on in smaller parts while the others wait for it in a layer.
         """
         while True:
             try:
@@ -119,20 +139,30 @@ class Gradients:
                 if self._compiled:
                     self._compiled.shape = None  # parts are smaller from now on
                 largest = max(len(batch.labels) for batch in batches)
+                if self.joint:
+                    raise SetupError(
+                        f"Out of memory in stage {self.stage.name!r}, in one of several processes, with"
+                        f" {max(self.portion.parts(largest))} pictures at once ({str(error).splitlines()[0]})."
+                        " BatchNorm learns from all of them together, so that one process cannot take fewer than the"
+                        " others. Take a smaller --batch-size or auto, --batchnorm fixed, or switch --checkpointing on."
+                    ) from error
                 self.portion.halve(largest, error, doing=f"in stage {self.stage.name!r}")
 
     def _backward(self, batch: Batch, weight: float) -> Tensor:
         inputs, share = sent(batch.inputs, self.runtime.device), 1.0
         partners = batch.labels
         if batch.mix:  # before the batch is parted, so that the pictures are mixed as they would have been
-            inputs, share = mix_inputs(inputs, batch.mix)
-            partners = batch.labels[batch.mix.partners]
+            among = None if batch.among is None else sent(batch.among.inputs, self.runtime.device)
+            inputs, share = mix_inputs(inputs, batch.mix, among)
+            partners = (batch.among or batch).labels[batch.mix.partners]
         sizes = self.portion.parts(len(batch.labels))
+        if self.joint:  # shares differ by a picture, and may not differ in the number of their parts
+            sizes = equal_parts(len(batch.labels), -self.runtime.least(-len(sizes)))
         total = torch.zeros((), device=self.runtime.device)
         for part, labels, others in zip(
             inputs.split(sizes), batch.labels.split(sizes), partners.split(sizes), strict=True
         ):
-            with self.runtime.autocast():
+            with self.runtime.autocast(), self._statistics():
                 logits = self._forward(self.model, part)
             loss = self._loss(logits, labels)
             if batch.mix:
@@ -228,6 +258,7 @@ class Gradients:
         batch = min(self.stage.batch_pictures, len(self.source.labels))
         room = int(free * MEMORY_SHARE) - max(0, two - 2 * each) - self._optimizer_bytes()
         most = 2 ** int(math.log2(max(1, room // each)))
+        most = self.runtime.least(most) if self.joint else most
         self.portion.size = None if most >= batch else max(self.portion.least, most)
         at_once = "all" if self.portion.size is None else str(self.portion.size)
         self.portion.note(
@@ -276,16 +307,17 @@ def _behind_the_door(source: ActivationSource | PixelSource) -> Forward:
     return lambda model, x: model.finish(backbone_output(model.backbone, x, pool=model.pool))
 
 
-def checkpointed(source: Source, model: Classifier) -> Forward | str:
-    """The source's forward pass with activations computed again instead of kept, or why that cannot be."""
+def checkpointed(source: Source, model: Classifier, *, again: Within = nullcontext) -> Forward | str:
+    """The source's forward pass with activations computed again, within `again`, not kept, or why that cannot be."""
     if isinstance(source, ActivationSource):
-        parts = segments(source.cut.suffix.train_graph, example_shape=source.cut.shape)
+        parts = segments(source.cut.suffix.train_graph, example_shape=source.cut.shape, again=again)
     elif isinstance(source, PixelSource):
         parts = segments(
             model.backbone,
             example_shape=(3, model.spec.image_size, model.spec.image_size),
             forward=partial(backbone_output, pool=model.pool),
             kept_in_eval=model.kept_in_eval,
+            again=again,
         )
     else:
         return source.forward  # a head alone keeps next to nothing

@@ -47,6 +47,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
+def equal_parts(n: int, count: int) -> list[int]:
+    """n as a sum of `count` numbers, as equal as can be, the larger ones first."""
+    return [n // count + (i < n % count) for i in range(count)]
+
+
 @dataclass
 class Portion:
     """How many pictures go through a network at once: a whole batch, or fewer once memory has run out.
@@ -63,7 +68,7 @@ class Portion:
     def parts(self, n: int) -> list[int]:
         """The sizes of the parts in which a batch of n is computed, as equal as can be."""
         count = max(1, min(-(-n // (self.size or n)), n // self.least)) if n else 1
-        return [n // count + (i < n % count) for i in range(count)]
+        return equal_parts(n, count)
 
     def halve(self, n: int, error: BaseException, *, doing: str) -> None:
         """Memory ran out with a batch of n: half as many at once from now on.

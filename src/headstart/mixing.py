@@ -20,7 +20,7 @@ from .recipe import Stage
 class Mix:
     """How one batch is mixed: with which of its own pictures, in which share, in which rectangle.
 
-    partners: index of the picture mixed into each, [B]. share: of the picture itself in what comes out.
+    partners: index in the batch of the picture mixed into each, [B]. share: of the picture itself in what comes out.
     box: (left, top, right, bottom) as fractions of the side that the partner fills (CutMix); None mixes everywhere.
     """
 
@@ -50,13 +50,16 @@ def draw_mix(n: int, *, mixup: float, cutmix: float, seed: Sequence[int]) -> Mix
     return Mix(partners, share, (max(0.0, x - half), max(0.0, y - half), min(1.0, x + half), min(1.0, y + half)))
 
 
-def mix_inputs(inputs: Tensor, mix: Mix) -> tuple[Tensor, float]:
+def mix_inputs(inputs: Tensor, mix: Mix, among: Tensor | None = None) -> tuple[Tensor, float]:
     """The mixed inputs [B, ...] in floating point, and the exact share of each batch member in them.
 
     CutMix takes pictures [B, C, H, W]; its rectangle is rounded to whole pixels and the share follows.
+
+    Args:
+        among: the inputs that the partners are of; None is these inputs themselves.
     """
     inputs = inputs if inputs.is_floating_point() else inputs.float()
-    others = inputs[sent(mix.partners, inputs.device)]
+    others = (inputs if among is None else among)[sent(mix.partners, inputs.device)].to(inputs.dtype)
     if mix.box is None:
         return torch.lerp(others, inputs, mix.share), mix.share
     height, width = inputs.shape[-2:]

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,6 +78,10 @@ class Runtime:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def alone(self) -> Runtime:
+        """The same means without the other processes: for work that each of them does whole."""
+        return replace(self, rank=0, world=1)
+
     def share(self, rows: Tensor) -> Tensor:
         """This process's part of `rows`: every world-th one, from its own rank on."""
         return rows[self.rank :: self.world]
@@ -108,6 +112,15 @@ class Runtime:
         numbers = torch.tensor(number, device=self.device)
         torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MIN)
         return int(numbers)
+
+    def follow_main(self, tensors: Iterable[Tensor]) -> None:
+        """Put what the main process holds into the same tensors of every other one."""
+        if self.world == 1:
+            return
+        for tensor in tensors:
+            held = tensor.contiguous()
+            torch.distributed.broadcast(held, src=0)
+            tensor.copy_(held)
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Add the gradients of all processes; each process has divided its loss by the whole batch's weight."""

@@ -48,11 +48,12 @@ def in_numbers(stage: Stage) -> Stage:
     return replace(stage, batch_size=stage.batch_pictures, accumulate=1)
 
 
-def batches_of_epoch(n: int, labels: Tensor, stage: Stage, *, seed: int, epoch: int) -> list[Tensor]:
+def batches_of_epoch(n: int, labels: Tensor, stage: Stage, *, seed: int, epoch: int, least: int = 2) -> list[Tensor]:
     """The picture indices of each batch: a pure function of (seed, epoch).
 
     With balanced sampling n pictures are drawn with replacement, every class equally often on average. A last
-    batch of one is joined to the one before it: BatchNorm in the head has no variance to take from one picture.
+    batch of one is joined to the one before it: BatchNorm in the head has no variance to take from one picture. So is
+    one of fewer than `least`, where several processes need a picture each.
     """
     if stage.balanced_sampling:
         per_class = torch.bincount(labels).clamp(min=1)
@@ -62,7 +63,7 @@ def batches_of_epoch(n: int, labels: Tensor, stage: Stage, *, seed: int, epoch: 
     else:
         order = epoch_order(n, seed=seed, epoch=epoch)
     batches = list(torch.from_numpy(order).split(stage.batch_pictures))
-    if len(batches) > 1 and len(batches[-1]) == 1:
+    if len(batches) > 1 and len(batches[-1]) < least:
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches
 

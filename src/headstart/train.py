@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from .alarm import CollapseError, make_alarm
-from .averaging import Candidate, RunningAverage, State, best_mixture, restore, snapshot
+from .averaging import Candidate, RunningAverage, State, best_mixture, restore, snapshot, trained_tensors
 from .classifier import Classifier
 from .errors import ModelError
 from .evaluation import Score, score
 from .features import FeatureSource, StageData
-from .freezing import Contract
+from .freezing import Contract, learns_statistics
 from .gradients import Batch, Gradients
 from .linear import check_linear, lbfgs_epoch, set_ridge
-from .memory import Portion, ready
-from .mixing import Mix, check_mixing, draw_mix
+from .memory import Portion, ready, sent
+from .mixing import check_mixing, draw_mix
 from .order import epoch_order
 from .recipe import Stage
 from .runtime import Runtime, prefetch
@@ -62,25 +62,34 @@ class _Stage:
         self.contract = Contract(model, self.optimizer)
         self.average = RunningAverage(model, stage.ema) if stage.ema else None
         self.gradients = Gradients(model, data.train, stage, runtime=runtime, portion=portion)
-        self._refuse_batches_of_one()
+        self._refuse_small_batches()
         check_mixing(stage, model.freeze_line)
         check_linear(model, data, stage)
         n = len(data.train.labels)
         self.train_subset = torch.from_numpy(epoch_order(n, seed=0, epoch=0)[: self._train_scored()])
-        self.steps_per_epoch = -(
-            -len(batches_of_epoch(n, data.train.labels, stage, seed=seed, epoch=1)) // stage.accumulate
-        )
+        self.steps_per_epoch = -(-len(self._batches(epoch=1)) // stage.accumulate)
         self.steps = self.steps_per_epoch * stage.epochs
         self.step = self.pictures = 0
         self.is_through = False  # no further epoch would change anything
 
-    def _refuse_batches_of_one(self) -> None:
-        """BatchNorm in training mode has no variance to take from one picture."""
-        if self.gradients.portion.least > min(self.stage.batch_pictures, len(self.data.train.labels)):
+    def _refuse_small_batches(self) -> None:
+        """BatchNorm in training mode has no variance to take from one picture, and needs one in every process."""
+        batch, world = min(self.stage.batch_pictures, len(self.data.train.labels)), self.runtime.world
+        if self.gradients.portion.least > batch:
             raise ModelError(
                 f"stage {self.stage.name!r}: BatchNorm cannot learn its statistics from batches of one picture."
                 " Take a batch size of 2 or more, and at least two training pictures."
             )
+        if self.gradients.joint and batch < world:
+            raise ModelError(
+                f"stage {self.stage.name!r}: BatchNorm cannot learn its statistics in {world} processes from batches of"
+                f" {batch} pictures: each needs one. Take a batch size of {world} or more, at least as many training"
+                " pictures, fewer processes, or --batchnorm fixed."
+            )
+
+    def _batches(self, epoch: int) -> list[Tensor]:
+        labels, least = self.data.train.labels, max(2, self.runtime.world) if self.gradients.joint else 2
+        return batches_of_epoch(len(labels), labels, self.stage, seed=self.seed, epoch=epoch, least=least)
 
     def _train_scored(self) -> int:
         if isinstance(self.data.train, FeatureSource):
@@ -98,7 +107,7 @@ class _Stage:
             self.step, self.pictures = self.step + self.steps_per_epoch, self.pictures + len(train.labels)
             after_step()
             return loss
-        batches = batches_of_epoch(len(train.labels), train.labels, stage, seed=self.seed, epoch=epoch)
+        batches = self._batches(epoch)
         model.train()
         # Dropout and drop-path draw from a state that depends on (seed, epoch, rank) alone.
         torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, runtime.rank]).generate_state(1)[0]))
@@ -114,7 +123,7 @@ class _Stage:
             group = range(first, min(first + stage.accumulate, len(batches)))
             # One divisor for the whole step, however it is cut into batches and processes.
             weight = sum(self.gradients.weight(train.labels[batches[i]]) for i in group)
-            drawn = [Batch(next(inputs), train.labels[shares[i]], self._mix(len(shares[i]), epoch, i)) for i in group]
+            drawn = [self._batch(next(inputs), batches[i], seed=(self.seed, epoch, 2, i, 0)) for i in group]
             total += self.gradients.add([batch for batch in drawn if len(batch.labels)], weight)
             self.pictures += sum(len(batches[i]) for i in group)
             count += weight
@@ -124,9 +133,15 @@ class _Stage:
         # The sum of per-step means times weights, over all weights: exact also with a short last batch.
         return self._sum_over_processes(total) / count
 
-    def _mix(self, n: int, epoch: int, batch: int) -> Mix | None:
-        seed = (self.seed, epoch, 2, batch, self.runtime.rank)
-        return draw_mix(n, mixup=self.stage.mixup, cutmix=self.stage.cutmix, seed=seed)
+    def _batch(self, inputs: Tensor, rows: Tensor, *, seed: Sequence[int]) -> Batch:
+        """This process's share of the batch of these rows, whose inputs it has, mixed as the whole batch is."""
+        runtime, labels = self.runtime, self.data.train.labels[rows]
+        mix = draw_mix(len(rows), mixup=self.stage.mixup, cutmix=self.stage.cutmix, seed=seed)
+        if mix is None or runtime.world == 1:
+            return Batch(inputs, runtime.share(labels), mix)
+        # Partners may be another process's; to be given their inputs costs less than to make them again.
+        whole = Batch(runtime.gather(sent(inputs, runtime.device), len(rows)), labels)
+        return Batch(inputs, runtime.share(labels), replace(mix, partners=runtime.share(mix.partners)), whole)
 
     def _optimizer_step(self) -> None:
         stage = self.stage
@@ -203,6 +218,10 @@ def fit(
         ModelError: the freeze contract was broken; a loss that is not finite under `on_collapse="ignore"` too.
     """
     started, asked = time.perf_counter(), lr
+    everyone = runtime
+    if isinstance(data.train, FeatureSource):
+        # Each process has all rows, and a head is quicker computed from whole batches than talked about: as one does.
+        runtime = runtime.alone()
     entry_state = snapshot(model)
     history: list[Record] = []
     events: list[Record] = []
@@ -217,7 +236,8 @@ def fit(
     watch = starts_trained and stage.on_collapse != "ignore"
     loss_before = math.inf
     finds_size, stage = stage.batch_size == "auto", in_numbers(stage)
-    portion = Portion(least=_least_at_once(model, stage))
+    # BatchNorm that learns its statistics takes no variance from one picture.
+    portion = Portion(least=2 if learns_statistics(model) else 1)
     for attempt in range(MAX_RETRIES + 1):
         run = _Stage(model, data, stage, lr=lr, seed=seed, runtime=runtime, portion=portion)
         try:
@@ -255,6 +275,7 @@ def fit(
                 best, epochs = Candidate(entry_state, run.score_val(), 0), 0
                 break
             lr /= RETRY_DIVISOR
+    everyone.follow_main(trained_tensors(model).values())  # the same already, unless processes compute differently
     seconds = time.perf_counter() - started
     return StageResult(replace(stage), lr, best.val, best.epoch, epochs, seconds, history, events)
 
@@ -337,13 +358,6 @@ def _attempt(
     restore(model, best.state)
     run.contract.finish()
     return best, epoch
-
-
-def _least_at_once(model: Classifier, stage: Stage) -> int:
-    """BatchNorm that learns its statistics takes no variance from one picture."""
-    learns = has_batchnorm(model.head)
-    learns |= stage.batchnorm == "train" and not model.backbone_is_frozen
-    return 2 if learns else 1
 
 
 def _joined(events: list[Record]) -> Record | None:
