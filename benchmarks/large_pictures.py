@@ -5,10 +5,10 @@
 One thread. Photographs of 2000 to 4000 px are generated (noise of all scales, quality 90), and each way of decoding is
 timed down to what a run keeps of them, the evaluation view and the working image, and to the audit's look; the ways
 alternate and the least processor time of the rounds counts. `draft` lets libjpeg leave out frequencies, down to the
-smallest of its scales (1/2, 1/4, 1/8) that still has both sides of the working image; `simplejpeg` is timed where it is
-installed. Also: how far the working image by block means (what `working_image` does) and that of a draft lie from the
-one shrunk at once, in grey levels, and how far the features of a draft's evaluation view are off. Milliseconds
-of processor time; adds a line to benchmarks/results.
+smallest of its scales (1/2, 1/4, 1/8) that still has both sides of the working image; `simplejpeg` and `torchcodec` are
+timed where they are installed. Also: how far the working image by block means (what `working_image` does) and that of a
+draft lie from the one shrunk at once, in grey levels, and how far the features of a draft's evaluation view are off.
+Milliseconds of processor time; adds a line to benchmarks/results.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import io
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import PIL
@@ -62,6 +63,12 @@ def by_simplejpeg(data: bytes) -> Image.Image:
     return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB"))
 
 
+def by_torchcodec(data: bytes) -> Image.Image:
+    from torchcodec.decoders import decode_jpeg
+
+    return Image.fromarray(decode_jpeg(data).permute(1, 2, 0).numpy())
+
+
 def timed(job: Callable[[], object]) -> float:
     started = time.process_time()
     job()
@@ -97,11 +104,10 @@ def main() -> None:
     spec = model.spec
     files = {size: [photograph(*size, seed) for seed in range(1)] for size in SIZES}
     decoders: dict[str, Callable[[bytes], Image.Image]] = {"pillow": open_image, "draft": lambda d: draft(d, spec)}
-    try:
-        by_simplejpeg(files[SIZES[0]][0])
-        decoders["simplejpeg"] = by_simplejpeg
-    except ImportError:
-        pass
+    for name, way in (("simplejpeg", by_simplejpeg), ("torchcodec", by_torchcodec)):
+        with suppress(ImportError):
+            way(files[SIZES[0]][0])
+            decoders[name] = way
     record: dict[str, object] = {
         "pillow": PIL.__version__,
         "backbone": args.backbone, "weights": args.weights != "none",

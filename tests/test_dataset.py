@@ -15,7 +15,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.functional import pil_to_tensor
 
 from headstart import decode
 from headstart.dataset import check_images, list_image_files, load_images, open_image, split
@@ -459,8 +461,9 @@ def test_exif_orientation_is_applied_once(kind: str, orientation: int) -> None:
     assert np.abs(np.asarray(image).astype(int)[4::16, 8::32] - corners[4::16, 8::32]).max() < 30
 
 
-def test_another_decoder_reads_the_same_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where simplejpeg is not installed a stand-in shows that it is asked, and what with."""
+@pytest.mark.parametrize("name", ["simplejpeg", "torchcodec"])
+def test_another_decoder_reads_the_same_pictures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not installed a stand-in shows that it is asked, and what with."""
     asked: list[bytes] = []
 
     def decode_jpeg(data: bytes, colorspace: str, *, fastdct: bool, fastupsample: bool) -> np.ndarray:
@@ -470,27 +473,50 @@ def test_another_decoder_reads_the_same_pictures(monkeypatch: pytest.MonkeyPatch
             return real(data, colorspace, fastdct=fastdct, fastupsample=fastupsample)
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
-    real = importlib.import_module("simplejpeg").decode_jpeg if find_spec("simplejpeg") else None
+    def decode_upright(data: bytes) -> torch.Tensor:
+        asked.append(data)
+        if real:
+            return real(data)
+        return pil_to_tensor(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+
+    module = {"simplejpeg": "simplejpeg", "torchcodec": "torchcodec.decoders"}[name]
+    real = importlib.import_module(module).decode_jpeg if find_spec(name) else None
     rng = np.random.default_rng(0)
     scene = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((64, 48), Image.Resampling.BICUBIC)
     exif = Image.Exif()
     exif[0x0112] = 6
     files = {kind: encoded(scene, kind, exif=exif) for kind in ("JPEG", "PNG")}
     files |= {"grey": encoded(scene.convert("L"), "JPEG"), "CMYK": encoded(scene.convert("CMYK"), "JPEG")}
-    by_pillow = {name: np.asarray(open_image(data)).astype(int) for name, data in files.items()}
-    monkeypatch.setattr(decode, "DECODER", "simplejpeg")
-    monkeypatch.setitem(sys.modules, "simplejpeg", SimpleNamespace(decode_jpeg=decode_jpeg))
-    for name, data in files.items():
+    by_pillow = {kind: np.asarray(open_image(data)).astype(int) for kind, data in files.items()}
+    monkeypatch.setattr(decode, "DECODER", name)
+    stand_in = SimpleNamespace(decode_jpeg=decode_jpeg if name == "simplejpeg" else decode_upright)
+    monkeypatch.setitem(sys.modules, name, stand_in)
+    monkeypatch.setitem(sys.modules, module, stand_in)
+    for kind, data in files.items():
         picture = np.asarray(open_image(data)).astype(int)
-        assert picture.shape == by_pillow[name].shape
-        assert np.abs(picture - by_pillow[name]).max() <= 2
-    assert asked == [files["JPEG"]]  # colour JPEG alone
+        assert picture.shape == by_pillow[kind].shape
+        assert np.abs(picture - by_pillow[kind]).max() <= 2
+    assert len(asked) == 1  # colour JPEG alone
+    assert asked[0].startswith(b"\xff\xd8")
+    assert (b"Exif" in asked[0]) == (name == "simplejpeg")  # the other would turn the picture, and we once more
     with pytest.raises(DataError, match="damaged or cut off"):
         open_image(files["JPEG"][:-200])
 
 
+def test_only_exif_is_taken_out_of_a_jpeg_file() -> None:
+    rng = np.random.default_rng(0)
+    scene = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    plain = encoded(scene, "JPEG")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode._without_exif(encoded(scene, "JPEG", exif=exif)) == plain
+    assert decode._without_exif(plain[:2] + b"\xff" + plain[2:]) == plain  # a fill byte
+    for cut in (0, 1, 2, 3, 20, len(plain) // 2):
+        assert decode._without_exif(plain[:cut]) == plain[:cut]
+
+
 def test_a_decoder_that_is_not_there_is_named() -> None:
-    for name, words in (("turbo", "takes pillow or simplejpeg"), ("simplejpeg", "pip install simplejpeg")):
+    for name, words in (("turbo", "takes pillow, simplejpeg or torchcodec"), ("simplejpeg", "pip install simplejpeg")):
         code = "import importlib.util as u; u.find_spec = lambda *_: None; import headstart.decode"
         done = subprocess.run(
             [sys.executable, "-c", code], env=os.environ | {"HEADSTART_DECODER": name}, capture_output=True, text=True

@@ -210,3 +210,33 @@ def test_a_worker_keeps_the_memory_of_one_picture_for_the_next(tmp_path: Path) -
         return resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt - before
 
     assert (faults(48) - faults(8)) / 40 < 50  # without it 440: every page of every array
+
+
+@linux_only
+def test_libraries_of_another_decoder_do_not_count_as_a_picture_s_memory(tmp_path: Path) -> None:
+    """torchcodec brings PyTorch, which takes more address space than a worker may; so does this stand-in for it."""
+    library = tmp_path / "torchcodec"
+    library.mkdir()
+    (tmp_path / "torchcodec-1.0.dist-info").mkdir()
+    (tmp_path / "torchcodec-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torchcodec\nVersion: 1.0\n"
+    )
+    (library / "__init__.py").touch()
+    (library / "decoders.py").write_text(
+        "import io, mmap, numpy, PIL.Image\n"
+        "taken = mmap.mmap(-1, 3 << 30)\n"
+        "class Pixels:\n"
+        "    def __init__(self, data): self.data = numpy.asarray(PIL.Image.open(io.BytesIO(data)))\n"
+        "    def permute(self, *order): return self\n"
+        "    def numpy(self): return self.data\n"
+        "decode_jpeg = Pixels\n"
+    )
+    Image.new("RGB", (20, 10)).save(tmp_path / "good.jpg")
+    Image.new("RGB", (20, 10)).save(tmp_path / "good.png")
+    code = "import sys; from headstart.isolate import bad_reasons; print(bad_reasons(sys.argv[1:], workers=1))"
+    told = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "good.jpg", tmp_path / "good.png"],
+        env=os.environ | {"HEADSTART_DECODER": "torchcodec", "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert told.stdout.strip() == "[None, None]"

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,7 @@ from .errors import DataError, SetupError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 PIXELS_VARIABLE = "HEADSTART_MAX_PIXELS"
 DECODER_VARIABLE = "HEADSTART_DECODER"
-DECODERS = ("pillow", "simplejpeg")
+DECODERS = ("pillow", "simplejpeg", "torchcodec")
 PILLOWS_PIXELS = 178_956_970  # above this Pillow itself refuses
 
 
@@ -39,7 +40,7 @@ def _pixel_cap() -> int:
 def _chosen_decoder() -> str:
     name = os.environ.get(DECODER_VARIABLE, "") or "pillow"
     if name not in DECODERS:
-        raise SetupError(f"{DECODER_VARIABLE} is {name!r}; it takes {' or '.join(DECODERS)}.")
+        raise SetupError(f"{DECODER_VARIABLE} is {name!r}; it takes {', '.join(DECODERS[:-1])} or {DECODERS[-1]}.")
     if name != "pillow" and find_spec(name) is None:
         raise SetupError(f"{DECODER_VARIABLE} is {name!r}, which is not installed. Run: pip install {name}")
     return name
@@ -101,6 +102,12 @@ def bad_reason(path: Path) -> str | None:
 def decoder_version() -> str:
     """What reads the pixels of JPEG files, beside Pillow's own version."""
     return DECODER if DECODER == "pillow" else f"{DECODER} {version(DECODER)}"
+
+
+def import_decoder() -> None:
+    """Import what reads JPEG files now, and not with the first of them: torchcodec brings all of PyTorch."""
+    if DECODER != "pillow":
+        import_module({"torchcodec": "torchcodec.decoders"}.get(DECODER, DECODER))
 
 
 @contextmanager
@@ -196,13 +203,32 @@ def _decode(file: BinaryIO) -> Image.Image:
 
 def _loaded(image: Image.Image, file: BinaryIO) -> Image.Image:
     """The picture with its pixels, which Pillow or another decoder reads to the last row, or raises."""
-    if DECODER == "simplejpeg" and (image.format, image.mode) == ("JPEG", "RGB"):
+    if DECODER == "pillow" or (image.format, image.mode) != ("JPEG", "RGB"):
+        image.load()
+        return image
+    file.seek(0)
+    if DECODER == "simplejpeg":
         from simplejpeg import decode_jpeg
 
-        file.seek(0)
         return Image.fromarray(decode_jpeg(file.read(), "RGB", fastdct=False, fastupsample=False))
-    image.load()
-    return image
+    from torchcodec.decoders import decode_jpeg as decode_upright
+
+    # It turns the picture by its EXIF orientation, which `_upright` does for all decoders alike.
+    return Image.fromarray(decode_upright(_without_exif(file.read())).permute(1, 2, 0).numpy())
+
+
+def _without_exif(data: bytes) -> bytes:
+    """A JPEG file's bytes without the APP1 blocks (EXIF) in front of its pixels. Source: ITU-T T.81, annex B."""
+    kept, at = [data[:2]], 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        if data[at + 1] == 0xFF:  # a fill byte
+            at += 1
+            continue
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at + 1] != 0xE1:
+            kept.append(data[at:end])
+        at = end
+    return b"".join([*kept, data[at:]])
 
 
 def _webp_pixels(file: BinaryIO) -> int:

@@ -369,6 +369,7 @@ def serve(prepare: Callable[[dict[str, Any]], Work] | None = None) -> None:
     decode.MAX_PIXELS, decode.MAX_BYTES = int(settings["max_pixels"]), int(settings["max_bytes"])
     memory, seconds = int(settings["memory_bytes"]), float(settings["seconds"])
     work = prepare(settings) if prepare else _decoded
+    decode.import_decoder()
     _limit_memory(memory)
     _send(answers, {"decoder": decode.decoder_version(), "pillow": PIL.__version__})
     while (request := _receive(requests)) is not None:
@@ -388,9 +389,12 @@ def _decoded(path: Path, done: Callable[[], None]) -> Answer:
 
 
 def _limit_memory(nbytes: int) -> None:
+    """Limit the address space; what a decoder's libraries have taken of it by now comes on top."""
     if nbytes and sys.platform == "linux":
         import resource
 
+        if decode.DECODER != "pillow":
+            nbytes += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         limit = nbytes if hard == resource.RLIM_INFINITY else min(nbytes, hard)
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
