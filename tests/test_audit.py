@@ -17,7 +17,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 import headstart
-from headstart import doubtful, duplicates
+from headstart import auditing, doubtful, duplicates
 from headstart.audit_copies import find_copies, leaked
 from headstart.audit_files import chance_of_shares
 from headstart.audit_quick import shortcut_title
@@ -691,6 +691,19 @@ def test_more_features_than_pictures_are_turned_into_fewer_with_the_same_product
     quick = out_of_fold(wide, labels)
     monkeypatch.setattr(doubtful, "_in_their_own_space", lambda rows: rows)
     np.testing.assert_allclose(quick, out_of_fold(wide, labels), atol=1e-3)  # where L-BFGS stops
+
+
+def test_many_features_are_looked_at_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels, _ = two_clouds()
+    parts = [part.astype(np.float32) for part in (features[:50], features[50:])]
+    exact = auditing.for_labels(parts)
+    assert exact.dtype == np.float64
+    monkeypatch.setattr(auditing, "MOST_EXACT", features.size - 1)
+    single = auditing.for_labels(parts)
+    assert single.dtype == np.float32
+    assert np.array_equal(single, exact)
+    probs = out_of_fold(single, labels)
+    np.testing.assert_allclose(probs, out_of_fold(exact, labels), atol=1e-3)
 
 
 def test_an_outlier_is_named(tmp_path: Path) -> None:

@@ -144,6 +144,22 @@ def test_the_quick_recipe_has_rows_of_its_own(peers: ModuleType) -> None:
     ]  # fmt: skip
 
 
+def test_mean_accuracies_are_over_the_sets_that_both_ran_on(peers: ModuleType) -> None:
+    def of(run: str, name: str, seed: int, accuracy: float) -> dict[str, Any]:
+        return record(run, seed=seed) | {"set": name, "test_accuracy": accuracy}
+
+    write(
+        "peers", of("headstart", "flowers5", 0, 0.9), of("headstart", "flowers5", 1, 0.8),
+        of("headstart", "hotdog", 0, 0.95), of("headstart", "dogs10", 0, 0.1),
+        of("keras", "flowers5", 0, 0.8), of("keras", "flowers5", 1, 0.6),
+        of("keras", "hotdog", 0, 0.9), of("fastai", "hotdog", 0, 0.96), of("fastai", "hotdog", 7, 0.0),
+    )  # fmt: skip
+    assert peers.mean_rows(peers.records(False))[2:] == [
+        "| Keras, head then top 20 layers | 2 | 0.900 | 0.800 | +10.0 |",
+        "| fastai `fine_tune(4)` | 1 | 0.950 | 0.960 | -1.0 |",
+    ]
+
+
 def test_accuracies_are_compared_picture_by_picture(peers: ModuleType) -> None:
     write(
         "peers",

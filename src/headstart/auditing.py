@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .pixelstore import PixelStore
     from .runtime import Runtime
 
+# Numbers in the features: of more, doubtful labels are looked for in single precision, with half the memory.
+MOST_EXACT = 2 * 10**7
 MOST_IN_FIT = 5 * 10**9  # numbers in the features, times classes: some minutes of one core
 
 
@@ -87,7 +89,16 @@ def _quick(table: ImageTable, store: PixelStore | None, *, workers: int, progres
         )  # fmt: skip
 
 
-def look_at_labels(result: AuditResult, splits: Splits, features: npt.NDArray[np.float64]) -> AuditResult:
+def for_labels(parts: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.floating]:
+    """Features [n, D] of several parts one after the other [N, D], in the precision in which labels are looked at.
+
+    At once in the format it takes: with many pictures each copy counts.
+    """
+    is_exact = sum(part.size for part in parts) <= MOST_EXACT
+    return np.concatenate(parts, dtype=np.float64 if is_exact else np.float32)
+
+
+def look_at_labels(result: AuditResult, splits: Splits, features: npt.NDArray[np.floating]) -> AuditResult:
     """The quick result with doubtful labels and outliers among training and validation pictures.
 
     Where labels cannot be judged, a note says why. The test split is left alone, so that nobody cleans it by the model
@@ -95,7 +106,7 @@ def look_at_labels(result: AuditResult, splits: Splits, features: npt.NDArray[np
 
     Args:
         result: of all pictures of the splits, which lie under one root.
-        features: pooled features of the plain views [N, D], those of the training pictures first.
+        features: pooled features of the plain views [N, D], those of the training pictures first; see `for_labels`.
     """
     started = time.perf_counter()
     table = dataclasses.replace(splits, test=splits.test.select([])).joined()
@@ -113,7 +124,7 @@ def look_at_labels(result: AuditResult, splits: Splits, features: npt.NDArray[np
 def _judged(
     result: AuditResult,
     table: ImageTable,
-    features_of: Callable[[npt.NDArray[np.int64], ImageTable], npt.NDArray[np.float64]],
+    features_of: Callable[[npt.NDArray[np.int64], ImageTable], npt.NDArray[np.floating]],
     started: float,
 ) -> AuditResult:
     """The result with what the features say of these pictures; the table's groups hold copies together.
@@ -154,7 +165,7 @@ def _with_note(
 
 def _features(
     table: ImageTable, model: Classifier, runtime: Runtime, store: PixelStore | None, progress: bool
-) -> npt.NDArray[np.float64]:
+) -> npt.NDArray[np.floating]:
     """Pooled features [N, D] of the plain views."""
     from .freezing import set_freeze_line
     from .once import store_features
@@ -165,4 +176,4 @@ def _features(
     pixels = Pixels(table, model.spec, workers=runtime.workers, store=store)
     with ProgressBar(len(table), "Frozen backbone", enabled=progress) as bar:
         stored = store_features(model, pixels, runtime=runtime, advance=bar.advance)
-    return np.asarray(stored[:, 0].numpy(), dtype=np.float64)
+    return for_labels([stored[:, 0].numpy()])

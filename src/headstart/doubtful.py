@@ -17,7 +17,7 @@ from .dataset import ImageTable
 from .errors import SetupError
 from .findings import DoubtfulLabel, Finding
 
-Floats = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.floating]  # in double precision, or single where there are many: see `auditing.for_labels`
 Ints = npt.NDArray[np.int64]
 
 FOLDS = 5

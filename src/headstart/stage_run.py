@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
 
-import numpy as np
-
 from . import train as training
 from .audit_sheet import finding_line
-from .auditing import look_at_labels
+from .auditing import for_labels, look_at_labels
 from .bench import Bench
 from .classifier import Classifier
 from .cut import Cut
@@ -77,8 +75,7 @@ def look_at_stored_labels(source: StageData, diary: Diary, bench: Bench) -> None
     if bench.audit is None or bench.share or "labels" in bench.audit.seconds or not stored or not bench.runtime.is_main:
         return
     with diary.phase("look at labels"):
-        # At once in the format it takes: with many pictures each copy counts.
-        bench.audit = look_at_labels(bench.audit, bench.splits, np.concatenate(stored, dtype=np.float64))
+        bench.audit = look_at_labels(bench.audit, bench.splits, for_labels(stored))
     if bench.audit.doubtful is not None:
         diary.doubtful = [one.file for one in bench.audit.doubtful if one.flagged]
     for one in bench.audit.of_kind("doubtful-labels"):
