@@ -51,10 +51,12 @@ soak: $(INSTALLED) ## read ten thousand mutated pictures and twenty thousand mut
 	$(BIN)/python tools/soak.py pictures --n 10000
 	$(BIN)/python tools/soak.py models --n 20000
 
+MEASURED = step kernels profile_fit frozen_pass stored_features size stores views head checkpointing
+
 bench: $(INSTALLED) ## train with other tools beside this one (hours; pictures and weights in HEADSTART_SHARED)
 	$(BIN)/python benchmarks/peers.py run
-	for script in step kernels size stores views head checkpointing; do $(BIN)/python benchmarks/$$script.py run || exit 1; done
-	for script in peers step kernels size stores views head checkpointing; do \
+	for script in $(MEASURED); do $(BIN)/python benchmarks/$$script.py run || exit 1; done
+	for script in peers $(MEASURED); do \
 	$(BIN)/python benchmarks/$$script.py table --write > /dev/null || exit 1; done
 
 clean: ## remove the virtual environment and all caches

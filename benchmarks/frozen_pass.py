@@ -1,9 +1,10 @@
 """How near does the frozen pass come to the slower of its two limits, where does a view's time go, does a compile pay?
 
-    python benchmarks/frozen_pass.py run PHOTOS [--backbone NAME] [--views K] [--pictures N] [--rounds R] [--compile]
+    python benchmarks/frozen_pass.py run [PHOTOS] [--backbone NAME] [--views K] [--pictures N] [--rounds R] [--compile]
     python benchmarks/frozen_pass.py table [--write]      # the tables in docs/benchmarks.md, from the records
 
-One process, one run: pictures a second of (1) the frozen network alone on a batch that is at hand, (2) decoding and
+PHOTOS is flowers5 of the folder of real pictures (HEADSTART_SHARED, else ../shared) if it is not given. One process,
+one run: pictures a second of (1) the frozen network alone on a batch that is at hand, (2) decoding and
 augmenting alone, by the pass's own threads, (3) the frozen pass itself, which does both; the three alternate and the
 best round of each counts. `ratio` is (3) / min(1, 2); the bar is 0.9. Where both kinds of work share one set of cores
 (a CPU), no overlap can do more than 1 / (1/(1) + 1/(2)); `cpu` compares with that, in pictures per processor second, so
@@ -200,7 +201,7 @@ def _compiles(found: Sequence[records.Record]) -> str:
 
 def main() -> None:
     parser = records.parser(__doc__ or "", "run")
-    parser.add_argument("photos", nargs="?")
+    parser.add_argument("photos", nargs="?", default=records.SHARED / "data" / "flowers5", type=Path)
     parser.add_argument("--backbone", default="mobilenetv2_100")
     parser.add_argument("--weights", default="none")
     parser.add_argument("--views", type=int, default=2)

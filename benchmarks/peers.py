@@ -449,6 +449,29 @@ def accuracy_rows(
     return rows
 
 
+def mean_rows(found: Found) -> list[str]:
+    """Test accuracy averaged over the sets that a peer ran on: the mean of each set's seeds, then of the sets."""
+    found = whole_runs(found)
+    rows = ["| against | sets | headstart, default | the other | difference in points |", "|---" * 5 + "|"]
+    for peer in (*WHOLE, "plain_head", "plain_bf16_head"):
+        means = []
+        for name in sorted({where for where, _, run in found if run == peer}):
+            seeds = [s for where, s, run in found if (where, run) == (name, peer) and (name, s, "headstart") in found]
+            if seeds:
+                means.append(
+                    [
+                        statistics.mean(found[name, s, run]["test_accuracy"] for s in seeds)
+                        for run in ("headstart", peer)
+                    ]
+                )
+        if means:
+            ours, theirs = (statistics.mean(column) for column in zip(*means, strict=True))
+            rows.append(
+                f"| {RUNS[peer].title} | {len(means)} | {ours:.3f} | {theirs:.3f} | {100 * (ours - theirs):+.1f} |"
+            )
+    return rows
+
+
 def time_rows(found: Found) -> list[str]:
     """Where the processor seconds of headstart's default run go, by the ends of its epochs; medians over all runs."""
     parts: dict[str, list[float]] = {}
@@ -482,6 +505,7 @@ def table() -> str:
             parts += ["", f"#### {name}", "", *run_rows(found, name)]
         parts += ["", "#### Where headstart's time goes", "", *time_rows(found)]
         parts += ["", "#### Accuracy, on the same test pictures", "", *accuracy_rows(found)]
+        parts += ["", "#### Mean test accuracy over the sets", "", *mean_rows(found)]
         if any(run == "headstart_quick" for _, _, run in found):
             quick = accuracy_rows(found, "headstart_quick", ("headstart", *WHOLE))
             parts += ["", "#### Accuracy of the recipe `quick`, on the same test pictures", "", *quick]
