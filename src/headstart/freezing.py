@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -330,7 +330,7 @@ class Contract:
             raise ModelError(
                 "This stage would train nothing. Move the freeze line back: set_freeze_line(model, 'head')."
             )
-        self._check_optimizer()
+        self._check_optimizer(dict(model.named_parameters()))
         self._check_line()
         self._frozen = dict(fixed_tensors(model))
         self._versions = {n: t._version for n, t in self._frozen.items()}
@@ -344,14 +344,15 @@ class Contract:
         """
         if self.model.freeze_line is not self._line:
             raise ModelError("The freeze line was moved during the stage. End the stage first, then set the line.")
-        changed = [n for n, p in self.model.named_parameters() if self._trainable.get(n) is not p.requires_grad]
+        parameters = dict(self.model.named_parameters())  # a large network is walked through once
+        changed = [n for n, p in parameters.items() if self._trainable.get(n) is not p.requires_grad]
         if changed:
             raise ModelError(
                 f"requires_grad was changed after the optimiser was built: {_listed(changed)}. The optimiser does not "
                 "follow it. Set the freeze line before the stage starts, and leave requires_grad alone during it."
             )
-        self._check_optimizer()
-        now = dict(fixed_tensors(self.model))
+        self._check_optimizer(parameters)
+        now = dict(fixed_tensors(self.model, parameters))
         replaced = [
             n
             for n in (*self._frozen, *(n for n in now if n not in self._frozen))
@@ -380,15 +381,15 @@ class Contract:
         if changed:
             raise ModelError(f"Frozen tensors changed during the stage: {_listed(changed)}.")
 
-    def _check_optimizer(self) -> None:
+    def _check_optimizer(self, parameters: Mapping[str, nn.Parameter]) -> None:
         held = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
         count = Counter(held)
-        parameters = list(self.model.named_parameters())
-        foreign = len(set(held) - {id(p) for _, p in parameters})
+        all_of_them = parameters.items()
+        foreign = len(set(held) - {id(p) for p in parameters.values()})
         problems = {
-            "trainable but not in the optimiser": [n for n, p in parameters if p.requires_grad and not count[id(p)]],
-            "in the optimiser but not trainable": [n for n, p in parameters if count[id(p)] and not p.requires_grad],
-            "in the optimiser more than once": [n for n, p in parameters if count[id(p)] > 1],
+            "trainable but not in the optimiser": [n for n, p in all_of_them if p.requires_grad and not count[id(p)]],
+            "in the optimiser but not trainable": [n for n, p in all_of_them if count[id(p)] and not p.requires_grad],
+            "in the optimiser more than once": [n for n, p in all_of_them if count[id(p)] > 1],
             "in the optimiser but of no part of the model": [f"{foreign} tensors"] * bool(foreign),
         }
         wrong = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
@@ -410,10 +411,16 @@ class Contract:
             )
 
 
-def fixed_tensors(model: Classifier) -> Iterable[tuple[str, torch.Tensor]]:
-    """Parameters that are not trainable, and buffers of modules that stay in evaluation mode."""
+def fixed_tensors(
+    model: Classifier, parameters: Mapping[str, nn.Parameter] | None = None
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """Parameters that are not trainable, and buffers of modules that stay in evaluation mode.
+
+    Args:
+        parameters: the model's, by name, where they are known.
+    """
     kept = {id(m) for m in model.kept_in_eval}
-    for name, parameter in model.named_parameters():
+    for name, parameter in (dict(model.named_parameters()) if parameters is None else parameters).items():
         if not parameter.requires_grad:
             yield name, parameter
     for prefix, module in model.named_modules():
