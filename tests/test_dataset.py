@@ -21,7 +21,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from headstart import decode
 from headstart.dataset import check_images, list_image_files, load_images, open_image, split
-from headstart.errors import DataError
+from headstart.errors import DataError, SetupError
+from headstart.isolate import bad_reasons
 from headstart.order import epoch_order, random_stream
 from headstart.threads import map_threads
 
@@ -503,6 +504,16 @@ def test_another_decoder_reads_the_same_pictures(name: str, monkeypatch: pytest.
         open_image(files["JPEG"][:-200])
 
 
+def test_no_picture_is_blamed_for_a_decoder_that_is_too_old(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "DECODER", "torchcodec")
+    for name in ("torchcodec", "torchcodec.decoders"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    path = next(photos.rglob("*.jpg"))
+    for read in (lambda: open_image(path), lambda: bad_reasons([path], workers=1)):
+        with pytest.raises(SetupError, match=r"does not work here.*torchcodec 0\.16 or newer is needed"):
+            read()
+
+
 def test_only_exif_is_taken_out_of_a_jpeg_file() -> None:
     rng = np.random.default_rng(0)
     scene = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
@@ -510,7 +521,9 @@ def test_only_exif_is_taken_out_of_a_jpeg_file() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     assert decode._without_exif(encoded(scene, "JPEG", exif=exif)) == plain
-    assert decode._without_exif(plain[:2] + b"\xff" + plain[2:]) == plain  # a fill byte
+    turned = encoded(scene, "JPEG", exif=exif)
+    for between in (b"\xff", b"\0", b"\xff\xe1\0\0"):  # a fill byte, and what decoders skip
+        assert b"Exif" not in decode._without_exif(turned[:2] + between + turned[2:])
     for cut in (0, 1, 2, 3, 20, len(plain) // 2):
         assert decode._without_exif(plain[:cut]) == plain[:cut]
 

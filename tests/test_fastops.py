@@ -360,13 +360,18 @@ class Changed(nn.Module):
             y = self.drop(y)
         elif self.how == "function":
             y = F.relu6(y, inplace=True)
+        elif self.how == "underscore":
+            y = torch.relu_(y)
+        elif self.how == "view":
+            z = y.flatten(1)
+            z *= 2
         else:
             y = self.passing(y)
             y += 1
         return self.last(y)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("how", ["operator", "method", "module", "function", "passed on"])
+@pytest.mark.parametrize("how", ["operator", "method", "module", "function", "underscore", "view", "passed on"])
 @pytest.mark.parametrize("inside", [False, True])
 def test_relu6_whose_result_is_changed_in_place_trains(inside: bool, how: str) -> None:
     norm = BatchNormAct2d(6, act_layer=nn.ReLU6) if inside else nn.BatchNorm2d(6)
@@ -381,7 +386,8 @@ def test_relu6_whose_result_is_changed_in_place_trains(inside: bool, how: str) -
         assert relative(a, b) < 1e-5
 
 
-def test_what_is_added_to_a_norm_in_place_leaves_it_fused() -> None:
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(3), BatchNormAct2d(3, apply_act=False)])
+def test_what_is_added_to_a_norm_in_place_leaves_it_fused(norm: nn.Module) -> None:
     class Residual(Pair):
         def forward(self, x: Tensor) -> Tensor:
             y = self.norm(self.conv(x))
@@ -389,7 +395,7 @@ def test_what_is_added_to_a_norm_in_place_leaves_it_fused() -> None:
             return y  # type: ignore[no-any-return]
 
     net = Residual()
-    net.conv, net.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+    net.conv, net.norm = nn.Conv2d(3, 3, 1), norm
     with fuse_fixed_batchnorm(net.eval()) as done:
         assert done.converted == 1
 

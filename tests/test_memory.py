@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from headstart.gradients import Batch, Gradients
 from headstart.memory import Portion, is_out_of_memory, peak_bytes
 from headstart.once import store_features
 from headstart.pixels import Pixels
-from headstart.runtime import Runtime
+from headstart.runtime import Runtime, free_memory_bytes
 from headstart.train import fit
 from tiny import SPEC, TinyNet
 
@@ -179,6 +180,16 @@ def test_scoring_and_the_frozen_pass_go_on_in_smaller_parts(
     scores = source_logits(model, features(20, 3), indices=torch.arange(20), runtime=how)
     assert scores.shape == (20, len(table.class_names))
     assert capsys.readouterr().err == ""  # what was learned once is not tried again
+
+
+def test_files_that_a_container_has_read_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headstart.runtime._CGROUP", tmp_path)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=9_000))
+    assert free_memory_bytes() == 9_000
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("4900\n")
+    (tmp_path / "memory.stat").write_text("anon 900\nfile 4000\ninactive_file 3000\nactive_file 500\n")
+    assert free_memory_bytes() == 5000 - 4900 + 3500
 
 
 def test_parts_are_equal_and_none_is_smaller_than_the_least() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ def as_if_two() -> Iterator[Runtime]:
     torch.distributed.destroy_process_group()
 
 
-def test_out_of_memory_is_an_error_where_processes_wait_for_each_other(as_if_two: Runtime) -> None:
+@pytest.mark.parametrize("measured", [False, True])
+def test_out_of_memory_is_an_error_where_processes_wait_for_each_other(as_if_two: Runtime, measured: bool) -> None:
     stage = Stage(freeze_line="all", batchnorm="train")
     source, model = (
         several.pictures(8, 0),
@@ -142,20 +144,23 @@ def test_out_of_memory_is_an_error_where_processes_wait_for_each_other(as_if_two
         raise MemoryError("no more")
 
     source.forward = short  # type: ignore[method-assign]
+    made = Gradients(model, source, stage, runtime=as_if_two)
+    compute = partial(made.step_bytes, 8) if measured else partial(made.add, [batch], 8.0)
     with pytest.raises(SetupError, match=r"in one of several processes, with 8 pictures .*--batchnorm fixed"):
-        Gradients(model, source, stage, runtime=as_if_two).add([batch], 8.0)
+        compute()
     assert sizes == [8]  # the other process is not left behind in a layer
 
 
-def test_every_process_has_a_picture_of_every_batch_batchnorm_learns_from() -> None:
+@pytest.mark.parametrize("batchnorm", ["train", "fixed"])
+def test_every_process_has_a_picture_of_every_batch(batchnorm: str) -> None:
     labels = torch.arange(49) % 3
     sizes = [len(b) for b in batches_of_epoch(49, labels, Stage(batch_size=23), seed=0, epoch=1, least=4)]
     assert sizes == [23, 26]
-    stage = Stage(freeze_line="all", batchnorm="train", batch_size=3)
+    stage = Stage(freeze_line="all", batchnorm=batchnorm, batch_size=3)
     model = create_classifier(several.backbone(), ["a", "b", "c"], head=several.HEAD, data_spec=SPEC)
-    set_freeze_line(model, "all", batchnorm="train")
+    set_freeze_line(model, "all", batchnorm=batchnorm)
     data = StageData(several.pictures(49, 0), several.pictures(9, 1))
-    with pytest.raises(ModelError, match=r"4 processes from batches of 3 pictures.* batch size of 4"):
+    with pytest.raises(ModelError, match=r"4 processes cannot share batches of 3 pictures.* batch size of 4"):
         fit(model, data, stage, lr=0.1, runtime=replace(CPU, world=4))
 
 

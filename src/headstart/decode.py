@@ -105,9 +105,21 @@ def decoder_version() -> str:
 
 
 def import_decoder() -> None:
-    """Import what reads JPEG files now, and not with the first of them: torchcodec brings all of PyTorch."""
-    if DECODER != "pillow":
-        import_module({"torchcodec": "torchcodec.decoders"}.get(DECODER, DECODER))
+    """Import what reads JPEG files now, and not with the first of them: torchcodec brings all of PyTorch.
+
+    Raises:
+        SetupError: it cannot be imported, or is too old.
+    """
+    if DECODER == "pillow":
+        return
+    try:
+        import_module({"torchcodec": "torchcodec.decoders"}.get(DECODER, DECODER)).decode_jpeg  # noqa: B018
+    except Exception as error:  # whatever a library raises that misses another one
+        words = (str(error) or type(error).__name__).splitlines()[0]
+        needed = "torchcodec 0.16 or newer" if DECODER == "torchcodec" else DECODER
+        raise SetupError(
+            f"{DECODER_VARIABLE} is {DECODER!r}, which does not work here ({words}): {needed} is needed."
+        ) from None
 
 
 @contextmanager
@@ -183,6 +195,7 @@ def _check_length(nbytes: int) -> None:
 
 
 def _decode(file: BinaryIO) -> Image.Image:
+    import_decoder()  # no file is blamed for it
     with quiet_pillow():
         try:
             if _webp_pixels(file) > MAX_PIXELS:  # Pillow sets its memory aside before it tells the size
@@ -220,11 +233,11 @@ def _loaded(image: Image.Image, file: BinaryIO) -> Image.Image:
 def _without_exif(data: bytes) -> bytes:
     """A JPEG file's bytes without the APP1 blocks (EXIF) in front of its pixels. Source: ITU-T T.81, annex B."""
     kept, at = [data[:2]], 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
-        if data[at + 1] == 0xFF:  # a fill byte
+    while at + 4 <= len(data) and data[at : at + 2] != b"\xff\xda":
+        if data[at] != 0xFF or data[at + 1] in (0x00, 0xFF):  # fill bytes, and what decoders skip between blocks
             at += 1
             continue
-        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        end = at + 2 + max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
         if data[at + 1] != 0xE1:
             kept.append(data[at:end])
         at = end

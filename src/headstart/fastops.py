@@ -68,6 +68,10 @@ class _FusedNormAct(BatchNormAct2d):
 _FAST_CONV: dict[type, type] = {nn.Conv2d: FastConv2d, Conv2dSame: FastConv2dSame}
 _FUSED_NORM: dict[type, type] = {nn.BatchNorm2d: _FusedNorm, BatchNormAct2d: _FusedNormAct}
 _MARKS = {"norm", "gradients", "act"}
+# Functions and methods whose result shares its memory with what they are called on.
+_VIEWS = frozenset(
+    ("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split", "getitem")
+)
 _STOCK: dict[type, type] = {fast: stock for stock, fast in {**_FAST_CONV, **_FUSED_NORM}.items()}
 
 
@@ -155,10 +159,12 @@ def conv_chains(module: nn.Module, forward: Forward) -> list[Chain]:
         """Whether something changes this node's result in place."""
         for user in node.users:
             module = module_of(user) if user.op == "call_module" else None
-            itself = user.target in IN_PLACE or (user.op == "call_method" and str(user.target).endswith("_"))
+            name = getattr(user.target, "__name__", str(user.target))  # of a function, or a method
+            itself = user.target in IN_PLACE or (module is None and name.endswith("_") and not name.startswith("__"))
             if user.kwargs.get("inplace") or getattr(module, "inplace", False) or (itself and user.args[0] is node):
                 return True
-            if type(module) is nn.Identity and is_changed(user):
+            is_view = name in _VIEWS if module is None else isinstance(module, nn.Identity | nn.Flatten)
+            if is_view and is_changed(user):
                 return True
         return False
 
@@ -176,12 +182,16 @@ def conv_chains(module: nn.Module, forward: Forward) -> list[Chain]:
         # An activation's gradient is told from its result, which must stay what it was.
         if act is not None and is_changed(act):
             act = None
-        elif norm is not None and isinstance(module_of(norm), BatchNormAct2d) and is_changed(norm):
+        elif norm is not None and _has_own_activation(module_of(norm)) and is_changed(norm):
             continue
         if norm is not None or act is not None:
             names = (None if n is None else str(n.target).removeprefix(own) for n in (node, norm, act))
             chains.append(Chain(*names))  # type: ignore[arg-type]
     return chains
+
+
+def _has_own_activation(norm: nn.Module) -> bool:
+    return isinstance(norm, BatchNormAct2d) and type(norm.act) is not nn.Identity
 
 
 def _has_fixed_form(norm: nn.Module) -> bool:

@@ -57,12 +57,16 @@ class FrozenPart:
 
 @dataclass
 class Filling:
-    """Rows of a part, put in place batch by batch; room for all of them is taken once, when the first ones come."""
+    """Rows of a part, put in place batch by batch; room for all of them is taken once, when the first ones come.
+
+    by_the_way: nobody needs them; who fills it stops where they are not going to disk.
+    """
 
     part: FrozenPart
     size: int
     runtime: Runtime
     disk: RowStore | None
+    by_the_way: bool = False
     stored: Stored | None = None
 
     def put(self, chunk: Tensor, out: Tensor) -> None:
@@ -100,7 +104,8 @@ class Filling:
             rows = torch.empty(size, dtype=dtype, device=self.runtime.device)
         else:
             on_disk = self.disk.begin(size, dtype) if self.disk else None
-            rows = _in_memory(size, dtype) if on_disk is None else on_disk
+            in_memory = torch.empty if self.by_the_way else _in_memory
+            rows = in_memory(size, dtype=dtype) if on_disk is None else on_disk
         return Stored(rows, channels_last, made)
 
     def keep(self, batch_size: int) -> Stored:

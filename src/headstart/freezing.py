@@ -344,7 +344,7 @@ class Contract:
         """
         if self.model.freeze_line is not self._line:
             raise ModelError("The freeze line was moved during the stage. End the stage first, then set the line.")
-        parameters = dict(self.model.named_parameters())  # a large network is walked through once
+        parameters = dict(self.model.named_parameters())  # one walk through a large network for all that ask
         changed = [n for n, p in parameters.items() if self._trainable.get(n) is not p.requires_grad]
         if changed:
             raise ModelError(

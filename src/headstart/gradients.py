@@ -138,15 +138,18 @@ class Gradients:
                     continue
                 if self._compiled:
                     self._compiled.shape = None  # parts are smaller from now on
-                largest = max(len(batch.labels) for batch in batches)
-                if self.joint:
-                    raise SetupError(
-                        f"Out of memory in stage {self.stage.name!r}, in one of several processes, with"
-                        f" {max(self.portion.parts(largest))} pictures at once ({str(error).splitlines()[0]})."
-                        " BatchNorm learns from all of them together, so that one process cannot take fewer than the"
-                        " others. Take a smaller --batch-size or auto, --batchnorm fixed, or switch --checkpointing on."
-                    ) from error
-                self.portion.halve(largest, error, doing=f"in stage {self.stage.name!r}")
+                self._halve(max(len(batch.labels) for batch in batches), error)
+
+    def _halve(self, n: int, error: Exception) -> None:
+        """Memory ran out with n pictures: smaller parts from now on, unless other processes wait for this one."""
+        if self.joint:
+            raise SetupError(
+                f"Out of memory in stage {self.stage.name!r}, in one of several processes, with"
+                f" {max(self.portion.parts(n))} pictures at once ({str(error).splitlines()[0]})."
+                " BatchNorm learns from all of them together, so that one process cannot take fewer than the"
+                " others. Take a smaller --batch-size or auto, --batchnorm fixed, or switch --checkpointing on."
+            ) from error
+        self.portion.halve(n, error, doing=f"in stage {self.stage.name!r}")
 
     def _backward(self, batch: Batch, weight: float) -> Tensor:
         inputs, share = sent(batch.inputs, self.runtime.device), 1.0
@@ -230,7 +233,7 @@ class Gradients:
                     self.model.zero_grad(set_to_none=True)
                     if not is_out_of_memory(error):
                         raise
-                    self.portion.halve(n, error, doing=f"in stage {self.stage.name!r}")
+                    self._halve(n, error)
         finally:
             self._forward = forward
             self.model.zero_grad(set_to_none=True)

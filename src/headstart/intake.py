@@ -20,7 +20,7 @@ from .isolate import Answer
 from .store import content_hash
 
 PARTS = ("view", "working", "look")
-FULL = "full"  # in place of the working image: the picture itself, where PyTorch, which no worker imports, shrinks it
+FULL = "full"  # in place of the working image: the picture itself, where PyTorch, which no worker needs, shrinks it
 
 
 @dataclass(frozen=True)

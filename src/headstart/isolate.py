@@ -1,9 +1,10 @@
 """Decoding in processes of its own, with limits: a file that crashes, hangs or bloats a decoder costs that file alone.
 
-A worker is `python -c ...` of the same interpreter, which imports the decoder and nothing heavy. It reads requests and
-writes answers through pipes, as JSON behind its length and bytes behind that: nothing is pickled, no module of the
-caller's is imported again, so notebooks and scripts without `if __name__ == "__main__"` work. The limits bound what a
-picture costs; they are no wall against code that takes a decoder over.
+A worker is `python -c ...` of the same interpreter, which imports the decoder and nothing heavy (torchcodec, where it
+was chosen, brings PyTorch). It reads requests and writes answers through pipes, as JSON behind its length and bytes
+behind that: nothing is pickled, no module of the caller's is imported again, so notebooks and scripts without
+`if __name__ == "__main__"` work. The limits bound what a picture costs; they are no wall against code that takes a
+decoder over.
 """
 
 from __future__ import annotations
@@ -121,12 +122,13 @@ def ask_all(
     Returns:
         One entry per path: None for a file that decodes to its last row, `Struck` where a limit or a death decided.
     Raises:
-        SetupError: no worker process can be started.
+        SetupError: no worker process can be started, or the decoder that was chosen is not there.
     """
     limits = limits or Limits()
     reasons: list[str | None] = [None] * len(paths)
     if not paths:
         return reasons
+    decode.import_decoder()  # what is missing is said here, and not by a worker's end
     number = max(1, min(workers, -(-len(paths) // files_each)))
     waiting: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # (position, attempts so far)
     for position in range(len(paths)):

@@ -318,7 +318,7 @@ class _Pass:
         def rest(x: Tensor) -> Tensor:
             return pool_output(self.model.backbone, cut.suffix(x), self.model.pool).to(self.part.dtype)
 
-        return _Way(Filling(part, self.size, self.runtime, disk), rest, few, alone)
+        return _Way(Filling(part, self.size, self.runtime, disk, by_the_way=True), rest, few, alone)
 
     def agree(self, way: _Way) -> bool:
         """Whether the halves give the whole's bits, and the first half those of a pass of its own.

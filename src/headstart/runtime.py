@@ -25,6 +25,7 @@ _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORL
 
 GPU_SHARE = 0.2  # of a GPU's free memory: what one thing kept there, a split's pictures or rows, may take
 
+_CGROUP = Path("/sys/fs/cgroup")
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -155,9 +156,11 @@ def free_memory_bytes() -> int:
     """Memory this process may still take: what the system has left, or its container where that allows less."""
     free = psutil.virtual_memory().available
     try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError):  # no such limit here, or "max"
+        limit = int((_CGROUP / "memory.max").read_text())
+        counted = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        files = int(counted["inactive_file"]) + int(counted["active_file"])  # read files, dropped when room is needed
+        free = min(free, limit - int((_CGROUP / "memory.current").read_text()) + files)
+    except (OSError, ValueError, KeyError):  # no such limit here, or "max"
         pass
     return max(0, int(free))
 

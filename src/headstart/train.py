@@ -73,22 +73,21 @@ class _Stage:
         self.is_through = False  # no further epoch would change anything
 
     def _refuse_small_batches(self) -> None:
-        """BatchNorm in training mode has no variance to take from one picture, and needs one in every process."""
+        """BatchNorm in training mode has no variance to take from one picture; every process needs one."""
         batch, world = min(self.stage.batch_pictures, len(self.data.train.labels)), self.runtime.world
         if self.gradients.portion.least > batch:
             raise ModelError(
                 f"stage {self.stage.name!r}: BatchNorm cannot learn its statistics from batches of one picture."
                 " Take a batch size of 2 or more, and at least two training pictures."
             )
-        if self.gradients.joint and batch < world:
+        if batch < world:
             raise ModelError(
-                f"stage {self.stage.name!r}: BatchNorm cannot learn its statistics in {world} processes from batches of"
-                f" {batch} pictures: each needs one. Take a batch size of {world} or more, at least as many training"
-                " pictures, fewer processes, or --batchnorm fixed."
+                f"stage {self.stage.name!r}: {world} processes cannot share batches of {batch} pictures: each needs"
+                f" one. Take a batch size of {world} or more, at least as many training pictures, or fewer processes."
             )
 
     def _batches(self, epoch: int) -> list[Tensor]:
-        labels, least = self.data.train.labels, max(2, self.runtime.world) if self.gradients.joint else 2
+        labels, least = self.data.train.labels, max(2, self.runtime.world)
         return batches_of_epoch(len(labels), labels, self.stage, seed=self.seed, epoch=epoch, least=least)
 
     def _train_scored(self) -> int:
