@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .runtime import Runtime
 
 # Numbers in the features: of more, doubtful labels are looked for in single precision, with half the memory.
-MOST_EXACT = 2 * 10**7
+MOST_EXACT = 10**7
 MOST_IN_FIT = 5 * 10**9  # numbers in the features, times classes: some minutes of one core
 
 
