@@ -47,8 +47,7 @@ def shared_batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`F.batch_norm` of x [N, C, ...] over all processes, whatever N each of them has."""
-    weights_alone = running_mean is None and momentum == 0.0  # timm's weight standardisation goes this way
-    if not training or weights_alone:
+    if not training:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     var, mean = (t.double() for t in torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0))
