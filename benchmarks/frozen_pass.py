@@ -33,7 +33,7 @@ import torch
 
 from headstart import create_classifier, load_images, make_runtime, set_freeze_line
 from headstart.augment import augmented_view
-from headstart.backbones import backbone_features
+from headstart.backbones import backbone_output, pool_output
 from headstart.classifier import Classifier
 from headstart.dataset import ImageTable, open_image
 from headstart.dataspec import evaluation_view
@@ -61,9 +61,11 @@ def spent() -> float:
 
 def compiled(model: Classifier, runtime: Runtime, at_hand: torch.Tensor) -> tuple[Callable[[], object], dict[str, Any]]:
     """The network as one compiled function of a batch, and what making it took and changed."""
-    forward = partial(backbone_features, pool=model.pool)
+    forward, finish = (partial(function, pool=model.pool) for function in (backbone_output, pool_output))
     started, busy = time.perf_counter(), spent()
-    quick = frozen_forward(model.backbone, dtype=runtime.dtype, compiled=True, batch_size=BATCH, forward=forward)
+    quick = frozen_forward(
+        model.backbone, dtype=runtime.dtype, compiled=True, batch_size=BATCH, forward=forward, finish=finish
+    )
     with torch.inference_mode():
         out = quick(model.enter(at_hand)).float()
         took = {"wall": time.perf_counter() - started, "processor": spent() - busy}

@@ -12,11 +12,13 @@ frozen: pictures uint8 of 224 px that lie on the device go through the frozen ne
 step: a step of the default fine-tuning stage from stored activations, as it is and compiled, beside a loop written by
     hand over the same pictures: the whole network compiled, bfloat16, channels-last, fused AdamW, the same layers
     frozen, which it runs every time.
-fit: the default recipe on generated pictures (2,000 in two classes), from an empty cache and again.
+fit: the default recipe on generated pictures (2,000 in two classes, resnet18), from an empty cache and again; and
+    mobilenetv2_100 with ImageNet weights on flowers5, where the folder of real pictures and weights is
+    (HEADSTART_SHARED, else ../shared).
 
-Random weights. Rates are medians over rounds in which the ways take turns, each round waiting for the device at its
-end. With `--device cpu` the script runs too, to be tried out; the table leaves that away. Records are appended to
-benchmarks/results/gpu-DATE.jsonl.
+Random weights but for that. Rates are medians over rounds in which the ways take turns, each round waiting for the
+device at its end; *first call* is how long the first one took, compiling included. With `--device cpu` the script runs
+too, to be tried out; the table leaves that away. Records are appended to benchmarks/results/gpu-DATE.jsonl.
 """
 
 from __future__ import annotations
@@ -26,17 +28,18 @@ import os
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from records import Record, append, newest, parser, show
+from records import SHARED, WEIGHTS, Record, append, newest, parser, show
 from size import make_pictures
 from torch import nn
 
 import headstart
-from headstart.backbones import backbone_features, backbone_output
+from headstart.backbones import backbone_output, pool_output
 from headstart.batchviews import views_together
 from headstart.cut import Cut, cut_or_reason
 from headstart.features import ActivationSource
@@ -52,18 +55,26 @@ from headstart.schedule import make_optimizer
 FLOORS = {"resnet18": 35_600, "resnet50": 12_400, "efficientnet_b0": 18_200, "vit_small_patch16_224": 13_400}
 """Pictures a second of the compiled networks in timm's results file for an RTX 5090."""
 CLASSES = tuple(str(i) for i in range(10))
+REAL = "mobilenetv2_100"
+"""Is fitted to real pictures."""
 
 
-def rates(ways: dict[str, Callable[[], object]], pictures: int, options: argparse.Namespace) -> dict[str, float]:
-    """Pictures a second of each way, which handles so many at a call; a way that fails here is left out, and said."""
-    alive, times = dict(ways), {name: [] for name in ways}
+def rates(ways: dict[str, Callable[[], object]], pictures: int, options: argparse.Namespace) -> Record:
+    """Pictures a second of each way, which handles so many at a call, and the seconds that its first call took.
+
+    A way that fails here is left out, and said.
+    """
+    alive, times, first = dict(ways), {name: [] for name in ways}, {}
     for turn in range(options.rounds + 1):  # the first one warms up
         for name, run in list(alive.items()):
             wait(options.device)
             started = time.perf_counter()
             try:
-                for _ in range(options.calls):
+                for call in range(options.calls):
                     run()
+                    if not turn and not call:
+                        wait(options.device)
+                        first[name] = round(time.perf_counter() - started, 2)
             except Exception as error:
                 print(f"{name} failed: {type(error).__name__}: {error}", flush=True)
                 del alive[name]
@@ -71,7 +82,8 @@ def rates(ways: dict[str, Callable[[], object]], pictures: int, options: argpars
             wait(options.device)
             if turn:
                 times[name].append((time.perf_counter() - started) / options.calls)
-    return {name: round(pictures / statistics.median(times[name]), 1) for name in alive}
+    found = {name: round(pictures / statistics.median(times[name]), 1) for name in alive}
+    return found | {"first call": {name: first[name] for name in alive}}
 
 
 def wait(device: str) -> None:
@@ -89,9 +101,9 @@ def frozen(network: str, options: argparse.Namespace) -> Record:
     side = model.spec.image_size
     pictures = torch.randint(0, 256, (4 * batch, 3, side, side), dtype=torch.uint8, device=device)
     working = [torch.randint(0, 256, (294, 392, 3), dtype=torch.uint8, device=device) for _ in range(batch)]
-    forward = partial(backbone_features, pool=model.pool)
-    recorded = frozen_forward(model.backbone, dtype=dtype, forward=forward, recorded=True)
-    compiled = frozen_forward(model.backbone, dtype=dtype, forward=forward, compiled=True, batch_size=batch)
+    forward, finish = (partial(function, pool=model.pool) for function in (backbone_output, pool_output))
+    quick = partial(frozen_forward, model.backbone, dtype=dtype, forward=forward, finish=finish)
+    recorded, compiled = quick(recorded=True), quick(compiled=True, batch_size=batch)
     at = iter(range(10**9))
 
     def chunk() -> torch.Tensor:
@@ -123,7 +135,7 @@ def frozen(network: str, options: argparse.Namespace) -> Record:
     if not compiled.compiled:
         found.pop("compiled", None)
         print(f"{network} could not be compiled: {compiled.compile_error}", flush=True)
-    return found
+    return found | {"BatchNorm layers folded": recorded.folded}
 
 
 def step(network: str, options: argparse.Namespace) -> Record:
@@ -196,19 +208,26 @@ def by_hand_step(
 
 
 def fit(network: str, options: argparse.Namespace) -> Record:
-    seconds = {}
+    """A whole fit, of mobilenetv2_100 on real pictures, of another network on generated ones."""
+    found: Record = {}
+    is_real = network == REAL
     with tempfile.TemporaryDirectory() as folder:
-        make_pictures(Path(folder) / "pictures", options.pictures)
+        pictures = SHARED / "data" / "flowers5" if is_real else Path(folder) / "pictures"
+        if not is_real:
+            make_pictures(pictures, options.pictures)
         os.environ["HEADSTART_CACHE"] = f"{folder}/cache"
         torch.zeros(1, device=options.device)  # the device's own start-up is nobody's
         for cache in ("empty cache", "filled cache"):
             started = time.perf_counter()
             result = headstart.fine_tune(
-                f"{folder}/pictures", backbone=network, weights="none", out=f"{folder}/{cache}", device=options.device
-            )
-            seconds[cache] = round(time.perf_counter() - started, 2)
-        phases = {one["name"]: round(one["seconds"], 2) for one in result.metrics["phases"]}
-    return {**seconds, "pictures": options.pictures, "phases of the second": phases}
+                pictures, backbone=network, weights=str(WEIGHTS) if is_real else "none", out=f"{folder}/{cache}",
+                device=options.device,
+            )  # fmt: skip
+            found[cache] = round(time.perf_counter() - started, 2)
+            found[f"phases, {cache}"] = {one["name"]: round(one["seconds"], 2) for one in result.metrics["phases"]}
+        if is_real:
+            found["test accuracy"] = result.metrics["test"]["accuracy"]
+    return found | {"pictures": len(result.splits.train) + len(result.splits.val)}
 
 
 PARTS: dict[str, Callable[[str, argparse.Namespace], Record]] = {"frozen": frozen, "step": step, "fit": fit}
@@ -243,9 +262,13 @@ def main() -> None:
         return
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device
     for part in options.parts.split(","):
-        networks = options.networks.split(",") if part != "fit" else ["resnet18"]
+        networks = options.networks.split(",") if part != "fit" else ["resnet18", *[REAL] * WEIGHTS.is_file()]
         for network in networks:
-            figures = PARTS[part](network, options)
+            try:
+                figures = PARTS[part](network, options)
+            except Exception:  # time on such a device is dear: the others are measured all the same
+                traceback.print_exc()
+                continue
             append(
                 "gpu", {"device": name, "part": part, "network": network, "batch": options.batch, "figures": figures}
             )

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from headstart.augment import DRAWS, augmented_batch, augmented_view, view_plans, view_rng
+from headstart.augment import DRAWS, augmented_batch, augmented_view, view_draws, view_plans, view_rng
 from headstart.autoaugment import auto_augment
 from headstart.dataspec import FITS, DataSpec, evaluation_view
 from headstart.errors import RecipeError
@@ -106,6 +106,13 @@ def test_random_numbers_are_known() -> None:
     code = "from headstart.augment import view_rng; print(*view_rng(0, 1, 2).random(3))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert np.allclose([float(x) for x in done.stdout.split()], expected, atol=1e-8)
+
+
+def test_the_draws_of_many_views_are_those_of_each() -> None:
+    indices, views = [7, 0, 7, 2**40], [1, 2, 3, 2**33]
+    for seed in (0, -5, 2**63):
+        own = [view_rng(seed, index, view).random(len(DRAWS)) for index, view in zip(indices, views, strict=True)]
+        assert np.array_equal(view_draws(seed, indices, views), own)
 
 
 @pytest.mark.parametrize("fit", FITS)

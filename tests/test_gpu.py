@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import headstart
 from headstart import frozenpass, gradients, load_images, numerics, once, set_freeze_line, train
@@ -24,12 +25,13 @@ from headstart.batchviews import is_drawn_together, views_together
 from headstart.classifier import Classifier
 from headstart.cut import Cut, cut_or_reason
 from headstart.dataspec import DataSpec
+from headstart.evaluation import predict_logits, source_logits
 from headstart.features import ActivationSource, FeatureSource, PixelSource, StageData
 from headstart.filling import Stored
 from headstart.memory import Portion, in_portions
-from headstart.once import store_activations
+from headstart.once import store_activations, store_features
 from headstart.pixels import Pixels, views_at_once
-from headstart.recipe import FINE_TUNE_STAGE, HEAD_STAGE, POLICIES, AugmentSpec, Recipe
+from headstart.recipe import FINE_TUNE_STAGE, HEAD_STAGE, POLICIES, AugmentSpec, HeadSpec, Recipe
 from headstart.runtime import Runtime, _device
 from pretend import GPU, PretendedGpu
 
@@ -284,6 +286,32 @@ def test_a_frozen_pass_waits_for_nothing_and_its_rows_stay(photos: Path) -> None
     assert stored.rows.shape[0] == 32
 
 
+@pytest.mark.parametrize("pool", ["backbone", "avg"])
+@pytest.mark.parametrize("kept", ["features", "activations"])
+def test_a_frozen_pass_has_no_batchnorm_left(kept: str, pool: str, photos: Path) -> None:
+    """With a runtime that thinks the CPU a GPU: there the pass runs a folded copy."""
+    model = headstart.create_classifier(
+        "resnet18", ("a", "b"), weights="none", image_size=64, head=HeadSpec(pool=pool)
+    ).eval()
+    set_freeze_line(model, "head" if kept == "features" else "layer4*", batchnorm="fixed")
+    pixels, made = Pixels(load_images(photos), model.spec), []
+
+    def watched(*args: Any, **options: Any) -> frozenpass.FrozenForward:
+        made.append(frozenpass.frozen_forward(*args, **options))
+        return made[-1]
+
+    with mock.patch.object(Runtime, "gpu", CPU), mock.patch("headstart.once.frozen_forward", watched):
+        how = Runtime(CPU, torch.bfloat16, workers=1)
+        if kept == "features":
+            found = store_features(model, pixels, runtime=how)[:, 0]
+            own = model.features(pixels.batch(range(16), [0] * 16))
+        else:
+            found = store_activations(model, cut_of(model), pixels, runtime=how).take(torch.arange(16)).float()
+            own = cut_of(model).prefix(model.enter(pixels.batch(range(16), [0] * 16)))
+    assert [quick.folded for quick in made] == [20 if kept == "features" else 15]
+    assert (found - own).norm() / own.norm() < frozenpass.TOLERANCES[torch.bfloat16]
+
+
 def test_the_pretended_gpu_notices_what_waits() -> None:
     with PretendedGpu() as gpu:
         x = torch.ones(3).to(GPU)
@@ -472,6 +500,86 @@ def test_a_step_is_compiled_from_a_number_of_pictures_on(
     assert not compiler.called
 
 
+# ---- few shapes -----------------------------------------------------------------------------------------------------
+
+
+def test_short_batches_are_filled_up_to_few_sizes() -> None:
+    with mock.patch.object(Runtime, "gpu", CPU):
+        assert [Runtime(CPU).filled(n, 48) for n in (0, 1, 3, 31, 33, 48, 50)] == [0, 1, 4, 32, 48, 48, 50]
+    assert [Runtime(CPU).filled(n, 48) for n in (1, 3, 31, 48)] == [1, 3, 31, 48]
+
+
+def test_of_a_filled_batch_nothing_but_its_own_rows_comes_back() -> None:
+    seen: list[Tensor] = []
+
+    def compute(x: Tensor) -> Tensor:
+        seen.append(x)
+        if len(x) > 4:
+            raise torch.OutOfMemoryError("no more than 4")
+        return 2 * x
+
+    x = torch.randn(5, 3)
+    assert torch.equal(in_portions(compute, x, Portion(), doing="here", size=8), 2 * x)
+    assert [len(one) for one in seen] == [8, 4, 4]
+    assert torch.equal(seen[-1][1:], x[-1].expand(3, 3))
+
+
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_a_filled_step_has_the_gradients_of_its_own_pictures(
+    at_once: int | None, fed: tuple[Classifier, ActivationSource, gradients.Batch]
+) -> None:
+    model, source, batch = fed
+    three = gradients.Batch(batch.inputs[:3], batch.labels[:3], gradients.Mix(torch.tensor([1, 2, 0]), 0.3))
+    stage = replace(FINE_TUNE_STAGE, class_weights=(1.0, 3.0), batch_size=4)
+    shapes, found = [], []
+    for gpu in (None, CPU):
+        with mock.patch.object(Runtime, "gpu", gpu):
+            made = gradients.Gradients(model, source, stage, runtime=Runtime(CPU), portion=Portion(at_once))
+            forward = made._forward
+            made._forward = lambda model, x, forward=forward: shapes.append(len(x)) or forward(model, x)
+            model.zero_grad(set_to_none=True)
+            loss = made.add([three], 5.0)
+        found.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert shapes == ([3, 4] if at_once is None else [2, 1, 2, 2])
+    assert len(found[0]) == len(found[1]) > 5
+    for own, filled in zip(*found, strict=True):
+        torch.testing.assert_close(filled, own, rtol=1e-4, atol=1e-6)
+
+
+def test_batchnorm_that_learns_learns_from_no_filling(photos: Path) -> None:
+    model = headstart.create_classifier("resnet18", ("a", "b"), weights="none", image_size=64)
+    set_freeze_line(model, "layer4*", batchnorm="train")
+    model.train()
+    pixels, shapes = Pixels(load_images(photos), model.spec), []
+    with mock.patch.object(Runtime, "gpu", CPU):
+        made = gradients.Gradients(model, PixelSource(pixels), FINE_TUNE_STAGE, runtime=Runtime(CPU))
+        forward = made._forward
+        made._forward = lambda model, x: shapes.append(len(x)) or forward(model, x)
+        made.add([gradients.Batch(pixels.batch(range(3), [0] * 3), torch.tensor([0, 1, 0]))], 3.0)
+    assert shapes == [3]
+
+
+def test_few_shapes_go_through_a_network(photos: Path) -> None:
+    model, shapes = resnet("layer4*").eval(), []
+    model.backbone.conv1.register_forward_hook(lambda module, given, out: shapes.append(len(given[0])))
+    pixels, how = Pixels(load_images(photos), model.spec), Runtime(CPU, workers=1)
+    own = predict_logits(model, pixels, runtime=how)
+    assert shapes == [16]
+    found = cut_of(model)
+    shapes.clear()
+    with mock.patch.object(Runtime, "gpu", CPU), mock.patch.object(Runtime, "batch_size", 12):
+        rows = store_activations(model, found, pixels, batch_size=12, runtime=how).take(torch.arange(16))
+        assert shapes == [12, 4]
+        source = ActivationSource(Stored(rows, False, torch.float32), torch.arange(16) % 2, found)
+        eleven = source_logits(model, source, indices=torch.arange(11), runtime=how)
+        torch.testing.assert_close(eleven, own[:11], rtol=1e-4, atol=1e-5)
+        shapes.clear()
+        torch.testing.assert_close(predict_logits(model, pixels, runtime=how), own, rtol=1e-4, atol=1e-5)
+        few = pixels.table.select(range(11))
+        predict_logits(model, Pixels(few, model.spec), runtime=how)
+    assert shapes == [12, 4, 12]
+
+
 # ---- a real one -----------------------------------------------------------------------------------------------------
 
 
@@ -557,6 +665,7 @@ def test_what_cannot_be_recorded_leaves_the_stream_as_it_was() -> None:
 def test_recorded_kernels_give_what_the_network_gives() -> None:
     model, dtype = resnet("head").eval().to("cuda"), torch.bfloat16
     quick = frozenpass.frozen_forward(model.backbone, dtype=dtype, recorded=True)
+    assert quick.folded == 20
     for seed in (0, 1):
         x = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(seed)).cuda()
         own, got = model.backbone(x), quick(x).float()

@@ -26,7 +26,7 @@ from .autoaugment import auto_augment
 from .dataspec import RESAMPLING, DataSpec, evaluation_view, shown_box
 from .errors import RecipeError
 from .memory import sent
-from .order import random_stream
+from .order import begin_again, random_stream
 from .recipe import AugmentSpec
 from .threads import map_threads
 from .transforms import as_tensor
@@ -110,6 +110,16 @@ def augmented_batch(
 def view_rng(seed: int, index: int, view: int) -> np.random.Generator:
     """Random numbers of their own for each (seed, index, view): a keyed Philox stream, the same everywhere."""
     return np.random.Generator(random_stream(seed, index, _VIEW_PURPOSE, view))
+
+
+def view_draws(seed: int, indices: Sequence[int], views: Sequence[int]) -> _Matrix:
+    """The first numbers of each of these views' `view_rng`, in the order of `DRAWS`, [B, 16]."""
+    stream = random_stream(seed, 0, _VIEW_PURPOSE)
+    rng, draws = np.random.Generator(stream), np.empty((len(indices), len(DRAWS)))
+    for row, index, view in zip(draws, indices, views, strict=True):
+        begin_again(stream, seed, index, _VIEW_PURPOSE, view)
+        rng.random(out=row)
+    return draws
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .augment import DRAWS, MOST_STEP, Augment, ViewPlans, erased_box, relit, view_plans, view_rng
+from .augment import MOST_STEP, Augment, ViewPlans, erased_box, relit, view_draws, view_plans
 from .dataspec import DataSpec
 from .memory import sent
 from .recipe import AugmentSpec
@@ -41,9 +41,7 @@ def views_together(
         indices, views: see `augment.augmented_batch`.
     """
     sizes = np.array([[picture.shape[1], picture.shape[0]] for picture in pictures])
-    drawn = zip(indices, views, strict=True)
-    draws = np.array([view_rng(seed, index, view).random(len(DRAWS)) for index, view in drawn])
-    plans = view_plans(sizes, spec, augment, draws)
+    plans = view_plans(sizes, spec, augment, view_draws(seed, indices, views))
     flat = torch.cat([picture.reshape(-1, 3) for picture in pictures])
     starts = np.concatenate([[0], np.cumsum(sizes.prod(1))[:-1]])
     finer = _finer(plans, spec)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -87,7 +87,7 @@ def predict_logits(
     with fast_kernels(model, runtime), torch.inference_mode(), runtime.autocast():
         for part in mine.split(runtime.batch_size):
             batch = pixels.batch(part.tolist(), [view] * len(part))
-            rows.append(in_portions(compute, batch, runtime.portion, doing="while scoring"))
+            rows.append(_scored(compute, batch, runtime))
             if advance:
                 advance(len(part))
     model.train(was_training)
@@ -208,6 +208,11 @@ def predict_files(
     ]
 
 
+def _scored(compute: Callable[[Tensor], Tensor], batch: Tensor, runtime: Runtime) -> Tensor:
+    size = runtime.filled(len(batch), runtime.batch_size)
+    return in_portions(compute, batch, runtime.portion, doing="while scoring", size=size)
+
+
 @dataclass(frozen=True)
 class Score:
     """Plain cross-entropy and accuracies of one pass, the figures that choose between states."""
@@ -244,7 +249,7 @@ def source_logits(model: Classifier, source: Source, *, indices: Tensor, runtime
     with torch.inference_mode(), runtime.autocast():
         for part in mine.split(runtime.batch_size):
             inputs = source.batch(part.tolist(), [0] * len(part))
-            rows.append(in_portions(compute, inputs, runtime.portion, doing="while scoring"))
+            rows.append(_scored(compute, inputs, runtime))
     model.train(was_training)
     logits = torch.cat(rows) if rows else torch.zeros(0, len(model.class_names), device=runtime.device)
     return runtime.gather(logits, len(indices)).cpu()

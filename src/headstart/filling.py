@@ -44,7 +44,8 @@ class FrozenPart:
     """A part that runs once.
 
     net, at: its module, and where in the network it ends. forward: what of the module runs on normalised pictures.
-    compute: the same from pixels. shape, dtype: of what is kept of a picture.
+    compute: the same from pixels. shape, dtype: of what is kept of a picture. finish: what is done with the module's
+    result, if anything; see `frozen_forward`.
     """
 
     net: nn.Module
@@ -53,6 +54,7 @@ class FrozenPart:
     compute: Callable[[Tensor], Tensor]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    finish: Forward | None = None
 
 
 @dataclass

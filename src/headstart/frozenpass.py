@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 from .cut import Forward, Whole
 from .fastconv import scale_and_shift
 from .fastops import conv_chains, restore_stock
-from .memory import is_out_of_memory
+from .memory import filled_up, is_out_of_memory
 
 # What a compile takes, and the share of a pass that it saves, by device and number format; nothing where none is
 # given. On a CPU a compiled network is no quicker than the kernels of `fastops`, neither in float32 nor in bfloat16
@@ -87,9 +87,7 @@ class FrozenForward:
     def __call__(self, x: Tensor) -> Tensor:
         """Float pixels or activations [N, ...] in any float format -> the module's output, in `dtype`."""
         n = len(x)
-        if self.batch_size is not None and n < self.batch_size:
-            x = torch.cat([x, x[-1:].expand(self.batch_size - n, *x.shape[1:])])
-        x = x.to(self.dtype)
+        x = filled_up(x, self.batch_size or n).to(self.dtype)
         if x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, enabled=False):
@@ -165,6 +163,7 @@ def frozen_forward(
     recorded: bool = False,
     batch_size: int | None = None,
     forward: Forward = nn.Module.__call__,
+    finish: Forward | None = None,
 ) -> FrozenForward:
     """A fast inference copy of a frozen module: BatchNorm folded, channels-last, in `dtype`.
 
@@ -177,7 +176,8 @@ def frozen_forward(
         compiled: also compile with inductor's freezing, at the first call (tens of seconds; wants a C++ compiler on
             a CPU); each further batch shape costs as much again, so give `batch_size` too.
         recorded: see `FrozenForward`; left out before PyTorch 2.13, which a failed recording leaves unwell.
-        forward: what of the module to run.
+        forward: what of the module to run; what cannot be recorded as a graph keeps its BatchNorm as it is.
+        finish: what is done with its result, given the module, too; this need not be recordable.
     """
     copy = deepcopy(module).eval().requires_grad_(False)
     restore_stock(copy)
@@ -185,7 +185,9 @@ def frozen_forward(
     for pair in pairs:
         _fold(copy, *pair)
     copy.to(dtype).to(memory_format=torch.channels_last)
-    if forward is not nn.Module.__call__:
+    if finish is not None:
+        copy = Whole(copy, lambda net, x: finish(net, forward(net, x))).eval()
+    elif forward is not nn.Module.__call__:
         copy = Whole(copy, forward).eval()
     return FrozenForward(
         copy, dtype=dtype, folded=len(pairs), batch_size=batch_size, compiled=compiled,

@@ -21,7 +21,7 @@ from .classifier import Classifier
 from .errors import SetupError
 from .features import ActivationSource, FeatureSource, PixelSource, Source
 from .freezing import learns_statistics
-from .memory import Portion, equal_parts, is_out_of_memory, peak_bytes, sent
+from .memory import Portion, equal_parts, filled_up, is_out_of_memory, peak_bytes, sent
 from .mixing import Mix, mix_inputs
 from .recipe import Stage
 from .runtime import Runtime, free_bytes
@@ -70,7 +70,8 @@ class Gradients:
     ) -> None:
         self.model, self.source, self.stage, self.runtime = model, source, stage, runtime
         self.portion = portion or Portion()
-        self.joint = runtime.world > 1 and learns_statistics(model)
+        self._learns = learns_statistics(model)
+        self.joint = runtime.world > 1 and self._learns
         self._statistics: Within = SharedStatistics if self.joint else nullcontext
         self._forward: Forward = source.forward
         self._compiled: CompiledForward | None = None
@@ -158,15 +159,19 @@ class Gradients:
             among = None if batch.among is None else sent(batch.among.inputs, self.runtime.device)
             inputs, share = mix_inputs(inputs, batch.mix, among)
             partners = (batch.among or batch).labels[batch.mix.partners]
-        sizes = self.portion.parts(len(batch.labels))
+        if not self._learns:  # else it would learn from the filling, too
+            inputs = filled_up(inputs, self.runtime.filled(len(inputs), self.stage.batch_pictures))
+        sizes = self.portion.parts(len(inputs))
         if self.joint:  # shares differ by a picture, and may not differ in the number of their parts
-            sizes = equal_parts(len(batch.labels), -self.runtime.least(-len(sizes)))
-        total = torch.zeros((), device=self.runtime.device)
-        for part, labels, others in zip(
-            inputs.split(sizes), batch.labels.split(sizes), partners.split(sizes), strict=True
-        ):
+            sizes = equal_parts(len(inputs), -self.runtime.least(-len(sizes)))
+        total, done = torch.zeros((), device=self.runtime.device), 0
+        for part in inputs.split(sizes):
+            labels, others = (all_of[done : done + len(part)] for all_of in (batch.labels, partners))
+            done += len(part)
+            if not len(labels):  # filling alone
+                break
             with self.runtime.autocast(), self._statistics():
-                logits = self._forward(self.model, part)
+                logits = self._forward(self.model, part)[: len(labels)]
             loss = self._loss(logits, labels)
             if batch.mix:
                 loss = share * loss + (1 - share) * self._loss(logits, others)

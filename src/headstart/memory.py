@@ -101,12 +101,24 @@ class Portion:
         return taken
 
 
-def in_portions(compute: Callable[[Tensor], Tensor], batch: Tensor, portion: Portion, *, doing: str) -> Tensor:
-    """`compute(batch)` without gradients, in as many parts as memory asks for; the first dimension is the pictures'."""
+def filled_up(batch: Tensor, size: int) -> Tensor:
+    """A batch of `size` rows, the last of which are its last one again; whole ones are left as they are."""
+    n = len(batch)
+    return batch if n >= size else torch.cat([batch, batch[-1:].expand(size - n, *batch.shape[1:])])
+
+
+def in_portions(
+    compute: Callable[[Tensor], Tensor], batch: Tensor, portion: Portion, *, doing: str, size: int = 0
+) -> Tensor:
+    """`compute(batch)` without gradients, in as many parts as memory asks for; the first dimension is the pictures'.
+
+    size: what a shorter batch is filled up to for it; see `Runtime.filled`.
+    """
+    n, batch = len(batch), filled_up(batch, size)
     while True:
         try:
             parts = [compute(part) for part in batch.split(portion.parts(len(batch)))]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            return (parts[0] if len(parts) == 1 else torch.cat(parts))[:n]
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from .backbones import backbone_features, backbone_output, pool_output
+from .backbones import backbone_output, pool_output
 from .classifier import Classifier
 from .cut import Cut
 from .fastops import fast_training
@@ -52,10 +52,11 @@ def store_features(
             Where rows are made, in one process on a CPU, what passes there is put on disk on the way if there is room
             and if it is, on the first pictures, to the bit what `store_activations` would make; that then finds it.
     """
-    forward = partial(backbone_features, pool=model.pool)
+    forward, finish = (partial(function, pool=model.pool) for function in (backbone_output, pool_output))
     part = FrozenPart(
-        model.backbone, "features", forward, lambda x: model.features(x).float(), (model.num_features,), torch.float32
-    )
+        model.backbone, "features", forward, lambda x: model.features(x).float(), (model.num_features,), torch.float32,
+        finish,
+    )  # fmt: skip
     stored = _Pass(model, part, pixels, views, runtime, batch_size, advance, aside).run()
     return stored.rows.cpu().reshape(views, len(pixels), -1).transpose(0, 1)
 
@@ -257,7 +258,7 @@ class _Pass:
     def _quick(self, kind: str) -> FrozenForward:
         return frozen_forward(
             self.part.net, dtype=self.runtime.dtype, compiled=kind == "compiled", forward=self.part.forward,
-            batch_size=self.batch_size if kind == "compiled" else None,
+            finish=self.part.finish, batch_size=self.batch_size if kind == "compiled" else None,
             recorded=kind == "folded" and len(self.chunks) >= _RECORDED_FROM,
         )  # fmt: skip
 
@@ -353,8 +354,8 @@ class _Pass:
         with torch.inference_mode(), runtime.autocast():
             if batch is None:
                 return torch.zeros(0, *self.part.shape, device=runtime.device)
-            on_device = partial(_on_device, compute, runtime.device)
-            return in_portions(on_device, batch, runtime.portion, doing="in the frozen layers")
+            on_device, size = partial(_on_device, compute, runtime.device), runtime.filled(len(batch), self.batch_size)
+            return in_portions(on_device, batch, runtime.portion, doing="in the frozen layers", size=size)
 
     def _seconds(self, compute: Callable[[Tensor], Tensor]) -> float:
         """What a batch takes once everything is warm."""
