@@ -245,13 +245,16 @@ def test_views_are_compared_with_the_default_on_the_seeds_that_both_have(peers: 
 def test_the_gpu_script_runs_on_a_cpu(peers: ModuleType) -> None:
     import records
 
-    words = "run --device cpu --networks resnet18 --batch 8 --rounds 1 --calls 1 --no-compile --parts frozen,step"
+    words = "run --device cpu --networks resnet18 --batch 8 --step-batch 2 --rounds 1"
+    words += " --calls 1 --no-compile --parts frozen,step"
     import gpu
 
     with mock.patch.object(sys, "argv", ["gpu.py", *words.split()]):
         gpu.main()
     made = records.read("gpu")
-    assert [sorted(one["figures"]) for one in made] == [["augmented", "plain", "recorded"], ["by hand", "ours"]]
+    ways = [sorted(one["figures"]["first call"]) for one in made]
+    assert ways == [["augmented", "plain", "recorded"], ["by hand", "ours", "ours, not recorded"]]
+    assert made[0]["figures"]["BatchNorm layers folded"] == 20
     assert "none was at hand" in gpu.table()
     records.append("gpu", made[0] | {"device": "H1"})
     assert "| H1 | frozen | resnet18 | 8 | plain " in gpu.table()

@@ -31,7 +31,8 @@ from headstart.filling import Stored
 from headstart.memory import Portion, in_portions
 from headstart.once import store_activations, store_features
 from headstart.pixels import Pixels, views_at_once
-from headstart.recipe import FINE_TUNE_STAGE, HEAD_STAGE, POLICIES, AugmentSpec, HeadSpec, Recipe
+from headstart.recipe import FINE_TUNE_STAGE, HEAD_STAGE, POLICIES, AugmentSpec, HeadSpec, Recipe, Stage
+from headstart.recording import Recording
 from headstart.runtime import Runtime, _device
 from pretend import GPU, PretendedGpu
 
@@ -329,46 +330,50 @@ def test_the_pretended_gpu_notices_what_waits() -> None:
 # ---- recorded and compiled ------------------------------------------------------------------------------------------
 
 
-class StandIn:
+class PretendedRecording(Recording):
     """CUDA's graphs as far as they are used: what ran while one was recorded runs again when it is replayed."""
 
-    def __init__(self, net: torch.nn.Module, *, works: bool = True) -> None:
-        self.net, self.works, self.seen = net, works, []
+    works = True
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen.append((x, self.net(x)))
-        return self.seen[-1][1]
+    def __init__(self, call: Any, examples: Any) -> None:
+        names = ("Stream", "current_stream", "stream", "device", "CUDAGraph", "graph")
+        with ExitStack() as stack:
+            cuda = {name: stack.enter_context(mock.patch(f"torch.cuda.{name}")) for name in names}
+            super().__init__(call, examples)
+        how = {"stream": cuda["Stream"].return_value, "capture_error_mode": "thread_local"}
+        assert cuda["graph"].call_args.kwargs == how
+        self.call, self.runs, self.graph.replay = call, 0, self.again
 
-    def replay(self) -> None:
+    def again(self) -> None:
+        self.runs += 1
         if self.works:
-            given, output = self.seen[3]  # after three to warm up
-            output.copy_(self.net(given))
+            fresh = self.call(*self.inputs)
+            with torch.no_grad():
+                for here, now in zip(self.outputs, fresh, strict=True):
+                    here.copy_(now)
 
-
-def recorded(stand_in: StandIn, example: torch.Tensor) -> frozenpass._Recorded:
-    names = ("Stream", "current_stream", "stream", "device", "graph")
-    with ExitStack() as stack:
-        cuda = {name: stack.enter_context(mock.patch(f"torch.cuda.{name}")) for name in names}
-        stack.enter_context(mock.patch("torch.cuda.CUDAGraph", return_value=stand_in))
-        made = frozenpass._Recorded(stand_in, example)
-    how = {"stream": cuda["Stream"].return_value, "capture_error_mode": "thread_local"}
-    assert cuda["graph"].call_args.kwargs == how
-    return made
+    def __call__(self, *inputs: Tensor) -> Any:
+        with mock.patch("torch.cuda.device"):
+            return super().__call__(*inputs)
 
 
 def test_a_recorded_function_gives_what_the_function_gives() -> None:
     net = torch.nn.Linear(4, 2).requires_grad_(False)
     first, second = torch.randn(3, 4), torch.randn(3, 4)
-    made = recorded(StandIn(net), first)
-    with mock.patch("torch.cuda.device"):
-        one = made(first)
-        assert torch.equal(made(second), net(second))
+    with mock.patch("headstart.frozenpass.Recording", PretendedRecording):
+        made = frozenpass._Recorded(net, first)
+    one = made(first)
+    assert torch.equal(made(second), net(second))
     assert torch.equal(one, net(first)), "the next replay has written over it"
 
 
-def test_a_graph_that_gives_the_first_result_again_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="another result"):
-        recorded(StandIn(torch.nn.Linear(4, 2).requires_grad_(False), works=False), torch.randn(3, 4))
+def test_a_graph_that_gives_the_first_result_again_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PretendedRecording, "works", False)
+    with (
+        mock.patch("headstart.frozenpass.Recording", PretendedRecording),
+        pytest.raises(RuntimeError, match="another result"),
+    ):
+        frozenpass._Recorded(torch.nn.Linear(4, 2).requires_grad_(False), torch.randn(3, 4))
 
 
 def test_where_memory_runs_out_a_compiled_function_is_left_and_takes_fewer_pictures() -> None:
@@ -500,6 +505,117 @@ def test_a_step_is_compiled_from_a_number_of_pictures_on(
     assert not compiler.called
 
 
+# ---- a recorded step ------------------------------------------------------------------------------------------------
+
+
+RECORDED = replace(FINE_TUNE_STAGE, batch_size=4, epochs=60, class_weights=(1.0, 3.0), label_smoothing=0.1)
+
+
+@pytest.fixture
+def can_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "CAN_RECORD", True)
+    monkeypatch.setattr(gradients, "Recording", PretendedRecording)
+
+
+def gradients_on(gpu: torch.device | None, model: Classifier, source: Any, stage: Stage) -> gradients.Gradients:
+    with mock.patch.object(Runtime, "gpu", gpu):
+        return gradients.Gradients(model, source, stage, runtime=Runtime(CPU))
+
+
+def batches_of(source: ActivationSource, *, mixed: bool) -> list[gradients.Batch]:
+    """Two of four pictures, and one of three."""
+    found = []
+    for rows in ([0, 1, 2, 3], [4, 5, 7, 1], [6, 2, 3]):
+        n = len(rows)
+        mix = gradients.Mix(torch.arange(n).roll(1), 0.3 + 0.1 * len(found)) if mixed else None
+        found.append(gradients.Batch(source.batch(rows, [0] * n), source.labels[rows], mix))
+    return found
+
+
+@pytest.mark.usefixtures("can_record")
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_recorded_step_has_the_gradients_of_the_step(
+    mixed: bool, fed: tuple[Classifier, ActivationSource, gradients.Batch]
+) -> None:
+    model, source, _ = fed
+    model.train()
+    found = []
+    for gpu in (None, CPU):
+        made, results = gradients_on(gpu, model, source, RECORDED), []
+        for weight, batch in zip((4.0, 5.0, 3.0), batches_of(source, mixed=mixed), strict=True):
+            model.zero_grad(set_to_none=True)
+            loss = made.add([batch], weight)
+            results += [loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        found.append(results)
+    assert made._recording.runs == 3, "once when it was tried, once for each whole batch"
+    assert len(found[0]) == len(found[1]) > 15
+    for own, recorded in zip(*found, strict=True):
+        torch.testing.assert_close(recorded, own, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("can_record")
+@pytest.mark.parametrize("fails", ["wrong", "at once", "memory"])
+def test_a_step_that_cannot_be_recorded_runs_as_it_is(
+    fails: str, fed: tuple[Classifier, ActivationSource, gradients.Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, source, _ = fed
+    model.train()
+    error = torch.OutOfMemoryError("full") if fails == "memory" else RuntimeError("not permitted when capturing")
+    if fails == "wrong":
+        monkeypatch.setattr(PretendedRecording, "works", False)
+    else:
+        monkeypatch.setattr(gradients, "Recording", mock.Mock(side_effect=error))
+    first = batches_of(source, mixed=False)[0]
+    results = []
+    for gpu in (None, CPU):
+        made, state = gradients_on(gpu, model, source, RECORDED), torch.get_rng_state()
+        model.zero_grad(set_to_none=True)
+        made.add([first], 4.0)
+        results.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert torch.equal(torch.get_rng_state(), state)
+    assert made._recording is None
+    assert not made._records
+    assert len(results[0]) > 5
+    for own, now in zip(*results, strict=True):
+        torch.testing.assert_close(now, own)
+
+
+@pytest.mark.usefixtures("can_record")
+def test_what_is_not_recorded(fed: tuple[Classifier, ActivationSource, gradients.Batch]) -> None:
+    model, source, _ = fed
+    assert gradients_on(CPU, model, source, RECORDED)._records
+    assert not gradients_on(None, model, source, RECORDED)._records
+    for change in ({"epochs": 10}, {"accumulate": 2}, {"checkpointing": True}):
+        assert not gradients_on(CPU, model, source, replace(RECORDED, **change))._records
+    features = FeatureSource(torch.randn(8, 1, model.num_features), source.labels)
+    assert not gradients_on(CPU, model, features, RECORDED)._records
+    set_freeze_line(model, "layer4*", batchnorm="train")
+    assert not gradients_on(CPU, model, source, RECORDED)._records
+
+
+@pytest.mark.usefixtures("can_record")
+def test_a_recording_gives_its_memory_back_where_memory_runs_out(
+    fed: tuple[Classifier, ActivationSource, gradients.Batch],
+) -> None:
+    model, source, _ = fed
+    model.train()
+    made, (whole, _, short) = gradients_on(CPU, model, source, RECORDED), batches_of(source, mixed=False)
+    made.add([whole], 4.0)
+    assert made._recording is not None
+    forward = made._forward
+
+    def small(model: Classifier, x: Tensor) -> Tensor:
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("no more than 2")
+        return forward(model, x)
+
+    made._forward = small
+    model.zero_grad(set_to_none=True)
+    made.add([short], 3.0)
+    assert made._recording is None
+    assert made.portion.size == 1
+
+
 # ---- few shapes -----------------------------------------------------------------------------------------------------
 
 
@@ -619,8 +735,13 @@ def test_views_drawn_on_the_gpu_are_those_drawn_on_the_cpu() -> None:
 
 @on_each
 @pytest.mark.parametrize("kind", ["activations", "pixels"])
-def test_an_epoch_runs_where_waiting_is_an_error(kind: str, device: str, photos: Path) -> None:
+@pytest.mark.parametrize("recorded", [False, True])
+def test_an_epoch_runs_where_waiting_is_an_error(
+    recorded: bool, kind: str, device: str, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     where = torch.device(device)
+    if recorded:
+        monkeypatch.setattr(gradients, "_RECORDED_FROM", 0)
     model = resnet("layer4*" if kind == "activations" else "all").to(where)
     pixels = Pixels(load_images(photos), model.spec, augment=ERASING, device=Runtime(where).gpu)
     labels, source = torch.tensor(pixels.table.labels), PixelSource(pixels)
@@ -646,6 +767,7 @@ def test_an_epoch_runs_where_waiting_is_an_error(kind: str, device: str, photos:
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
     assert run.step == 4
+    assert (run.gradients._recording is not None) == (recorded and device == "cuda" and gradients.CAN_RECORD)
 
 
 @needs_gpu
@@ -671,3 +793,31 @@ def test_recorded_kernels_give_what_the_network_gives() -> None:
         own, got = model.backbone(x), quick(x).float()
         assert quick._graph is not None
         assert (got - own).norm() / own.norm() < frozenpass.TOLERANCES[dtype]
+
+
+@needs_gpu
+@pytest.mark.skipif(not gradients.CAN_RECORD, reason="this PyTorch is too old to record")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_recorded_on_the_gpu_has_the_gradients_of_the_step(dtype: torch.dtype) -> None:
+    model = headstart.create_classifier(
+        "resnet18", ("a", "b"), weights="none", image_size=64, drop_rate=0.3, drop_path_rate=0.1
+    ).to("cuda")
+    set_freeze_line(model, "layer4*", batchnorm="fixed")
+    model.train()
+    found = cut_of(model)
+    rows = torch.randn(8, *found.shape, device="cuda", dtype=dtype)
+    source = ActivationSource(Stored(rows, False, dtype), torch.arange(8) % 2, found)
+    results = []
+    for records in (False, True):
+        made = gradients.Gradients(model, source, RECORDED, runtime=Runtime(torch.device("cuda"), dtype, compile="off"))
+        made._records = records
+        for seed, batch in enumerate(batches_of(source, mixed=True)):
+            torch.manual_seed(seed)
+            model.zero_grad(set_to_none=True)
+            loss = made.add([batch], 4.0)
+            results.append(
+                torch.cat([loss[None], *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
+            )
+    assert made._recording is not None
+    for own, recorded in zip(results[:3], results[3:], strict=True):
+        assert (recorded - own).norm() < 1e-2 * own.norm()

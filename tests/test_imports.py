@@ -23,7 +23,7 @@ LAYERS = (
         *("decode", "isolate", "order", "threads", "dataset", "dataspec", "transforms", "augment", "batchviews"),
         *("metrics", "modelfile", "run", "runtime", "store", "terminal", "memory"),
         *("autoaugment", "heads", "tracing", "cut", "fastconv", "fastops", "numerics", "frozenpass", "checkpointing"),
-        "batchstats",
+        *("batchstats", "recording"),
         *(
             "findings",
             "inspection",
@@ -226,6 +226,7 @@ SIDEWAYS = {
     ("frozenpass", "fastconv"),
     ("frozenpass", "fastops"),
     ("frozenpass", "memory"),
+    ("frozenpass", "recording"),
     ("inspection", "threads"),
     ("recipes", "closing"),
     ("recipes", "diary"),

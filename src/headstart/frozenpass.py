@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 
 from .cut import Forward, Whole
 from .fastconv import scale_and_shift
 from .fastops import conv_chains, restore_stock
 from .memory import filled_up, is_out_of_memory
+from .recording import CAN_RECORD, Recording
 
 # What a compile takes, and the share of a pass that it saves, by device and number format; nothing where none is
 # given. On a CPU a compiled network is no quicker than the kernels of `fastops`, neither in float32 nor in bfloat16
@@ -116,43 +116,29 @@ class FrozenForward:
             except Exception:  # an operation that no graph takes: it computes the same without one
                 self._records = False
                 return self._call(x)
-        return self._graph(x) if self._graph and self._graph.input.shape == x.shape else self._call(x)
+        return self._graph(x) if self._graph and self._graph.shape == x.shape else self._call(x)
 
 
 class _Recorded:
-    """A function's kernels on inputs of one shape, recorded as a CUDA graph; see PyTorch's notes on CUDA graphs.
+    """A function of one tensor as a `Recording`, checked on another input.
 
     Raises:
-        RuntimeError: what was recorded does not give what the function gives of another input.
+        RuntimeError: what was recorded does not give what the function gives.
     """
 
     def __init__(self, call: Callable[[Tensor], Tensor], example: Tensor) -> None:
-        # Neither the graph's tensors nor its memory may be inference mode's, which outside of it nobody may write to.
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(example.device):
-            self.input = example.clone(memory_format=torch.preserve_format)
-            side = torch.cuda.Stream(example.device)
-            side.wait_stream(torch.cuda.current_stream(example.device))
-            with torch.cuda.stream(side):
-                for _ in range(3):  # libraries choose their kernels and take their memory before anything is recorded
-                    call(self.input)
-            torch.cuda.current_stream(example.device).wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            # Other threads go on making batches meanwhile. Where recording fails, `graph` leaves this thread on the
-            # side stream, which nobody waits for; the outer context takes it back.
-            with (
-                torch.cuda.stream(torch.cuda.current_stream(example.device)),
-                torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"),
-            ):
-                self.output = call(self.input)
+        with torch.no_grad():
+            self._recording = Recording(lambda x: [call(x)], [example])
             other = example.flip(0)
             if not torch.allclose(self(other), call(other), rtol=1e-2, atol=1e-2):
                 raise RuntimeError("the graph gives another result")
 
+    @property
+    def shape(self) -> torch.Size:
+        return self._recording.inputs[0].shape
+
     def __call__(self, x: Tensor) -> Tensor:
-        self.input.copy_(x)
-        with torch.cuda.device(x.device):
-            self.graph.replay()
-        return self.output.clone(memory_format=torch.preserve_format)  # the next replay writes over it
+        return self._recording(x)[0].clone(memory_format=torch.preserve_format)  # the next run writes over it
 
 
 def frozen_forward(
@@ -175,7 +161,7 @@ def frozen_forward(
         dtype: float32, or bfloat16 where `bf16_works`.
         compiled: also compile with inductor's freezing, at the first call (tens of seconds; wants a C++ compiler on
             a CPU); each further batch shape costs as much again, so give `batch_size` too.
-        recorded: see `FrozenForward`; left out before PyTorch 2.13, which a failed recording leaves unwell.
+        recorded: see `FrozenForward`; left out where `CAN_RECORD` says so.
         forward: what of the module to run; what cannot be recorded as a graph keeps its BatchNorm as it is.
         finish: what is done with its result, given the module, too; this need not be recordable.
     """
@@ -191,7 +177,7 @@ def frozen_forward(
         copy = Whole(copy, forward).eval()
     return FrozenForward(
         copy, dtype=dtype, folded=len(pairs), batch_size=batch_size, compiled=compiled,
-        recorded=recorded and TorchVersion(torch.__version__) >= "2.13",
+        recorded=recorded and CAN_RECORD,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from .freezing import learns_statistics
 from .memory import Portion, equal_parts, filled_up, is_out_of_memory, peak_bytes, sent
 from .mixing import Mix, mix_inputs
 from .recipe import Stage
+from .recording import CAN_RECORD, Recording
 from .runtime import Runtime, free_bytes
 from .schedule import class_weight_vector, views_of_epoch
 
@@ -33,6 +34,9 @@ MEMORY_SHARE = 0.6
 # compilation a minute or so: from so many pictures times epochs on that time comes back. A number of pictures and no
 # measured time, so that a run takes the same way whenever it is made.
 COMPILED_FROM = 200_000
+
+_RECORDED_FROM = 30  # a stage of fewer steps is over before one is recorded
+_SAME = 1e-2  # how far, relative, the gradients of a recorded step may lie from those of the step itself
 
 _TIMED_PICTURES = 8
 _CLOSE = (0.75, 1.25)  # times of the two formats that are this near each other are taken again
@@ -83,6 +87,16 @@ class Gradients:
                 self._forward = found
         elif runtime.gpu and isinstance(source, (ActivationSource, PixelSource)) and self._compiling_pays():
             self._forward = self._compiled = CompiledForward(source)
+        # A step waits for its orders on a GPU that is quicker than they come.
+        self._recording: Recording | None = None
+        self._reached: list[nn.Parameter] = []  # whose gradients it gives
+        self._records = (
+            CAN_RECORD
+            and runtime.gpu is not None
+            and not (self._learns or self._compiled or stage.checkpointing or stage.accumulate > 1)
+            and isinstance(source, (ActivationSource, PixelSource))
+            and len(source.labels) * stage.epochs >= _RECORDED_FROM * stage.batch_pictures
+        )
         # On both sides: to ask the device what a step weighs would be to wait for it.
         self.weights = class_weight_vector(stage, source.labels, len(model.class_names))
         self.class_weights = None if self.weights is None else self.weights.to(runtime.device)
@@ -139,6 +153,7 @@ class Gradients:
                     continue
                 if self._compiled:
                     self._compiled.shape = None  # parts are smaller from now on
+                self._records, self._recording = False, None  # whose memory is wanted
                 self._halve(max(len(batch.labels) for batch in batches), error)
 
     def _halve(self, n: int, error: Exception) -> None:
@@ -170,14 +185,73 @@ class Gradients:
             done += len(part)
             if not len(labels):  # filling alone
                 break
-            with self.runtime.autocast(), self._statistics():
-                logits = self._forward(self.model, part)[: len(labels)]
-            loss = self._loss(logits, labels)
-            if batch.mix:
-                loss = share * loss + (1 - share) * self._loss(logits, others)
-            (loss / weight).backward()
-            total += loss.detach()
+            mixed = (others, share) if batch.mix else ()
+            if self._records and len(part) == len(labels) == self.stage.batch_pictures:
+                total += self._recorded(part, labels, weight, *mixed)
+            else:
+                total += self._part(part, labels, weight, *mixed)
         return total
+
+    def _part(
+        self,
+        part: Tensor,
+        labels: Tensor,
+        weight: float | Tensor,
+        others: Tensor | None = None,
+        share: float | Tensor = 1.0,
+    ) -> Tensor:
+        """The gradients of one part, which may end in filling, beyond its labels; its summed loss, detached.
+
+        others, share: the labels that are mixed in, and the share of its own.
+        """
+        with self.runtime.autocast(), self._statistics():
+            logits = self._forward(self.model, part)[: len(labels)]
+        loss = self._loss(logits, labels)
+        if others is not None:
+            loss = share * loss + (1 - share) * self._loss(logits, others)
+        (loss / weight).backward()
+        return loss.detach()
+
+    def _recorded(self, *given: Tensor | float) -> Tensor:
+        """The same of a whole batch, by a recording, which is made when the first one comes."""
+        device = self.runtime.device
+        tensors = [
+            sent(one, device) if isinstance(one, Tensor) else torch.full((), one, device=device) for one in given
+        ]
+        if self._recording is None:
+            self._recording = self._new_recording(tensors)
+            if self._recording is None:
+                self._records = False
+                return self._part(*tensors)
+        loss, *gradients = self._recording(*tensors)
+        for parameter, gradient in zip(self._reached, gradients, strict=True):
+            parameter.grad = gradient
+        return loss
+
+    def _new_recording(self, given: Sequence[Tensor]) -> Recording | None:
+        """A recording that gives the gradients of other pictures, too; None where there is none to be had."""
+
+        def gradients(*given: Tensor) -> list[Tensor]:
+            self.model.zero_grad(set_to_none=True)
+            loss = self._part(*given)
+            self._reached = [p for p in self.model.parameters() if p.grad is not None]
+            return [loss, *(cast(Tensor, p.grad) for p in self._reached)]
+
+        # Turned in every direction: the same pictures in another order have the same gradients.
+        other = [one.flip(tuple(range(one.dim()))) for one in given]
+        found = []
+        try:
+            with torch.random.fork_rng(devices=self.runtime.generators):
+                made = Recording(gradients, given)
+            for run in (gradients, made):
+                with torch.random.fork_rng(devices=self.runtime.generators):  # dropout draws the same twice
+                    found.append(torch.cat([one.detach().float().flatten() for one in run(*other)]))
+        except Exception:  # an operation that no graph takes, too little memory: it computes the same without one
+            return None
+        finally:
+            self.model.zero_grad(set_to_none=True)
+        own, got = found
+        return made if (got - own).norm() <= _SAME * own.norm() else None
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return nn.functional.cross_entropy(
