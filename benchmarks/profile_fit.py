@@ -34,8 +34,8 @@ PARTS = {
     "once.store_activations": "the fine-tuning stage's, of the views that the head stage had not",
     "gradients.keep_quicker_format": "timing a step in both formats",
     "gradients.add": "gradients",
-    "train.score_val": "scoring validation, in float32",
-    "train.score_train": "scoring training pictures",
+    "attempt.score_val": "scoring validation, in float32",
+    "attempt.score_train": "scoring training pictures",
     "stage_run.look_at_stored_labels": "the look at labels",
     "closing.finish": "scoring the test pictures, the report",
 }

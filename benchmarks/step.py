@@ -78,7 +78,7 @@ def ours(backbone: str, batch: int) -> Iterator[tuple[Step, str]]:
     from headstart import create_classifier, make_runtime, set_freeze_line
     from headstart.once import fast_kernels
     from headstart.recipe import FINE_TUNE_STAGE
-    from headstart.train import make_optimizer
+    from headstart.schedule import make_optimizer
 
     runtime = make_runtime(device="cpu")
     torch.manual_seed(0)

@@ -242,6 +242,14 @@ def test_views_are_compared_with_the_default_on_the_seeds_that_both_have(peers: 
     assert rows["**2**"][6:] == ["", "", " |"]
 
 
+def test_the_profile_knows_where_each_part_lies(peers: ModuleType) -> None:
+    import profile_fit
+
+    for name in profile_fit.PARTS:
+        room, function = name.split(".")
+        assert f"def {function}(" in (BENCHMARKS.parent / "src" / "headstart" / f"{room}.py").read_text(), name
+
+
 def test_the_gpu_script_runs_on_a_cpu(peers: ModuleType) -> None:
     import records
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import headstart
-from headstart import frozenpass, gradients, load_images, numerics, once, set_freeze_line, train
+from headstart import attempt, frozenpass, gradients, load_images, numerics, once, set_freeze_line
 from headstart.augment import augmented_batch
 from headstart.backbones import backbone_output
 from headstart.batchviews import is_drawn_together, views_together
@@ -212,9 +212,9 @@ def pretended(model: Classifier) -> Iterator[PretendedGpu]:
 
     with (
         PretendedGpu() as gpu,
-        mock.patch("headstart.train.Contract"),
+        mock.patch("headstart.attempt.Contract"),
         mock.patch("torch.Tensor.backward", backward),
-        mock.patch.object(train._Stage, "_sum_over_processes", return_value=1.0),
+        mock.patch.object(attempt.Attempt, "_sum_over_processes", return_value=1.0),
         mock.patch("torch.cuda.mem_get_info", return_value=(8 << 30, 8 << 30)),
     ):
         model.to(GPU)
@@ -257,7 +257,7 @@ def test_an_epoch_waits_for_nothing(kind: str, line: str, photos: Path) -> None:
     model = resnet(line)
     with pretended(model) as gpu:
         source = source_of(kind, model, photos)
-        run = train._Stage(
+        run = attempt.Attempt(
             model, StageData(source, source), stage, lr=0.1, seed=0, runtime=Runtime(GPU, workers=1), portion=Portion()
         )
         gpu.waits.clear()  # what is set up once may wait
@@ -753,7 +753,7 @@ def test_an_epoch_runs_where_waiting_is_an_error(
     stage = replace(
         FINE_TUNE_STAGE, freeze_line=model.freeze_line.where, batch_size=8, clip_norm=1.0, mixup=0.2, ema=0.9
     )
-    run = train._Stage(
+    run = attempt.Attempt(
         model, StageData(source, source), stage, lr=0.1, seed=0, runtime=Runtime(where, workers=1), portion=Portion()
     )
     with ThreadPoolExecutor(1) as pool:
@@ -761,7 +761,9 @@ def test_an_epoch_runs_where_waiting_is_an_error(
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("error")
         try:
-            with mock.patch.object(train._Stage, "_sum_over_processes", return_value=1.0):  # the one wait, at the end
+            with mock.patch.object(
+                attempt.Attempt, "_sum_over_processes", return_value=1.0
+            ):  # the one wait, at the end
                 run.epoch(2, pool=pool, after_step=lambda: None)
         finally:
             if device == "cuda":

@@ -45,7 +45,7 @@ LAYERS = (
     ),
     (
         *("features", "evaluation", "probing", "harm", "averaging", "alarm", "linear", "schedule", "stage_result"),
-        *("gradients", "train"),
+        *("gradients", "attempt", "train"),
     ),
     (
         *("layers", "plots", "svg", "report", "report_charts", "report_page", "report_results", "report_audit"),
@@ -237,7 +237,13 @@ SIDEWAYS = {
     ("gradients", "averaging"),
     ("gradients", "features"),
     ("gradients", "schedule"),
-    ("train", "gradients"),
+    ("attempt", "gradients"),
+    ("attempt", "averaging"),
+    ("attempt", "evaluation"),
+    ("attempt", "features"),
+    ("attempt", "linear"),
+    ("attempt", "schedule"),
+    ("train", "attempt"),
     ("schedule", "linear"),
     ("stage_result", "evaluation"),
     ("stage_run", "bench"),

@@ -18,11 +18,11 @@ from headstart import (
     RecipeError,
     SetupError,
     Stage,
+    attempt,
     create_classifier,
     load_images,
     make_runtime,
     set_freeze_line,
-    train,
 )
 from headstart.averaging import snapshot
 from headstart.classifier import Classifier
@@ -300,7 +300,7 @@ def test_a_step_is_computed_in_the_format_that_measures_quicker(
 
 def test_a_stage_goes_on_in_the_format_that_was_chosen(table: ImageTable, monkeypatch: pytest.MonkeyPatch) -> None:
     formats, scored = [], []
-    own, own_score = Gradients._backward, train.score
+    own, own_score = Gradients._backward, attempt.score
 
     def backward(self: Gradients, *given: Any) -> Tensor:
         formats.append(self.runtime.dtype)
@@ -312,7 +312,7 @@ def test_a_stage_goes_on_in_the_format_that_was_chosen(table: ImageTable, monkey
 
     monkeypatch.setattr("headstart.gradients._seconds", lambda once: float(once() is not None))
     monkeypatch.setattr(Gradients, "_backward", backward)
-    monkeypatch.setattr(train, "score", score)
+    monkeypatch.setattr(attempt, "score", score)
     model = create_classifier("resnet18", table.class_names, weights="none", image_size=32)
     set_freeze_line(model, "layer4*")
     how = replace(runtime(), dtype=torch.bfloat16, times_formats=True)

@@ -21,12 +21,13 @@ from headstart import (
     make_runtime,
     set_freeze_line,
 )
+from headstart.attempt import Attempt
 from headstart.averaging import snapshot
 from headstart.classifier import Classifier
 from headstart.evaluation import Score, score
 from headstart.features import FeatureSource, Source, StageData
 from headstart.schedule import batches_of_epoch, class_weight_vector, learning_rate, make_optimizer, views_of_epoch
-from headstart.train import Progress, _Stage, fit
+from headstart.train import Progress, fit
 from tiny import SPEC, TinyNet
 
 CPU = make_runtime(device="cpu", precision="fp32", workers=1)
@@ -260,7 +261,7 @@ class TestCollapse:
             return score(model, data, indices=indices, **how)
 
         model = self.trained()
-        monkeypatch.setattr("headstart.train.score", counted)
+        monkeypatch.setattr("headstart.attempt.score", counted)
         monkeypatch.setattr("headstart.alarm.PICTURES", 7)
         monkeypatch.setattr("headstart.alarm.TIMES", 1 if many else 100)
         fit(model, DATA, replace(self.STAGE, batch_size=batch_size), lr=1e-4, runtime=CPU, starts_trained=True)
@@ -465,4 +466,4 @@ def test_training_pictures_that_layers_run_for_are_scored_in_proportion_to_valid
     through_layers = SimpleNamespace(labels=torch.zeros(1000))
     for train, expected in ((stored, 256), (through_layers, scored)):
         run = SimpleNamespace(data=SimpleNamespace(train=train, val=val))
-        assert _Stage._train_scored(run) == expected  # type: ignore[arg-type]
+        assert Attempt._train_scored(run) == expected  # type: ignore[arg-type]

@@ -4,189 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
 from .alarm import CollapseError, make_alarm
-from .averaging import Candidate, RunningAverage, State, best_mixture, restore, snapshot, trained_tensors
+from .attempt import Attempt
+from .averaging import Candidate, State, best_mixture, restore, snapshot, trained_tensors
 from .classifier import Classifier
 from .errors import ModelError
-from .evaluation import Score, score
+from .evaluation import Score
 from .features import FeatureSource, StageData
-from .freezing import Contract, learns_statistics
-from .gradients import Batch, Gradients
-from .linear import check_linear, lbfgs_epoch, set_ridge
-from .memory import Portion, ready, sent
-from .mixing import check_mixing, draw_mix
-from .order import epoch_order
+from .freezing import is_batchnorm, learns_statistics
+from .linear import set_ridge
+from .memory import Portion
 from .recipe import Stage
-from .runtime import Runtime, prefetch
-from .schedule import batches_of_epoch, in_numbers, learning_rate, make_optimizer, views_of_epoch
+from .runtime import Runtime
+from .schedule import in_numbers, learning_rate
 from .stage_result import Log, Progress, Record, Report, StageResult
 
-# Training pictures scored in evaluation mode each epoch: enough for a +-6 point interval. Where layers run for them,
-# no more than there are validation pictures, which they are compared with, but these at least.
-TRAIN_SCORE_LIMIT, TRAIN_SCORE_LEAST = 256, 100
 RETRY_DIVISOR = 10.0
 SAME_LOSS = 0.01  # a tenth of the rate that leads to the same loss, to 1 %, shows that the rate is not its cause
 MAX_RETRIES = 3
-
-
-def has_batchnorm(module: nn.Module) -> bool:
-    """Does any of its layers learn batch statistics in training mode?"""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
-
-
-class _Stage:
-    """The state of one attempt at a stage."""
-
-    def __init__(
-        self,
-        model: Classifier,
-        data: StageData,
-        stage: Stage,
-        *,
-        lr: float,
-        seed: int,
-        runtime: Runtime,
-        portion: Portion,
-    ) -> None:
-        self.model, self.data, self.stage, self.lr, self.seed, self.runtime = model, data, stage, lr, seed, runtime
-        self.optimizer = make_optimizer(model, stage, lr=lr)
-        self.contract = Contract(model, self.optimizer)
-        self.average = RunningAverage(model, stage.ema) if stage.ema else None
-        self.gradients = Gradients(model, data.train, stage, runtime=runtime, portion=portion)
-        self._refuse_small_batches()
-        check_mixing(stage, model.freeze_line)
-        check_linear(model, data, stage)
-        n = len(data.train.labels)
-        self.train_subset = torch.from_numpy(epoch_order(n, seed=0, epoch=0)[: self._train_scored()])
-        self.steps_per_epoch = -(-len(self._batches(epoch=1)) // stage.accumulate)
-        self.steps = self.steps_per_epoch * stage.epochs
-        self.step = self.pictures = 0
-        self.is_through = False  # no further epoch would change anything
-
-    def _refuse_small_batches(self) -> None:
-        """BatchNorm in training mode has no variance to take from one picture; every process needs one."""
-        batch, world = min(self.stage.batch_pictures, len(self.data.train.labels)), self.runtime.world
-        if self.gradients.portion.least > batch:
-            raise ModelError(
-                f"stage {self.stage.name!r}: BatchNorm cannot learn its statistics from batches of one picture."
-                " Take a batch size of 2 or more, and at least two training pictures."
-            )
-        if batch < world:
-            raise ModelError(
-                f"stage {self.stage.name!r}: {world} processes cannot share batches of {batch} pictures: each needs"
-                f" one. Take a batch size of {world} or more, at least as many training pictures, or fewer processes."
-            )
-
-    def _batches(self, epoch: int) -> list[Tensor]:
-        labels, least = self.data.train.labels, max(2, self.runtime.world)
-        return batches_of_epoch(len(labels), labels, self.stage, seed=self.seed, epoch=epoch, least=least)
-
-    def _train_scored(self) -> int:
-        if isinstance(self.data.train, FeatureSource):
-            return TRAIN_SCORE_LIMIT
-        return min(TRAIN_SCORE_LIMIT, max(TRAIN_SCORE_LEAST, len(self.data.val.labels)))
-
-    def epoch(self, epoch: int, *, pool: ThreadPoolExecutor, after_step: Callable[[], None]) -> float:
-        """Train one epoch (from 1) and return the mean training loss, weights and smoothing included."""
-        model, runtime, stage = self.model, self.runtime, self.stage
-        train = self.data.train
-        if isinstance(train, FeatureSource) and stage.optimizer == "lbfgs":
-            loss, self.is_through = lbfgs_epoch(
-                self.optimizer, model, train, self.gradients.mean_loss, weight_decay=stage.weight_decay
-            )
-            self.step, self.pictures = self.step + self.steps_per_epoch, self.pictures + len(train.labels)
-            after_step()
-            return loss
-        batches = self._batches(epoch)
-        model.train()
-        # Dropout and drop-path draw from a state that depends on (seed, epoch, rank) alone.
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, runtime.rank]).generate_state(1)[0]))
-        total, count = torch.zeros((), device=runtime.device), 0.0
-        shares = [runtime.share(batch) for batch in batches]
-
-        def prepare(indices: Tensor) -> Tensor:
-            views = views_of_epoch(indices, train.num_views, epoch=epoch)
-            return ready(train.batch(indices.tolist(), views.tolist()), runtime.device)
-
-        inputs = prefetch(prepare, shares, pool=pool if train.in_background else None, ahead=runtime.workers + 1)
-        for first in range(0, len(batches), stage.accumulate):
-            group = range(first, min(first + stage.accumulate, len(batches)))
-            # One divisor for the whole step, however it is cut into batches and processes.
-            weight = sum(self.gradients.weight(train.labels[batches[i]]) for i in group)
-            drawn = [self._batch(next(inputs), batches[i], seed=(self.seed, epoch, 2, i, 0)) for i in group]
-            total += self.gradients.add([batch for batch in drawn if len(batch.labels)], weight)
-            self.pictures += sum(len(batches[i]) for i in group)
-            count += weight
-            self._optimizer_step()
-            self.step += 1
-            after_step()
-        # The sum of per-step means times weights, over all weights: exact also with a short last batch.
-        return self._sum_over_processes(total) / count
-
-    def _batch(self, inputs: Tensor, rows: Tensor, *, seed: Sequence[int]) -> Batch:
-        """This process's share of the batch of these rows, whose inputs it has, mixed as the whole batch is."""
-        runtime, labels = self.runtime, self.data.train.labels[rows]
-        mix = draw_mix(len(rows), mixup=self.stage.mixup, cutmix=self.stage.cutmix, seed=seed)
-        if mix is None or runtime.world == 1:
-            return Batch(inputs, runtime.share(labels), mix)
-        # Partners may be another process's; to be given their inputs costs less than to make them again.
-        whole = Batch(runtime.gather(sent(inputs, runtime.device), len(rows)), labels)
-        return Batch(inputs, runtime.share(labels), replace(mix, partners=runtime.share(mix.partners)), whole)
-
-    def _optimizer_step(self) -> None:
-        stage = self.stage
-        rate = learning_rate(self.step, steps=self.steps, lr=self.lr, schedule=stage.schedule, warmup=stage.warmup)
-        held = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.runtime.sum_gradients(held)
-        if stage.clip_norm:
-            nn.utils.clip_grad_norm_(held, stage.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-            if group["decay"]:
-                with torch.no_grad():
-                    torch._foreach_mul_(group["params"], 1.0 - group["lr"] * group["decay"])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average:
-            self.average.update()
-
-    def in_shown_state(self) -> AbstractContextManager[None]:
-        """With a running average, the model holds it inside; an epoch is judged by it. Training goes on without it."""
-        return self.average.applied() if self.average else nullcontext()
-
-    def is_finite(self) -> bool:
-        """Whether all trained weights are; the loss does not tell, where a convolution's ReLU makes zeros of NaN."""
-        trained = [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
-        return math.isfinite(float(nn.utils.get_total_norm(trained)))
-
-    def _sum_over_processes(self, value: Tensor) -> float:
-        if self.runtime.world > 1:
-            torch.distributed.all_reduce(value)
-        return float(value)
-
-    def score_val(self, limit: int | None = None) -> Score:
-        """Score the validation split, or a fixed random part of it."""
-        n = len(self.data.val.labels)
-        # In float32, as the final scores are, so that a state is chosen by the very figure it is reported with.
-        chosen = (
-            torch.arange(n)
-            if limit is None or n <= limit
-            else torch.from_numpy(epoch_order(n, seed=0, epoch=0)[:limit])
-        )
-        return score(self.model, self.data.val, indices=chosen, runtime=replace(self.runtime, dtype=torch.float32))
-
-    def score_train(self) -> Score:
-        """Score a fixed part of the training split as the validation split is scored, so that both compare."""
-        return score(self.model, self.data.train, indices=self.train_subset, runtime=self.runtime)
 
 
 def fit(
@@ -238,7 +76,7 @@ def fit(
     # BatchNorm that learns its statistics takes no variance from one picture.
     portion = Portion(least=2 if learns_statistics(model) else 1)
     for attempt in range(MAX_RETRIES + 1):
-        run = _Stage(model, data, stage, lr=lr, seed=seed, runtime=runtime, portion=portion)
+        run = Attempt(model, data, stage, lr=lr, seed=seed, runtime=runtime, portion=portion)
         try:
             with data.train.kernels(model, runtime):
                 if attempt == 0:
@@ -252,7 +90,8 @@ def fit(
             restore(model, entry_state)
             if abs(collapse.loss - loss_before) < SAME_LOSS * loss_before and attempt < MAX_RETRIES:
                 lr, watch = lr * RETRY_DIVISOR, False
-                norm = ", but the head's BatchNorm, which is still learning its statistics" * has_batchnorm(model.head)
+                learns = any(map(is_batchnorm, model.head.modules()))
+                norm = ", but the head's BatchNorm, which is still learning its statistics" * learns
                 message = (
                     f"The validation loss is {collapse.loss:.3f} at a tenth of the rate too: the rate is not what moves"
                     f" it{norm}. Going on at {lr:g} without the alarm."
@@ -280,7 +119,7 @@ def fit(
 
 
 def _attempt(
-    run: _Stage, entry_state: State, *, watch: bool, write: Log, report: Report | None
+    run: Attempt, entry_state: State, *, watch: bool, write: Log, report: Report | None
 ) -> tuple[Candidate, int]:
     """Train all epochs; returns the state that was kept, which the model then holds, and the epochs trained."""
     model, stage = run.model, run.stage
@@ -364,7 +203,7 @@ def _joined(events: list[Record]) -> Record | None:
     return {**events[-1], "message": " ".join(event["message"] for event in events)} if events else None
 
 
-def _ridge(run: _Stage, entry: Candidate) -> tuple[Candidate, Record]:
+def _ridge(run: Attempt, entry: Candidate) -> tuple[Candidate, Record]:
     """The head in closed form, or what the stage was given where that is better; and what the history says of it."""
     train, val = run.data.train, run.data.val
     assert isinstance(train, FeatureSource)
@@ -379,7 +218,7 @@ def _ridge(run: _Stage, entry: Candidate) -> tuple[Candidate, Record]:
     return start, {"kind": "warm-start", "message": message}
 
 
-def _wise(run: _Stage, entry: Candidate, best: Candidate, last: Candidate, write: Log) -> Candidate:
+def _wise(run: Attempt, entry: Candidate, best: Candidate, last: Candidate, write: Log) -> Candidate:
     """Mix what the stage started from with its best and its last state; the history says which share was kept."""
     started = time.perf_counter()
     ends = [best] * (best.epoch > 0) + [last] * (last.epoch != best.epoch)
@@ -412,7 +251,7 @@ def _wise(run: _Stage, entry: Candidate, best: Candidate, last: Candidate, write
     return kept
 
 
-def _not_finite(run: _Stage, watch: bool, epoch: int) -> None:
+def _not_finite(run: Attempt, watch: bool, epoch: int) -> None:
     text = f"A learning rate of {run.lr:g} drove the loss out of bounds in epoch {epoch} (not a finite number)."
     if watch:
         raise CollapseError(text, math.inf)
@@ -426,7 +265,7 @@ def _is_better(new: Score, old: Score, select: str) -> bool:
 
 
 def _record(
-    run: _Stage,
+    run: Attempt,
     *,
     epoch: int,
     train_loss: float | None,
@@ -450,6 +289,6 @@ def _record(
     }
 
 
-def _event_record(run: _Stage, event: Record) -> Record:
+def _event_record(run: Attempt, event: Record) -> Record:
     """What stands in the history where a stage was rolled back: the restored state's scores and what happened."""
     return _record(run, epoch=0, train_loss=None, val=run.score_val(), best=False, seconds=0.0, event=event)
