@@ -7,6 +7,8 @@ import io
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tarfile
 import threading
 import tracemalloc
@@ -120,6 +122,23 @@ def test_the_cache_command_lists_and_clears_data_sets(tmp_path: Path, capsys: py
     assert main(["cache", "clear", "--kind", "sets"]) == 0
     assert not table.root.exists()
     assert len(load_images(tmp_path / "x.zip")) == len(table)
+
+
+def test_a_data_set_that_a_process_reads_is_not_cleared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.zip").write_bytes(zip_of())
+    code = f"from headstart import load_images; load_images({str(tmp_path / 'x.zip')!r}); print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == b"1\n"
+        assert main(["cache", "clear", "--kind", "sets"]) == 0
+        assert "0 kB removed" in (told := capsys.readouterr().out)
+        assert "1 entry is in use and stays" in told
+        reader.communicate(b"\n")
+    table = load_images(tmp_path / "x.zip")
+    assert all(path.exists() for path in table.paths)
+    assert main(["cache", "clear", "--kind", "sets"]) == 0
+    assert "in use" not in capsys.readouterr().out
+    assert not table.root.exists()
 
 
 def test_names_of_results() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from datetime import datetime
 
 from . import terminal
@@ -28,7 +27,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
 
 def run_cache(args: argparse.Namespace) -> int:
     """Print what is there, or what was removed; returns the exit code."""
-    from .prepared import folder_bytes, prepared_folders
+    from .prepared import folder_bytes, prepared_folders, remove_prepared
     from .store import KINDS as ALL
     from .store import Cache
 
@@ -40,9 +39,11 @@ def run_cache(args: argparse.Namespace) -> int:
         removed, kept = cache.clear(kinds)
         if args.kind == SETS:
             for folder in sets:
-                shutil.rmtree(folder)
-            removed = in_sets
-        in_use = f"; {kept:,} entries are in use and stay" if kept else ""
+                nbytes = folder_bytes(folder)
+                gone = remove_prepared(folder)
+                removed, kept = removed + nbytes * gone, kept + (not gone)
+        stay = "1 entry is in use and stays" if kept == 1 else f"{kept:,} entries are in use and stay"
+        in_use = f"; {stay}" if kept else ""
         print(f"{terminal.file_size(removed)} removed from {cache.folder}{in_use}.")
         return 0
     entries = cache.entries()

@@ -11,24 +11,31 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .manifest import ManifestRow, write_manifest
 
 if TYPE_CHECKING:
     from PIL import Image
 
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows, where a folder with open files cannot be moved
+    fcntl = None
+
 _STALE_SECONDS = 24 * 3600.0
+_held: dict[Path, int] = {}  # folders that this process reads, each with a shared lock until the process ends
 
 
 def prepared_folder(name: str, fill: Callable[[Path], None]) -> Path:
     """`sets/NAME` in the cache folder, filled by `fill` where it is not there yet.
 
     `fill` gets an empty folder beside it, which takes its place when complete: what an error, Ctrl-C or another
-    process leaves half done is never seen.
+    process leaves half done is never seen. Nobody clears it away while this process lives.
     """
     target = prepared_path(name)
-    if target.is_dir():
+    if _hold(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target.parent)
@@ -43,7 +50,54 @@ def prepared_folder(name: str, fill: Callable[[Path], None]) -> Path:
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    _hold(target)
     return target
+
+
+def _hold(folder: Path) -> bool:
+    """Hold the folder until this process ends; False where there is none."""
+    if fcntl is None or (folder in _held and folder.is_dir()):
+        return folder.is_dir()
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    if not folder.is_dir():  # cleared between opening and locking
+        os.close(lock)
+        return False
+    _held[folder] = lock
+    return True
+
+
+def remove_prepared(folder: Path) -> bool:
+    """Remove it, at once for all others; False, and nothing is done, where another process reads it."""
+    if folder in _held:
+        os.close(_held.pop(folder))
+    lock = None if fcntl is None else os.open(folder, os.O_RDONLY)
+    try:
+        if lock is not None and not _locked(lock):
+            _hold(folder)
+            return False
+        aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.filling")  # swept up if this is killed
+        folder.rename(aside)
+    finally:
+        if lock is not None:
+            os.close(lock)
+    shutil.rmtree(aside)
+    return True
+
+
+def _locked(file: int) -> bool:
+    """Locked for this process alone; True on a file system without locks, where the user has to know who reads what."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def prepared_path(name: str) -> Path:
