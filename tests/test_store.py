@@ -215,7 +215,7 @@ def test_list_and_clear(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys:
     held = cache.open("pixels", "a")
     assert held is not None
     assert main(["cache", "clear"]) == 0
-    assert "1 entries are in use and stay" in capsys.readouterr().out
+    assert "1 entry is in use and stays" in capsys.readouterr().out
     held.close()
     assert main(["cache", "clear"]) == 0
     assert cache.entries() == []
