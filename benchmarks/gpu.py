@@ -40,6 +40,7 @@ from size import make_pictures
 from torch import nn
 
 import headstart
+from headstart import frozenpass, gradients
 from headstart.backbones import backbone_output, pool_output
 from headstart.batchviews import views_together
 from headstart.cut import Cut, cut_or_reason
@@ -263,7 +264,10 @@ def main() -> None:
     line.add_argument(
         "--no-compile", dest="compile", action="store_false", help="leave the compiled ways out: each takes a minute"
     )
+    line.add_argument("--record", action="store_true", help="record with a PyTorch that is too old for it, too")
     options = line.parse_args()
+    if options.record:
+        frozenpass.CAN_RECORD = gradients.CAN_RECORD = True
     if options.what == "table":
         show(table(), "gpu", write=options.write)
         return

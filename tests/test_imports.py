@@ -163,6 +163,7 @@ SIDEWAYS = {
     ("once", "backbones"),
     ("once", "classifier"),
     ("once", "pixels"),
+    ("once", "freezing"),
     ("once", "rowstore"),
     ("once", "filling"),
     ("evaluation", "features"),

@@ -16,6 +16,7 @@ from .classifier import Classifier
 from .dataset import ImageTable
 from .errors import DataError, RecipeError
 from .features import Source
+from .freezing import is_stock
 from .memory import in_portions
 from .metrics import evaluate_probs, softmax
 from .once import Advance, fast_kernels
@@ -74,7 +75,7 @@ def predict_logits(
     """
     runtime = runtime or make_runtime(precision="fp32")
     mine = runtime.share(torch.arange(len(pixels)))
-    rows = []
+    rows, fills = [], is_stock(model)
     model.to(runtime.device)
     was_training = model.training
     model.eval()
@@ -87,7 +88,7 @@ def predict_logits(
     with fast_kernels(model, runtime), torch.inference_mode(), runtime.autocast():
         for part in mine.split(runtime.batch_size):
             batch = pixels.batch(part.tolist(), [view] * len(part))
-            rows.append(_scored(compute, batch, runtime))
+            rows.append(_scored(compute, batch, runtime, fills=fills))
             if advance:
                 advance(len(part))
     model.train(was_training)
@@ -208,8 +209,8 @@ def predict_files(
     ]
 
 
-def _scored(compute: Callable[[Tensor], Tensor], batch: Tensor, runtime: Runtime) -> Tensor:
-    size = runtime.filled(len(batch), runtime.batch_size)
+def _scored(compute: Callable[[Tensor], Tensor], batch: Tensor, runtime: Runtime, *, fills: bool) -> Tensor:
+    size = runtime.filled(len(batch), runtime.batch_size) if fills else 0
     return in_portions(compute, batch, runtime.portion, doing="while scoring", size=size)
 
 
@@ -239,7 +240,7 @@ def score(model: Classifier, source: Source, *, indices: Tensor, runtime: Runtim
 def source_logits(model: Classifier, source: Source, *, indices: Tensor, runtime: Runtime) -> Tensor:
     """Logits [len(indices), C], float32 on the CPU, of these pictures in their plain views, in evaluation mode."""
     mine = runtime.share(indices)
-    rows = []
+    rows, fills = [], is_stock(model)
     was_training = model.training
     model.eval()
 
@@ -249,7 +250,7 @@ def source_logits(model: Classifier, source: Source, *, indices: Tensor, runtime
     with torch.inference_mode(), runtime.autocast():
         for part in mine.split(runtime.batch_size):
             inputs = source.batch(part.tolist(), [0] * len(part))
-            rows.append(_scored(compute, inputs, runtime))
+            rows.append(_scored(compute, inputs, runtime, fills=fills))
     model.train(was_training)
     logits = torch.cat(rows) if rows else torch.zeros(0, len(model.class_names), device=runtime.device)
     return runtime.gather(logits, len(indices)).cpu()

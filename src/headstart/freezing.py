@@ -176,6 +176,19 @@ def learns_statistics(model: Classifier) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and id(m) not in kept for m in model.modules())
 
 
+def is_stock(model: nn.Module) -> bool:
+    """Whether all its modules are PyTorch's, timm's or ours, without hooks, and their BatchNorm keeps statistics.
+
+    Such a one does the same at every call, and in evaluation mode treats each picture by itself.
+    """
+    return all(
+        type(m).__module__.partition(".")[0] in ("torch", "timm", __package__)
+        and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+        and not (isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is None)
+        for m in model.modules()
+    )
+
+
 def set_freeze_line(model: Classifier, where: str, *, batchnorm: str = "fixed") -> FreezeLine:
     """Freeze everything in front of the line and make everything behind it trainable; the head always is.
 

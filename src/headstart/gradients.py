@@ -20,7 +20,7 @@ from .checkpointing import Within, segments
 from .classifier import Classifier
 from .errors import SetupError
 from .features import ActivationSource, FeatureSource, PixelSource, Source
-from .freezing import learns_statistics
+from .freezing import is_stock, learns_statistics
 from .memory import Portion, equal_parts, filled_up, is_out_of_memory, peak_bytes, sent
 from .mixing import Mix, mix_inputs
 from .recipe import Stage
@@ -74,8 +74,11 @@ class Gradients:
     ) -> None:
         self.model, self.source, self.stage, self.runtime = model, source, stage, runtime
         self.portion = portion or Portion()
-        self._learns = learns_statistics(model)
-        self.joint = runtime.world > 1 and self._learns
+        learns = learns_statistics(model)
+        self.joint = runtime.world > 1 and learns
+        # BatchNorm that learns would learn from the filling, too, and so may what nobody knows.
+        self._fills = not learns and is_stock(model)
+        self._full = -(-stage.batch_pictures // runtime.world)  # pictures in a process's share of a whole batch
         self._statistics: Within = SharedStatistics if self.joint else nullcontext
         self._forward: Forward = source.forward
         self._compiled: CompiledForward | None = None
@@ -93,7 +96,8 @@ class Gradients:
         self._records = (
             CAN_RECORD
             and runtime.gpu is not None
-            and not (self._learns or self._compiled or stage.checkpointing or stage.accumulate > 1)
+            and self._fills
+            and not (self._compiled or stage.checkpointing or stage.accumulate > 1)
             and isinstance(source, (ActivationSource, PixelSource))
             and len(source.labels) * stage.epochs >= _RECORDED_FROM * stage.batch_pictures
         )
@@ -153,8 +157,17 @@ class Gradients:
                     continue
                 if self._compiled:
                     self._compiled.shape = None  # parts are smaller from now on
-                self._records, self._recording = False, None  # whose memory is wanted
-                self._halve(max(len(batch.labels) for batch in batches), error)
+                if self._recording:  # its memory may do
+                    self._records, self._recording = False, None
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()
+                    continue
+                self._records = False
+                self._halve(max(self._filled(len(batch.labels)) for batch in batches), error)
+
+    def _filled(self, n: int) -> int:
+        """The rows that a batch of n is computed with."""
+        return self.runtime.filled(n, self._full) if self._fills else n
 
     def _halve(self, n: int, error: Exception) -> None:
         """Memory ran out with n pictures: smaller parts from now on, unless other processes wait for this one."""
@@ -174,8 +187,7 @@ class Gradients:
             among = None if batch.among is None else sent(batch.among.inputs, self.runtime.device)
             inputs, share = mix_inputs(inputs, batch.mix, among)
             partners = (batch.among or batch).labels[batch.mix.partners]
-        if not self._learns:  # else it would learn from the filling, too
-            inputs = filled_up(inputs, self.runtime.filled(len(inputs), self.stage.batch_pictures))
+        inputs = filled_up(inputs, self._filled(len(inputs)))
         sizes = self.portion.parts(len(inputs))
         if self.joint:  # shares differ by a picture, and may not differ in the number of their parts
             sizes = equal_parts(len(inputs), -self.runtime.least(-len(sizes)))
@@ -186,7 +198,7 @@ class Gradients:
             if not len(labels):  # filling alone
                 break
             mixed = (others, share) if batch.mix else ()
-            if self._records and len(part) == len(labels) == self.stage.batch_pictures:
+            if self._records and len(part) == len(labels) == self._full:
                 total += self._recorded(part, labels, weight, *mixed)
             else:
                 total += self._part(part, labels, weight, *mixed)
@@ -199,59 +211,65 @@ class Gradients:
         weight: float | Tensor,
         others: Tensor | None = None,
         share: float | Tensor = 1.0,
+        *,
+        forward: Forward | None = None,
     ) -> Tensor:
         """The gradients of one part, which may end in filling, beyond its labels; its summed loss, detached.
 
         others, share: the labels that are mixed in, and the share of its own.
         """
         with self.runtime.autocast(), self._statistics():
-            logits = self._forward(self.model, part)[: len(labels)]
+            logits = (forward or self._forward)(self.model, part)[: len(labels)]
         loss = self._loss(logits, labels)
         if others is not None:
             loss = share * loss + (1 - share) * self._loss(logits, others)
         (loss / weight).backward()
         return loss.detach()
 
-    def _recorded(self, *given: Tensor | float) -> Tensor:
+    def _recorded(self, part: Tensor, *given: Tensor | float) -> Tensor:
         """The same of a whole batch, by a recording, which is made when the first one comes."""
+        assert isinstance(self.source, (ActivationSource, PixelSource))
         device = self.runtime.device
-        tensors = [
-            sent(one, device) if isinstance(one, Tensor) else torch.full((), one, device=device) for one in given
-        ]
+        with self.runtime.autocast():
+            tensors = [self.source.enter(self.model, part)]
+        for one in given:
+            tensors.append(sent(one, device) if isinstance(one, Tensor) else torch.full((), one, device=device))
         if self._recording is None:
-            self._recording = self._new_recording(tensors)
+            self._recording = self._new_recording(_behind_the_door(self.source), tensors)
             if self._recording is None:
                 self._records = False
-                return self._part(*tensors)
+                return self._part(part, *given)  # type: ignore[arg-type]
         loss, *gradients = self._recording(*tensors)
         for parameter, gradient in zip(self._reached, gradients, strict=True):
             parameter.grad = gradient
         return loss
 
-    def _new_recording(self, given: Sequence[Tensor]) -> Recording | None:
-        """A recording that gives the gradients of other pictures, too; None where there is none to be had."""
+    def _new_recording(self, forward: Forward, given: Sequence[Tensor]) -> Recording | None:
+        """A recording that gives the loss and the gradients of other pictures, too; None where there is none."""
 
         def gradients(*given: Tensor) -> list[Tensor]:
             self.model.zero_grad(set_to_none=True)
-            loss = self._part(*given)
+            loss = self._part(*given, forward=forward)
             self._reached = [p for p in self.model.parameters() if p.grad is not None]
             return [loss, *(cast(Tensor, p.grad) for p in self._reached)]
 
         # Turned in every direction: the same pictures in another order have the same gradients.
         other = [one.flip(tuple(range(one.dim()))) for one in given]
-        found = []
+        state, found = snapshot(self.model), []
         try:
             with torch.random.fork_rng(devices=self.runtime.generators):
                 made = Recording(gradients, given)
             for run in (gradients, made):
                 with torch.random.fork_rng(devices=self.runtime.generators):  # dropout draws the same twice
-                    found.append(torch.cat([one.detach().float().flatten() for one in run(*other)]))
+                    loss, *all_gradients = (one.detach().float().flatten() for one in run(*other))
+                    found.append((loss.clone(), torch.cat(all_gradients)))
         except Exception:  # an operation that no graph takes, too little memory: it computes the same without one
             return None
         finally:
             self.model.zero_grad(set_to_none=True)
-        own, got = found
-        return made if (got - own).norm() <= _SAME * own.norm() else None
+            restore(self.model, state)
+        agree = ((got - own).norm() <= _SAME * own.norm() for own, got in zip(*found, strict=True))
+        return made if all(agree) else None
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return nn.functional.cross_entropy(

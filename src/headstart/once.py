@@ -18,6 +18,7 @@ from .classifier import Classifier
 from .cut import Cut
 from .fastops import fast_training
 from .filling import Filling, FrozenPart, Stored
+from .freezing import is_stock
 from .frozenpass import SAVED, FrozenForward, compile_pays, frozen_forward, tolerance
 from .memory import in_portions, sent
 from .pixels import Pixels
@@ -342,6 +343,10 @@ class _Pass:
         return len(self.pixels) * self.views
 
     @cached_property
+    def _fills(self) -> bool:
+        return is_stock(self.part.net)
+
+    @cached_property
     def _first(self) -> Tensor | None:
         return self._batch(self.runtime.share(self.chunks[0]))
 
@@ -354,7 +359,8 @@ class _Pass:
         with torch.inference_mode(), runtime.autocast():
             if batch is None:
                 return torch.zeros(0, *self.part.shape, device=runtime.device)
-            on_device, size = partial(_on_device, compute, runtime.device), runtime.filled(len(batch), self.batch_size)
+            on_device = partial(_on_device, compute, runtime.device)
+            size = runtime.filled(len(batch), self.batch_size) if self._fills else 0
             return in_portions(on_device, batch, runtime.portion, doing="in the frozen layers", size=size)
 
     def _seconds(self, compute: Callable[[Tensor], Tensor]) -> float:

@@ -29,9 +29,10 @@ class Recording:
     """
 
     def __init__(self, call: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor]) -> None:
-        device = examples[0].device
+        device, gradients = examples[0].device, torch.is_grad_enabled()
         # Neither the graph's tensors nor its memory may be inference mode's, which outside of it nobody may write to.
-        with torch.inference_mode(False), torch.cuda.device(device):
+        # To leave that mode is to switch gradients on.
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients), torch.cuda.device(device):
             self.inputs = [one.clone(memory_format=torch.preserve_format) for one in examples]
             side = torch.cuda.Stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
