@@ -26,7 +26,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from peers import make_environment
-from records import HERE, WEIGHTS, Record, append, newest, parser, show
+from records import HERE, WEIGHTS, Record, append, parser, read, show
 from runner_common import IMAGE_SIZE
 
 BACKBONES = ("mobilenetv2_100", "mobilenetv3_small_100", "efficientnet_b0")
@@ -160,19 +160,21 @@ def measure(backbone: str, batch: int, *, rounds: int, threads: int, with_keras:
 
 
 def table() -> str:
-    """Markdown: seconds of a step, of every network, batch size and format the newest record, and headstart's gain."""
+    """Markdown: seconds of a step, of every CPU, network and batch size the newest record, and headstart's gain."""
     rows = [
-        "| network | batch | threads | stock, s | stock, fixed, s | Keras, s | headstart, s | against stock | by wall"
-        " seconds | against Keras | by wall seconds | bar 1.6x |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| CPU | network | batch | threads | stock, s | stock, fixed, s | Keras, s | headstart, s | against stock"
+        " | by wall seconds | against Keras | by wall seconds | bar 1.6x |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    keys = ("backbone", "batch", "threads", "dtype")
-    for record in sorted(newest("step", *keys), key=lambda r: [r[key] for key in keys]):
-        backbone, batch, threads, dtype = (record[key] for key in keys)
+    keys = ("cpu_flags", "backbone", "batch", "threads")
+    records = {tuple(str(record[key]) for key in keys): record for record in read("step")}
+    for record in sorted(records.values(), key=lambda r: [r[key] for key in keys]):
+        flags, backbone, batch, threads = (record[key] for key in keys)
+        dtype = record["dtype"]
         seconds, wall = record["processor"], record["wall"]
         gain, keras_too = seconds["stock"] / seconds["headstart"], "keras" in seconds
         cells = (
-            backbone, batch, threads, f"{seconds['stock']:.2f}", f"{seconds['stock, fixed']:.2f}",
+            cpu_words(flags), backbone, batch, threads, f"{seconds['stock']:.2f}", f"{seconds['stock, fixed']:.2f}",
             f"{seconds['keras']:.2f}" if keras_too else "-", f"{seconds['headstart']:.2f} ({dtype})",
             f"{gain:.2f}x", f"{wall['stock'] / wall['headstart']:.2f}x",
             *(f"{of['keras'] / of['headstart']:.2f}x" if keras_too else "-" for of in (seconds, wall)),
@@ -180,6 +182,12 @@ def table() -> str:
         )  # fmt: skip
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows)
+
+
+def cpu_words(flags: list[str]) -> str:
+    """What the CPU computes with."""
+    wide = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "SSE"
+    return f"{wide}, bfloat16" if not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags) else wide
 
 
 def main() -> None:

@@ -94,16 +94,15 @@ def _read(
     if not beyond:
         x, y = _mirrored(x, width), _mirrored(y, height)
     fill = _sent(np.array(spec.fill), device) if beyond else None
-    if spec.interpolation == "nearest":
-        values = _pixels(flat, start, (x - 0.5).round().long(), (y - 0.5).round().long(), width, height, fill)
-    else:
-        left, top = (x - 0.5).floor(), (y - 0.5).floor()
-        right, low = x - 0.5 - left, y - 0.5 - top  # how far towards the next pixel
-        values = torch.zeros((), device=device)
-        for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
-            share = (right if dx else 1 - right) * (low if dy else 1 - low)
-            read = _pixels(flat, start, left.long() + dx, top.long() + dy, width, height, fill)
-            values = values + read * share[..., None]
+    columns, lines = (_read_at(at, side, spec.interpolation) for at, side in ((x, width), (y, height)))
+    values = torch.zeros((), device=device)
+    for line, line_share, in_line in lines:
+        begin = start + line * width
+        for column, column_share, in_column in columns:
+            read = flat[begin + column].float()
+            if fill is not None:
+                read = (read - fill) * (in_line & in_column)[..., None]
+            values = torch.addcmul(values, read, (column_share * line_share)[..., None])
     if fill is not None:
         values = values + fill
     values = values.permute(0, 3, 1, 2)
@@ -116,16 +115,17 @@ def _mirrored(at: Tensor, side: Tensor) -> Tensor:
     return torch.minimum(torch.minimum(at, 2 * side - at).clamp_min(0.5), side - 0.5)
 
 
-def _pixels(
-    flat: Tensor, start: Tensor, x: Tensor, y: Tensor, width: Tensor, height: Tensor, fill: Tensor | None
-) -> Tensor:
-    """The pixels at whole x and y, float32 [B, S, S, 3]; with a fill less the fill, and 0 beyond the picture."""
-    inside_x, inside_y = torch.minimum(x.clamp_min(0), width - 1), torch.minimum(y.clamp_min(0), height - 1)
-    values = flat[start + inside_y * width + inside_x].float()
-    if fill is None:
-        return values
-    is_inside = (x == inside_x) & (y == inside_y)
-    return (values - fill) * is_inside[..., None]
+def _read_at(at: Tensor, side: Tensor, interpolation: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Where pixels are read along one axis: places within the picture, their shares, and whether they lie there."""
+    at = at - 0.5
+    if interpolation == "nearest":
+        found = [(at.round().long(), torch.ones((), device=at.device))]
+    else:
+        low = at.floor()
+        share, low = at - low, low.long()  # how far towards the next pixel
+        found = [(low, 1 - share), (low + 1, share)]
+    inside = [(torch.minimum(place.clamp_min(0), side - 1), place, share) for place, share in found]
+    return [(place, share, place == wanted) for place, wanted, share in inside]
 
 
 def _erased(
