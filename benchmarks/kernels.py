@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from records import Record, append, newest, parser, show
-from step import ours, timed
+from records import Record, append, parser, read, show
+from step import cpu_words, ours, timed
 
 from headstart import create_classifier, fastconv, make_runtime
 from headstart.once import fast_kernels
@@ -38,7 +38,7 @@ def way(name: str) -> Iterator[None]:
     if not fused:
         fastconv.activations_fuse = lambda dtype: False  # type: ignore[assignment]
     if not products:
-        fastconv.products_pay = lambda: False  # type: ignore[assignment]
+        fastconv.products_pay = lambda: (False, False)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -73,20 +73,28 @@ def measure(backbone: str, batch: int, *, rounds: int) -> Record:
     apart = (found["stock"] - found["activations"]).abs().max() / found["stock"].abs().max()
     return {
         "backbone": backbone, "batch": batch, "rounds": rounds, "threads": torch.get_num_threads(), "dtype": dtype,
-        "products": fastconv.products_pay(), "step": steps, "pass": passes, "apart": float(apart),
+        "products": any(fastconv.products_pay()), "step": steps, "pass": passes, "apart": float(apart),
     }  # fmt: skip
 
 
 def table() -> str:
     """Markdown: what each way saves, of every network and number of threads the newest record."""
     rows = [
-        "| network | format | threads | forward pass, s: activations apart | by the convolution | outputs apart "
+        "| CPU | network | format | threads | forward pass, s: activations apart | by the convolution | outputs apart "
         "| step, s: stock | activations by the convolution | and gradients as products |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in newest("kernels", "backbone", "dtype", "threads"):
+    records = {str([r[key] for key in ("cpu_flags", "backbone", "dtype", "threads")]): r for r in read("kernels")}
+    for r in records.values():
         step, forward = r["step"], r["pass"]
-        cells = [r["backbone"], r["dtype"], r["threads"], f"{forward['stock']:.3f}", _saved(forward, "activations")]
+        cells = [
+            cpu_words(r["cpu_flags"]),
+            r["backbone"],
+            r["dtype"],
+            r["threads"],
+            f"{forward['stock']:.3f}",
+            _saved(forward, "activations"),
+        ]
         cells += ["same bits" if r["apart"] == 0 else f"{r['apart']:.0e}", f"{step['stock']:.3f}"]
         cells += [_saved(step, "activations"), _saved(step, "both") if r["products"] else "not here"]
         rows.append(f"| {' | '.join(map(str, cells))} |")

@@ -6,6 +6,8 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import timm
@@ -90,6 +92,24 @@ def test_depthwise_gradients_in_low_precision(dtype: torch.dtype, kernel: int, s
         assert relative(a, b) < (1e-6 if dtype == torch.float32 else max(5e-3, 1.01 * relative(c, b)))
 
 
+@pytest.mark.parametrize(
+    ("cpu", "expected"),
+    [
+        ("vendor_id : GenuineIntel\nflags : avx2 avx512f", (True, True)),
+        ("vendor_id : AuthenticAMD\nflags : avx2", (False, True)),
+        ("vendor_id : AuthenticAMD\nflags : avx2 avx512f", (False, False)),
+        ("CPU architecture: 8", (False, False)),
+    ],
+)
+def test_where_products_pay(cpu: str, expected: tuple[bool, bool], tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(cpu)
+    with (
+        mock.patch("headstart.fastconv.Path", return_value=tmp_path / "cpuinfo"),
+        mock.patch("torch.backends.mkl.is_available", return_value=True),
+    ):
+        assert fastconv.products_pay.__wrapped__() == expected
+
+
 @pytest.mark.parametrize(("d", "c"), [(3, 8), (8, 3), (5, 5)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_pointwise_gradients_in_float64(d: int, c: int, bias: bool) -> None:
@@ -106,8 +126,10 @@ def test_pointwise_gradients_in_float64(d: int, c: int, bias: bool) -> None:
     assert pointwise_gradients(grad, x, weight, False, False, False) == (None, None, None)
 
 
-@pytest.mark.parametrize("pays", [True, False])
-def test_pointwise_gradients_are_products_where_those_pay(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pays", [(True, True), (False, True), (False, False)])
+def test_pointwise_gradients_are_products_where_those_pay(
+    pays: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(fastconv, "products_pay", lambda: pays)
     monkeypatch.setattr(fastops, "products_pay", lambda: pays)
@@ -115,10 +137,16 @@ def test_pointwise_gradients_are_products_where_those_pay(pays: bool, monkeypatc
     x = draw(4, 3, 9, 11, dtype=torch.float32)
     stock = net_gradients(net, x)
     with fast_gradients(net) as done:
-        assert done.converted == 2 * pays
-        with Calls() as calls:
+        assert done.converted == (2 if any(pays) else 0)
+        with (
+            Calls() as calls,
+            mock.patch("headstart.fastconv.pointwise_gradients", wraps=pointwise_gradients) as products,
+        ):
             ours = net_gradients(net, x)
-        assert calls.count["convolution_backward"] == (1 if pays else 3)
+        assert calls.count["convolution_backward"] == (1 if all(pays) else 3)
+        assert [call.args[3:] for call in products.mock_calls] == (
+            [(pays[0], True, False), (pays[0], True, True)] if any(pays) else []
+        )
         for a, b in zip(ours, stock, strict=True):
             assert relative(a, b) < 1e-5
 

@@ -94,7 +94,7 @@ def _has_slow_backward(module: nn.Module) -> bool:
     if is_depthwise(module.weight, module.groups, module.dilation):
         return module.kernel_size[1] > STRIP or max(module.stride) > 1
     padding = cast("tuple[int, ...]", module.padding)
-    return is_pointwise(module.kernel_size, module.stride, padding, module.groups) and products_pay()
+    return is_pointwise(module.kernel_size, module.stride, padding, module.groups) and any(products_pay())
 
 
 def _mark(conv: nn.Module, key: str, value: Any) -> Callable[[], None]:
