@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help install test quick check format docs demo soak bench clean
+.PHONY: help install test quick check format docs demo soak bench gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -58,6 +58,12 @@ bench: $(INSTALLED) ## train with other tools beside this one (hours; pictures a
 	for script in $(MEASURED); do $(BIN)/python benchmarks/$$script.py run || exit 1; done
 	for script in peers $(MEASURED); do \
 	$(BIN)/python benchmarks/$$script.py table --write > /dev/null || exit 1; done
+
+gpu: $(INSTALLED) ## on a machine with a CUDA GPU: what is tested and timed there alone (a quarter of an hour)
+	$(BIN)/python -m pytest -q tests/test_gpu.py
+	$(BIN)/python benchmarks/gpu.py run --no-compile
+	$(BIN)/python benchmarks/gpu.py run --parts frozen,step
+	$(BIN)/python benchmarks/gpu.py table --write > /dev/null
 
 clean: ## remove the virtual environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
