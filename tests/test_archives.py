@@ -18,14 +18,15 @@ from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from headstart import archives
+from headstart import archives, prepared
 from headstart.cli import main
 from headstart.dataset import load_images
 from headstart.errors import DataError, HeadstartError, SetupError
-from headstart.prepared import prepared_folder, prepared_path
+from headstart.prepared import hold, prepared_folder, prepared_folders, prepared_path, remove_prepared
 from headstart.sources import source_name
 from hostile_archives import GOOD, HOSTILE, PICTURE, gz, tar_of, zip_of
 
@@ -139,6 +140,30 @@ def test_a_data_set_that_a_process_reads_is_not_cleared(tmp_path: Path, capsys: 
     assert main(["cache", "clear", "--kind", "sets"]) == 0
     assert "in use" not in capsys.readouterr().out
     assert not table.root.exists()
+
+
+def test_a_folder_that_is_held_is_the_one_that_stands_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cleared and made anew between opening and locking: the second one is held."""
+    made = prepared_folder("x", lambda folder: (folder / "whole.png").write_bytes(PICTURE) and None)
+    assert remove_prepared(made)
+    assert remove_prepared(made), "another process was quicker"
+    made.mkdir()
+    own, changed = os.open, []
+
+    def slow(path: Any, flags: int) -> int:
+        found = own(path, flags)
+        if not changed:
+            changed.append(1)
+            made.rename(tmp_path / "old")
+            made.mkdir()
+        return found
+
+    monkeypatch.setattr("headstart.prepared.os.open", slow)
+    assert hold(made)
+    assert os.path.samestat(os.fstat(prepared._held[made]), made.stat())
+    monkeypatch.undo()
+    assert remove_prepared(made)
+    assert not hold(made)
 
 
 def test_names_of_results() -> None:
@@ -276,7 +301,10 @@ def test_an_address_with_its_checksum(site: tuple[str, Path], cache: Path) -> No
     first = load_images(url)
     assert first.class_names == ("cat", "dog")
     (folder / "photos").unlink()
+    while prepared._held:  # as a new process begins
+        os.close(prepared._held.popitem()[1])
     assert load_images(url).paths == first.paths  # nothing is asked of the network again
+    assert list(prepared._held) == prepared_folders()
     assert not list(cache.rglob("*.filling"))
 
 

@@ -13,8 +13,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from timm.layers import EvoNorm2dB0
 from torch import Tensor
 
 import headstart
@@ -29,6 +31,7 @@ from headstart.dataspec import DataSpec
 from headstart.evaluation import predict_logits, source_logits
 from headstart.features import ActivationSource, FeatureSource, PixelSource, StageData
 from headstart.filling import Stored
+from headstart.freezing import is_stock
 from headstart.memory import Portion, in_portions
 from headstart.once import store_activations, store_features
 from headstart.pixels import Pixels, views_at_once
@@ -598,12 +601,31 @@ def test_what_is_not_recorded(fed: tuple[Classifier, ActivationSource, gradients
     hook = model.head.register_forward_hook(lambda module, given, out: None)
     assert not gradients_on(CPU, model, source, RECORDED)._records
     hook.remove()
-    for odd in (torch.nn.BatchNorm1d(512, track_running_stats=False), type("Own", (torch.nn.Identity,), {})()):
+    script = torch.fx.GraphModule(torch.nn.Module(), torch.fx.symbolic_trace(torch.nn.Identity()).graph)
+    for odd in (torch.nn.BatchNorm1d(512, track_running_stats=False), type("Own", (torch.nn.Identity,), {})(), script):
         model.head = torch.nn.Sequential(odd, torch.nn.Linear(512, 2))
         model.keep_frozen()
         made = gradients_on(CPU, model, source, RECORDED)
         assert not made._records
         assert made._filled(3) == 3
+
+
+def test_no_norm_of_any_kind_learns_from_filling() -> None:
+    net = timm.create_model("resnet18", num_classes=0, norm_layer=EvoNorm2dB0)
+    model = headstart.create_classifier(net, ("a", "b"), data_spec=DataSpec(64))
+    for batchnorm, filled in (("fixed", 4), ("train", 3)):
+        set_freeze_line(model, "all", batchnorm=batchnorm)
+        model.train()
+        source = FeatureSource(torch.randn(8, 1, model.num_features), torch.arange(8) % 2)
+        with mock.patch.object(Runtime, "gpu", CPU):
+            assert gradients.Gradients(model, source, RECORDED, runtime=Runtime(CPU))._filled(3) == filled
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_100", "vit_tiny_patch16_224", "convnext_atto", "densenet121"])
+def test_networks_of_timm_do_the_same_at_every_call(name: str) -> None:
+    model = headstart.create_classifier(name, ("a", "b"), weights="none")
+    set_freeze_line(model, "last:30%", batchnorm="fixed")
+    assert is_stock(model)
 
 
 @pytest.mark.usefixtures("can_record")

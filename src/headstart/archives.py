@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from .errors import DataError, SetupError
 from .folders import IMAGE_EXTENSIONS
 from .manifest import MANIFEST_SUFFIXES
-from .prepared import prepared_folder, prepared_path
+from .prepared import hold, prepared_folder, prepared_path
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 
@@ -91,7 +91,7 @@ def fetch_archive(url: str) -> Path:
             "prints. It pins the pictures to what you have seen."
         )
     done = prepared_path(f"archive-{digest[:32]}")
-    if done.is_dir():
+    if hold(done):
         return _top(done)
     with _downloaded(address, digest) as file:
         return _top(prepared_folder(done.name, lambda folder: _unpack(file, folder, address)))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from .backbones import block_aliases
 from .blocks import block_name, network_depths
@@ -179,10 +179,12 @@ def learns_statistics(model: Classifier) -> bool:
 def is_stock(model: nn.Module) -> bool:
     """Whether all its modules are PyTorch's, timm's or ours, without hooks, and their BatchNorm keeps statistics.
 
-    Such a one does the same at every call, and in evaluation mode treats each picture by itself.
+    Such a one does the same at every call, and in evaluation mode treats each picture by itself. A graph or a script
+    may hold anything.
     """
     return all(
         type(m).__module__.partition(".")[0] in ("torch", "timm", __package__)
+        and not isinstance(m, fx.GraphModule | torch.jit.ScriptModule)
         and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
         and not (isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is None)
         for m in model.modules()

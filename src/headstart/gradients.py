@@ -20,7 +20,7 @@ from .checkpointing import Within, segments
 from .classifier import Classifier
 from .errors import SetupError
 from .features import ActivationSource, FeatureSource, PixelSource, Source
-from .freezing import is_stock, learns_statistics
+from .freezing import is_batchnorm, is_stock, learns_statistics
 from .memory import Portion, equal_parts, filled_up, is_out_of_memory, peak_bytes, sent
 from .mixing import Mix, mix_inputs
 from .recipe import Stage
@@ -76,8 +76,11 @@ class Gradients:
         self.portion = portion or Portion()
         learns = learns_statistics(model)
         self.joint = runtime.world > 1 and learns
-        # BatchNorm that learns would learn from the filling, too, and so may what nobody knows.
-        self._fills = not learns and is_stock(model)
+        # What learns statistics, BatchNorm or another norm, would learn from the filling, too, and so may what nobody
+        # knows.
+        kept = {id(module) for module in model.kept_in_eval}
+        learns_any = any(is_batchnorm(m) and id(m) not in kept for m in model.modules())
+        self._fills = not learns_any and is_stock(model)
         self._full = -(-stage.batch_pictures // runtime.world)  # pictures in a process's share of a whole batch
         self._statistics: Within = SharedStatistics if self.joint else nullcontext
         self._forward: Forward = source.forward

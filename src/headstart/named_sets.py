@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 
 from .errors import DataError, SetupError, near_matches
 from .folders import SPLIT_FOLDERS
-from .prepared import PictureWriter, prepared_folder, prepared_path
+from .prepared import PictureWriter, hold, prepared_folder, prepared_path
 from .terminal import ProgressBar, say
 
 _LABEL_NAMES = ("label", "labels", "fine_label", "target", "class", "category", "breed")
@@ -242,6 +242,7 @@ def _load_torchvision(name: str, own: str, arguments: Mapping[str, object]) -> A
 
     home = prepared_path(own).parent / "torchvision"
     home.mkdir(parents=True, exist_ok=True)
+    hold(home)
     make = getattr(datasets, own)
     loader = {"loader": str} if "loader" in inspect.signature(make).parameters else {}  # the path, not the pixels
     try:

@@ -344,7 +344,7 @@ class _Pass:
 
     @cached_property
     def _fills(self) -> bool:
-        return is_stock(self.part.net)
+        return is_stock(self.model.backbone)
 
     @cached_property
     def _first(self) -> Tensor | None:

@@ -35,7 +35,7 @@ def prepared_folder(name: str, fill: Callable[[Path], None]) -> Path:
     process leaves half done is never seen. Nobody clears it away while this process lives.
     """
     target = prepared_path(name)
-    if _hold(target):
+    if hold(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target.parent)
@@ -50,42 +50,46 @@ def prepared_folder(name: str, fill: Callable[[Path], None]) -> Path:
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    _hold(target)
+    hold(target)
     return target
 
 
-def _hold(folder: Path) -> bool:
-    """Hold the folder until this process ends; False where there is none."""
+def hold(folder: Path) -> bool:
+    """Hold the folder, so that nobody clears it away, until this process ends; False where there is none."""
     if fcntl is None or (folder in _held and folder.is_dir()):
         return folder.is_dir()
-    try:
-        lock = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(lock, fcntl.LOCK_SH)
-    if not folder.is_dir():  # cleared between opening and locking
-        os.close(lock)
-        return False
-    _held[folder] = lock
-    return True
+    while True:
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), folder.stat()):
+                _held[folder] = lock
+                return True
+        os.close(lock)  # cleared, and perhaps made anew, between opening and locking
 
 
 def remove_prepared(folder: Path) -> bool:
     """Remove it, at once for all others; False, and nothing is done, where another process reads it."""
     if folder in _held:
         os.close(_held.pop(folder))
-    lock = None if fcntl is None else os.open(folder, os.O_RDONLY)
+    lock = None
     try:
+        lock = None if fcntl is None else os.open(folder, os.O_RDONLY)
         if lock is not None and not _locked(lock):
-            _hold(folder)
+            hold(folder)
             return False
         aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.filling")  # swept up if this is killed
         folder.rename(aside)
+    except FileNotFoundError:  # another process has just done it
+        return True
     finally:
         if lock is not None:
             os.close(lock)
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
     return True
 
 
