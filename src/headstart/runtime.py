@@ -72,8 +72,8 @@ class Runtime:
     def filled(self, n: int, full: int) -> int:
         """How many rows a short batch of n is filled up to, where batches are of `full` rows as a rule.
 
-        On a GPU cuDNN makes a plan for every shape that comes, and for depthwise convolutions compiles a kernel, a
-        third of a second each. Powers of two are few, and no batch takes more than twice as long.
+        On a GPU cuDNN makes a plan for every shape that comes, and for depthwise convolutions compiles a kernel, some
+        tenths of a second each. Powers of two are few, and no batch takes more than twice as long.
         """
         return n if self.gpu is None or not 0 < n < full else min(full, 1 << (n - 1).bit_length())
 
