@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 import traceback
@@ -272,6 +273,7 @@ def main() -> None:
         show(table(), "gpu", write=options.write)
         return
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device
+    failed: list[str] = []
     for part in options.parts.split(","):
         networks = options.networks.split(",") if part != "fit" else ["resnet18", *[REAL] * WEIGHTS.is_file()]
         for network in networks:
@@ -279,11 +281,14 @@ def main() -> None:
                 figures = PARTS[part](network, options)
             except Exception:  # time on such a device is dear: the others are measured all the same
                 traceback.print_exc()
+                failed.append(f"{part} {network}")
                 continue
             append(
                 "gpu", {"device": name, "part": part, "network": network, "batch": options.batch, "figures": figures}
             )
             print(part, network, figures, flush=True)
+    if failed:
+        sys.exit(f"Failed: {', '.join(failed)}.")
 
 
 if __name__ == "__main__":
