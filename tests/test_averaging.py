@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from headstart import HeadSpec, HiddenLayer, Stage, set_freeze_line
 from headstart.averaging import RunningAverage, mixture, restore, snapshot, trained_tensors
 from headstart.classifier import Classifier
+from headstart.contract import fixed_tensors
 from headstart.evaluation import score
 from headstart.features import FeatureSource, StageData
-from headstart.freezing import fixed_tensors
 from headstart.train import fit
 from test_train import CPU, DATA, QUICK, made_features, model_at
 

@@ -24,6 +24,7 @@ from headstart import (
     train,
 )
 from headstart import fit as fit_stage
+from headstart.contract import fixed_tensors, tensors_digest
 from headstart.evaluation import predict_logits, source_logits
 from headstart.features import (
     ActivationSource,
@@ -32,7 +33,6 @@ from headstart.features import (
     make_source,
     place_source,
 )
-from headstart.freezing import fixed_tensors, tensors_digest
 from headstart.once import fast_kernels, store_activations, store_features
 from headstart.pixels import Pixels
 from headstart.recipe import POLICIES

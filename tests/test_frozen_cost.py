@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from headstart import DataSpec, Stage, create_classifier, load_images, make_runtime, set_freeze_line
 from headstart.backbones import backbone_output
 from headstart.classifier import Classifier
+from headstart.contract import fixed_tensors
 from headstart.features import PixelSource, Source, make_source
-from headstart.freezing import fixed_tensors
 from headstart.gradients import Batch, Gradients
 from headstart.pixels import Pixels
 from headstart.schedule import make_optimizer

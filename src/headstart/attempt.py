@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from .averaging import RunningAverage
 from .classifier import Classifier
+from .contract import Contract
 from .errors import ModelError
 from .evaluation import Score, score
 from .features import FeatureSource, StageData
-from .freezing import Contract
 from .gradients import Batch, Gradients
 from .linear import check_linear, lbfgs_epoch
 from .memory import Portion, ready, sent

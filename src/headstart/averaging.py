@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .classifier import Classifier
+from .contract import fixed_tensors
 from .evaluation import Score
-from .freezing import fixed_tensors
 
 State = dict[str, Tensor]
 

@@ -24,13 +24,13 @@ from .audit_quick import quick_audit
 from .audit_sheet import finding_line
 from .averaging import restore, snapshot
 from .classifier import Classifier
+from .contract import tensors_digest
 from .dataset import ImageTable, Splits, bad_file_lines, check_images, load_images, split
 from .dataspec import DataSpec
 from .errors import CheckpointError, DataError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_logits
 from .features import Placement, StageData, make_source
 from .findings import AuditResult
-from .freezing import tensors_digest
 from .groups import join_groups
 from .once import Advance, Aside
 from .pixels import Augment, Pixels, is_augmented

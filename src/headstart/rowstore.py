@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .classifier import Classifier
-from .freezing import tensors_digest
+from .contract import tensors_digest
 from .pixels import Pixels
 from .pixelstore import Say
 from .recipe import AugmentSpec
