@@ -580,6 +580,10 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(
         assert torch.equal(torch.get_rng_state(), state)
     assert made._recording is None
     assert not made._records
+    (told,) = made.portion.events
+    words = {"at once": "not permitted when capturing", "memory": "full"}.get(fails, "other gradients")
+    assert told["kind"] == "record"
+    assert words in told["message"]
     assert len(results[0]) > 5
     for own, now in zip(*results, strict=True):
         torch.testing.assert_close(now, own, rtol=1e-4, atol=1e-5)

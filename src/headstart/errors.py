@@ -36,6 +36,11 @@ class Interrupted(HeadstartError):
         self.model = model
 
 
+def in_words(error: BaseException) -> str:
+    """What went wrong inside, in one line: the error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
+
+
 def near_matches(word: str, choices: list[str] | tuple[str, ...], n: int = 5) -> str:
     """`" Did you mean: a, b?"` for the choices spelled most like `word`; empty when none is close."""
     from difflib import get_close_matches

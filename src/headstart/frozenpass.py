@@ -11,6 +11,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from .cut import Forward, Whole
+from .errors import in_words
 from .fastconv import scale_and_shift
 from .fastops import conv_chains, restore_stock
 from .memory import filled_up, is_out_of_memory
@@ -100,7 +101,7 @@ class FrozenForward:
         try:
             return self._call(x)
         except Exception as error:  # no compiler, a broken cache, an operation inductor cannot do: all recoverable
-            self.compiled, self.compile_error = False, f"{type(error).__name__}: {error}"
+            self.compiled, self.compile_error = False, in_words(error)
             self._call = self.module
             if is_out_of_memory(error):  # smaller batches may do, which are not filled up any more
                 self.batch_size = None

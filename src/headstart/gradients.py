@@ -18,7 +18,7 @@ from .backbones import backbone_output
 from .batchstats import SharedStatistics
 from .checkpointing import Within, segments
 from .classifier import Classifier
-from .errors import SetupError
+from .errors import SetupError, in_words
 from .features import ActivationSource, FeatureSource, PixelSource, Source
 from .freezing import is_batchnorm, is_stock, learns_statistics
 from .memory import Portion, equal_parts, filled_up, is_out_of_memory, peak_bytes, sent
@@ -155,8 +155,8 @@ class Gradients:
                         raise
                     # Of a compiler's many ways to fail some show in the backward pass alone.
                     self._forward, self._compiled = self.source.forward, None
-                    words = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
-                    self.portion.note("compile", f"The training step runs as it is: compiled it failed ({words}).")
+                    words = f"The training step runs as it is: compiled it failed ({in_words(error)})."
+                    self.portion.note("compile", words)
                     continue
                 if self._compiled:
                     self._compiled.shape = None  # parts are smaller from now on
@@ -266,13 +266,18 @@ class Gradients:
                 with torch.random.fork_rng(devices=self.runtime.generators):  # dropout draws the same twice
                     loss, *all_gradients = (one.detach().float().flatten() for one in run(*other))
                     found.append((loss.clone(), torch.cat(all_gradients)))
-        except Exception:  # an operation that no graph takes, too little memory: it computes the same without one
+        except Exception as error:  # an operation that no graph takes, too little memory
+            words = f"The training step runs as it is, perhaps slower: it cannot be recorded ({in_words(error)})."
+            self.portion.note("record", words)
             return None
         finally:
             self.model.zero_grad(set_to_none=True)
             restore(self.model, state)
         agree = ((got - own).norm() <= _SAME * own.norm() for own, got in zip(*found, strict=True))
-        return made if all(agree) else None
+        if all(agree):
+            return made
+        self.portion.note("record", "The training step runs as it is: recorded it gave other gradients.")
+        return None
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return nn.functional.cross_entropy(

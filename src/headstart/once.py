@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .backbones import backbone_output, pool_output
 from .classifier import Classifier
 from .cut import Cut
+from .errors import in_words
 from .fastops import fast_training
 from .filling import Filling, FrozenPart, Stored
 from .freezing import is_stock
@@ -240,7 +241,7 @@ class _Pass:
             quick = self._quick(kind)
             mine, exact = (self._run(f, self._first).float() for f in (self._through(quick), self.part.compute))
             apart = float((mine - exact).norm() / exact.norm().clamp_min(1e-30))
-            reason = quick.compile_error and f"compiling failed ({quick.compile_error.splitlines()[0]})"
+            reason = quick.compile_error and f"compiling failed ({quick.compile_error})"
             if not reason and not apart <= tolerance(self.runtime.device, self.runtime.dtype):
                 reason = f"{kind}, their output is {apart:.1g} apart"
             if not reason and compiled and self.runtime.compile == "auto":
@@ -249,7 +250,7 @@ class _Pass:
                 reason = "" if now < before else f"compiled, a batch takes {now:.2g} s instead of {before:.2g}"
         except Exception as error:  # a module that cannot be copied, say
             doing = "compiling" if compiled else "folding"
-            reason = f"{doing} failed ({type(error).__name__}: {(str(error) or '-').splitlines()[0]})"
+            reason = f"{doing} failed ({in_words(error)})"
         if self.runtime.agrees(not reason):
             return quick
         self.runtime.portion.size = at_once  # memory that it alone ran out of is no measure of the other ways
