@@ -86,6 +86,17 @@ def test_a_compile_pays_where_it_saves_more_than_it_takes() -> None:
     assert why == "The frozen layers are compiled: that saves about 30 % of 1,000 seconds, for about 40."
 
 
+@pytest.mark.parametrize("is_long", [True, False])
+def test_a_long_pass_says_why_it_is_not_compiled_on_a_cpu(
+    is_long: bool, model: Classifier, pixels: Pixels, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headstart.once._TIMED_FROM", 1 + len(pixels) // 8 + (not is_long))
+    seen = compiles_to(monkeypatch, lambda module, x: module(x))
+    store_features(model, pixels, runtime=told.runtime("auto"), batch_size=8)
+    assert told == ["The frozen layers are not compiled: on cpu that is not known to save time."] * is_long
+    assert not seen
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler is installed")
 @pytest.mark.filterwarnings("ignore")  # of PyTorch's own compiler

@@ -218,8 +218,13 @@ class _Pass:
 
     def compile_pays(self) -> bool:
         """Whether a compile pays, by the time of one batch and their number; a line says so for a long pass."""
+        if len(self.chunks) < _TIMED_FROM:
+            return False
         saved = SAVED.get((self.runtime.device.type, self.runtime.dtype), 0.0)
-        if len(self.chunks) < _TIMED_FROM or not saved:
+        if not saved:
+            self._note(
+                f"The frozen layers are not compiled: on {self.runtime.device.type} that is not known to save time."
+            )
             return False
         pays, why = compile_pays(self._seconds(self.part.compute) * len(self.chunks), saved=saved)
         pays = self.runtime.agrees(pays)
