@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +50,17 @@ def make_picture(rng: np.random.Generator, hue: int, size: tuple[int, int] = (48
     return Image.fromarray(pixels.astype(np.uint8))
 
 
+def make_photos(root: Path, each: int, names: Sequence[str] = ("blue", "green", "red")) -> Path:
+    """Three classes of small JPEG pictures, `each` in a folder of its own, without split folders."""
+    rng = np.random.default_rng(0)
+    for hue, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for i in range(each):
+            make_picture(rng, hue).save(root / name / f"{name}{i}.jpg", quality=95)
+    return root
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """Three classes of twelve small JPEG pictures, without split folders."""
-    rng = np.random.default_rng(0)
-    root = tmp_path / "photos"
-    for hue, name in enumerate(("red", "green", "blue")):
-        (root / name).mkdir(parents=True)
-        for i in range(12):
-            make_picture(rng, hue).save(root / name / f"{name}{i}.jpg", quality=95)
-    return root
+    return make_photos(tmp_path / "photos", 12, ("red", "green", "blue"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import make_picture
+from conftest import make_photos
 from headstart import Recipe, RecipeError, advise, create_classifier, fine_tune, load_images, load_recipe, split
 from headstart.advising import LARGE_FROM, Facts, _half_side, decide
 from headstart.cli import main
@@ -33,13 +33,7 @@ FACTS = Facts(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data") / "photos"
-    rng = np.random.default_rng(0)
-    for hue, name in enumerate(("blue", "green", "red")):
-        (root / name).mkdir(parents=True)
-        for i in range(16):
-            make_picture(rng, hue).save(root / name / f"{name}{i}.jpg", quality=95)
-    return root
+    return make_photos(tmp_path_factory.mktemp("data") / "photos", 16)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import make_picture
+from conftest import make_photos
 from headstart.cli import main
 
 NET = ["--backbone", "test_resnet.r160_in1k", "--weights", "none", "--image-size", "32", "--augment", "none"]
@@ -29,13 +29,7 @@ CLASSES = ("blue", "green", "red")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes of ten pictures; nothing in this module may change it."""
-    root = tmp_path_factory.mktemp("data") / "photos"
-    rng = np.random.default_rng(0)
-    for hue, name in enumerate(CLASSES):
-        (root / name).mkdir(parents=True)
-        for i in range(10):
-            make_picture(rng, hue).save(root / name / f"{name}{i}.jpg", quality=95)
-    return root
+    return make_photos(tmp_path_factory.mktemp("data") / "photos", 10, CLASSES)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from conftest import make_picture
+from conftest import make_photos
 from headstart import Budget, CheckpointError, ModelError, RecipeError, compare, read_run
 from headstart.bench import make_bench
 from headstart.cli import main
@@ -29,13 +29,7 @@ BUDGETS = {"scratch": Budget((1,), 24), "head": Budget((2,)), "last:3": Budget((
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data") / "photos"
-    rng = np.random.default_rng(0)
-    for hue, name in enumerate(("blue", "green", "red")):
-        (root / name).mkdir(parents=True)
-        for i in range(10):
-            make_picture(rng, hue).save(root / name / f"{name}{i}.jpg", quality=95)
-    return root
+    return make_photos(tmp_path_factory.mktemp("data") / "photos", 10)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import make_picture
+from conftest import make_photos
 from headstart import Entrant, ImageTable, RecipeError, Shootout, Splits, fine_tune, load, load_images, shootout, split
 from headstart.cli import main
 from headstart.cli_shootout import shootout_table
@@ -35,13 +35,7 @@ BACKBONES = ("test_resnet=none", "test_vit=none", "test_convnext=none")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data") / "photos"
-    rng = np.random.default_rng(0)
-    for hue, name in enumerate(("blue", "green", "red")):
-        (root / name).mkdir(parents=True)
-        for i in range(10):
-            make_picture(rng, hue).save(root / name / f"{name}{i}.jpg", quality=95)
-    return root
+    return make_photos(tmp_path_factory.mktemp("data") / "photos", 10)
 
 
 @pytest.fixture(scope="module")
