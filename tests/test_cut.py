@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
+from headstart.checkpointing import segments
 from headstart.cut import Cut, cut, cut_or_reason, feature_map, features
 
 # backbone: (options, lines at the first block, in the middle of a block, at the last block)
@@ -310,3 +314,33 @@ def test_a_frozen_layer_behind_the_cut_is_recorded_in_the_mode_it_stays_in() -> 
         stored = parts.prefix(x)
         parts.suffix.training = True
         assert torch.equal(parts.suffix(stored), parts.suffix(stored)) is same
+
+
+class Unsteady(nn.Module):
+    """A small network that calls what it is given in its forward pass, and multiplies by it."""
+
+    def __init__(self, number: Callable[[], float]) -> None:
+        super().__init__()
+        self.stem, self.block, self.number = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.number() * self.block(self.stem(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize(("number", "reason"), [
+    (lambda: float(torch.rand(1)), "random numbers of its own"),
+    (random.random, "random numbers of its own"),
+    (np.random.rand, "random numbers of its own"),
+    (itertools.count(1).__next__, "at every call others"),
+    (lambda: 2.0, None),
+])  # fmt: skip
+def test_what_does_not_do_the_same_at_every_call_is_not_cut(number: Callable[[], float], reason: str | None) -> None:
+    found = cut_or_reason(Unsteady(number), "block", example_shape=(3, 8, 8), forward=nn.Module.__call__)
+    assert isinstance(found, Cut) if reason is None else reason in str(found)
+
+
+def test_what_draws_random_numbers_is_not_computed_again() -> None:
+    for number, is_refused in ((random.random, True), (lambda: 2.0, False)):
+        found = segments(Unsteady(number), example_shape=(3, 8, 8))
+        assert isinstance(found, str) == is_refused
+        assert not is_refused or "random numbers of its own" in found

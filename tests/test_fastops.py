@@ -585,3 +585,18 @@ def test_bf16_is_not_used_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) 
     numerics._bf16_works.cache_clear()
     assert not bf16_works()
     numerics._bf16_works.cache_clear()
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_a_hook_changes_what_it_would(place: int) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    nn.init.normal_(net[1].running_mean)
+    nn.init.normal_(net[1].weight)
+    x = torch.randn(2, 3, 8, 8)
+    with fast_training(net):
+        assert type(net[0]) is not nn.Conv2d
+    net[place].register_forward_hook(lambda module, given, out: out - 0.5)
+    own = net(x)
+    with fast_training(net):
+        torch.testing.assert_close(net(x), own)

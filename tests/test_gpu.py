@@ -31,13 +31,13 @@ from headstart.dataspec import DataSpec
 from headstart.evaluation import predict_logits, source_logits
 from headstart.features import ActivationSource, FeatureSource, PixelSource, StageData
 from headstart.filling import Stored
-from headstart.freezing import is_stock
 from headstart.memory import Portion, in_portions
 from headstart.once import store_activations, store_features
 from headstart.pixels import Pixels, views_at_once
 from headstart.recipe import FINE_TUNE_STAGE, HEAD_STAGE, POLICIES, AugmentSpec, HeadSpec, Recipe, Stage
 from headstart.recording import CAN_RECORD, Recording
 from headstart.runtime import Runtime, _device
+from headstart.stock import is_stock
 from pretend import GPU, PretendedGpu
 
 CPU = torch.device("cpu")

@@ -33,12 +33,13 @@ from headstart import (
 from headstart.classifier import Classifier
 from headstart.cut import Cut, Suffix, Whole
 from headstart.errors import DataError
+from headstart.fastops import fast_training
 from headstart.features import ActivationSource, FeatureSource, make_source, place_source
 from headstart.once import store_activations, store_features
 from headstart.pixels import Pixels
 from headstart.pixelstore import PixelStore
 from headstart.recipe import POLICIES
-from headstart.rowstore import RowStore, row_keys
+from headstart.rowstore import RowStore, built, row_keys
 from headstart.store import Cache
 from tiny import SPEC, TinyNet
 
@@ -176,6 +177,56 @@ def test_the_key_names_weights_buffers_place_policy_and_machine(cache: Cache, ph
     one_view = [key(Pixels(table, model.spec, augment=POLICIES["photo"], seed=s, store=store), views=1) for s in (0, 1)]
     assert one_view[0] == one_view[1]  # the plain view knows no seed
     assert key(Pixels(table, model.spec, augment=lambda x: x.flip(-1), store=store)) is None
+
+
+def _own(module: nn.Module) -> nn.Module:
+    return type("Own", (nn.Module,), {"forward": lambda self, x: x.sin()})()
+
+
+BY_HAND: dict[str, Callable[[nn.Module], object]] = {
+    "another activation": lambda net: setattr(net, "act1", nn.SiLU()),
+    "another number": lambda net: setattr(net.get_submodule("bn1"), "eps", 0.5),
+    "another pooling": lambda net: setattr(net, "maxpool", nn.AvgPool2d(3, 2, 1)),
+    "another slope": lambda net: setattr(net.get_submodule("layer3.0"), "act3", nn.LeakyReLU(0.2)),
+    "own module": lambda net: setattr(net, "act1", _own(net)),
+    "a hook": lambda net: net.get_submodule("layer3").register_forward_hook(lambda module, given, out: out * 0.5),
+    "own forward": lambda net: setattr(net.get_submodule("bn1"), "forward", lambda x: x),
+}
+
+
+@pytest.mark.parametrize("line", ["head", "layer4"])
+def test_a_network_changed_by_hand_is_another(cache: Cache, photos: Path, line: str) -> None:
+    table = load_images(photos)
+
+    def stored(change: Callable[[nn.Module], object] | None) -> torch.Tensor:
+        model = create_classifier("test_resnet.r160_in1k", table.class_names, weights="none", image_size=32)
+        if change:
+            change(model.backbone)
+        set_freeze_line(model, line)
+        store = PixelStore(cache, model.spec)
+        store.fill(table.paths, root=photos, workers=1)
+        pixels = Pixels(table, model.spec, store=store)
+        source = make_source(pixels, pixels, model, views=1, runtime=CPU).train
+        assert isinstance(source, FeatureSource if line == "head" else ActivationSource)
+        return source.batch(range(4), [0] * 4)
+
+    seen = [stored(None)]
+    for name, change in BY_HAND.items():
+        seen.append(stored(change))
+        assert all(one.shape != seen[-1].shape or not torch.equal(one, seen[-1]) for one in seen[:-1]), name
+    assert torch.equal(stored(None), seen[0])
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit", "test_mambaout"])
+def test_a_network_is_known_while_its_fast_kernels_are_at_work(name: str) -> None:
+    model = create_classifier(name, ("a", "b"), weights="none", image_size=32)
+    form = built(model.backbone)
+    assert form
+    assert "0x" not in str(form), "an address is another in the next process"
+    with fast_training(model.backbone):
+        assert built(model.backbone) == form
+    again = create_classifier(name, ("a", "b"), weights="none", image_size=32)
+    assert built(again.backbone) == form
 
 
 def test_modules_of_the_users_own_are_not_kept(cache: Cache, photos: Path) -> None:

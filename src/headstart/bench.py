@@ -36,6 +36,7 @@ from .once import Advance, Aside
 from .pixels import Augment, Pixels, is_augmented
 from .pixelstore import PixelStore
 from .recipe import AugmentSpec, Recipe, Stage
+from .rowstore import built
 from .run import check_run_path, is_run, to_json, write_atomic
 from .runtime import Runtime
 from .stage_result import StageResult
@@ -169,9 +170,10 @@ class Bench:
 
     def _key(self, model: Classifier, train: Pixels, parts: list[Any]) -> str | None:
         """None where something cannot be described: a module or a transform of the user's own."""
-        if not self.share or model.backbone_name is None or not isinstance(train.augment, AugmentSpec):
+        form = built(model.backbone)
+        if not self.share or model.backbone_name is None or form is None or not isinstance(train.augment, AugmentSpec):
             return None
-        parts += [model.backbone_name, model.backbone_args, model.pool, repr(train.spec), train.augment.to_dict()]
+        parts += [form, model.backbone_name, model.backbone_args, model.pool, repr(train.spec), train.augment.to_dict()]
         parts += [train.seed if train.is_augmented else 0, str(self.runtime.dtype), str(self.runtime.device)]
         return json.dumps(parts, sort_keys=True, default=str)
 

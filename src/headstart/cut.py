@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import operator
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from timm.layers._fx import get_notrace_functions, get_notrace_modules
 from timm.layers.drop import DropBlock2d, DropPath
@@ -21,6 +23,7 @@ from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, fx, nn
 
 from .fastconv import Done
+from .stock import is_stock
 
 Forward = Callable[[Any, Tensor], Any]
 
@@ -198,6 +201,7 @@ def cut_or_reason(
         at_eval = record(net, call, training=False)
         at_train = record(net, call, training=True, but=kept_in_eval)
         shapes = tensor_shapes(at_eval, net, example_shape)
+        _check_same(at_eval, net, call, example_shape)
         place, place_train = _choose(at_eval, at_train, names, shapes, max_bytes)
     except Uncuttable as reason:
         return str(reason)
@@ -380,12 +384,23 @@ def _plain(node: fx.Node) -> str:
 
 
 def record(net: nn.Module, forward: Forward, *, training: bool, but: Iterable[nn.Module] = ()) -> Recording:
+    before = _random_states()
     try:
         with _mode(net, training, but):
-            return Recording(*trace(net, forward))
+            made = Recording(*trace(net, forward))
     except Exception as error:  # whatever a foreign forward raises under tracing
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise Uncuttable(f"{type(net).__name__} cannot be traced: {first}") from error
+    if _random_states() != before:
+        raise Uncuttable(f"{type(net).__name__} draws random numbers of its own, which a recording would hold fast")
+    return made
+
+
+def _random_states() -> tuple[Any, ...]:
+    numpy_state: Any = np.random.get_state()
+    of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    tensors = [torch.get_rng_state(), *of_gpus]
+    return random.getstate(), numpy_state[1].tobytes(), numpy_state[2:], [bytes(t.numpy()) for t in tensors]
 
 
 def tensor_shapes(
@@ -411,6 +426,20 @@ def tensor_shapes(
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise Uncuttable(f"{type(net).__name__} does not run on pictures of shape {example_shape}: {first}") from error
     return found
+
+
+def _check_same(recording: Recording, net: nn.Module, forward: Forward, example_shape: tuple[int, ...]) -> None:
+    """A module of the user's own may do other things at each call, which a recording does not."""
+    weight = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
+    if is_stock(net) or weight.is_meta:
+        return
+    noise = torch.rand(2, *example_shape, generator=torch.Generator().manual_seed(0))
+    x = noise.to(weight.device, weight.dtype)
+    with torch.no_grad(), _mode(net, False):
+        found = [fx.Interpreter(recording.whole, graph=recording.graph).run(x), forward(net, x), forward(net, x)]
+    scale = 1e-4 * float(found[0].abs().max())
+    if not all(torch.allclose(one, found[0], rtol=1e-4, atol=scale) for one in found[1:]):
+        raise Uncuttable(f"{type(net).__name__} gives other numbers than its own recording, or at every call others")
 
 
 def _choose(

@@ -16,13 +16,13 @@ from .classifier import Classifier
 from .dataset import ImageTable
 from .errors import DataError, RecipeError
 from .features import Source
-from .freezing import is_stock
 from .memory import in_portions
 from .metrics import evaluate_probs, softmax
 from .once import Advance, fast_kernels
 from .pixels import Pixels
 from .recipe import POLICIES
 from .runtime import Runtime, make_runtime
+from .stock import is_stock
 from .terminal import ProgressBar
 
 MOST_VIEWS = 100

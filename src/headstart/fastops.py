@@ -30,6 +30,7 @@ from .fastconv import (
     products_pay,
     stock_activation,
 )
+from .stock import is_as_built
 
 
 class Undo:
@@ -79,11 +80,24 @@ def _stock_class(module: nn.Module) -> type:
     return _STOCK.get(type(module), type(module))
 
 
+def stock_form(module: nn.Module) -> tuple[str, dict[str, Any]]:
+    """A module's class and settings, the same whether or not this room's exchanges are at work.
+
+    Without parameters, buffers and children, and without what changes how its result is computed but not the result.
+    """
+    kind = stock_activation(module) if type(module) is Done else _stock_class(module)
+    ours = {*_MARKS, "done", "stock", "inplace", "training"}
+    return f"{kind.__module__}.{kind.__qualname__}", {
+        key: value for key, value in vars(module).items() if key not in ours and not key.startswith("_")
+    }
+
+
 def _is_plain_conv(module: nn.Module) -> bool:
     return (
         _stock_class(module) in _FAST_CONV
         and cast(nn.Conv2d, module).padding_mode == "zeros"
         and not isinstance(module.padding, str)
+        and is_as_built(module)
     )
 
 
@@ -178,7 +192,8 @@ def conv_chains(module: nn.Module, forward: Forward) -> list[Chain]:
             act = None if isinstance(module_of(norm), BatchNormAct2d) else reader(norm)
         else:
             norm = None
-        act = act if act is not None and stock_activation(module_of(act)) in FUSED else None
+        if act is not None and not (stock_activation(module_of(act)) in FUSED and is_as_built(module_of(act))):
+            act = None
         # An activation's gradient is told from its result, which must stay what it was.
         if act is not None and is_changed(act):
             act = None
@@ -195,7 +210,8 @@ def _has_own_activation(norm: nn.Module) -> bool:
 
 
 def _has_fixed_form(norm: nn.Module) -> bool:
-    return _stock_class(norm) in _FUSED_NORM and cast(nn.BatchNorm2d, norm).running_var is not None
+    is_known = _stock_class(norm) in _FUSED_NORM and is_as_built(norm)
+    return is_known and cast(nn.BatchNorm2d, norm).running_var is not None
 
 
 def fuse_fixed_batchnorm(module: nn.Module, forward: Forward = nn.Module.__call__) -> Undo:
@@ -205,7 +221,7 @@ def fuse_fixed_batchnorm(module: nn.Module, forward: Forward = nn.Module.__call_
     the same as scaling its many outputs, forward and backward, and the convolution's own output need not be kept.
     Gradients reach the convolution's weight and the norm's weight and bias as before. A norm that is put into training
     mode computes as ever. The activation after it, or after a convolution without a norm, is done by the convolution
-    too, where it can be. Hooks on such a convolution see what comes out of the last of them.
+    too, where it can be. What has a hook is left as it is, so that the hook sees and changes what it would.
 
     Args:
         forward: what is called with the module and its input; it must contain the layers to fuse.
@@ -298,6 +314,9 @@ class FastSqueezeExcite(SqueezeExcite):
     def forward(self, x: Tensor) -> Any:
         gate = self.conv_expand(self.act1(self.conv_reduce(SpatialMean.apply(x))))
         return x * self.gate(gate)
+
+
+_STOCK[FastSqueezeExcite] = SqueezeExcite
 
 
 def fast_squeeze_excite(module: nn.Module) -> Undo:

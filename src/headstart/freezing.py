@@ -11,8 +11,7 @@ import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
-from torch import fx, nn
+from torch import nn
 
 from .backbones import block_aliases
 from .blocks import block_name, network_depths
@@ -171,21 +170,6 @@ def learns_statistics(model: Classifier) -> bool:
     """Whether some BatchNorm of the model, head included, is in training mode when the model is."""
     kept = {id(module) for module in model.kept_in_eval}
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and id(m) not in kept for m in model.modules())
-
-
-def is_stock(model: nn.Module) -> bool:
-    """Whether all its modules are PyTorch's, timm's or ours, without hooks, and their BatchNorm keeps statistics.
-
-    Such a one does the same at every call, and in evaluation mode treats each picture by itself. A graph or a script
-    may hold anything.
-    """
-    return all(
-        type(m).__module__.partition(".")[0] in ("torch", "timm", __package__)
-        and not isinstance(m, fx.GraphModule | torch.jit.ScriptModule)
-        and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-        and not (isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is None)
-        for m in model.modules()
-    )
 
 
 def set_freeze_line(model: Classifier, where: str, *, batchnorm: str = "fixed") -> FreezeLine:

@@ -20,13 +20,14 @@ from .checkpointing import Within, segments
 from .classifier import Classifier
 from .errors import SetupError, in_words
 from .features import ActivationSource, FeatureSource, PixelSource, Source
-from .freezing import is_batchnorm, is_stock, learns_statistics
+from .freezing import is_batchnorm, learns_statistics
 from .memory import Portion, equal_parts, filled_up, is_out_of_memory, peak_bytes, sent
 from .mixing import Mix, mix_inputs
 from .recipe import Stage
 from .recording import CAN_RECORD, Recording
 from .runtime import Runtime, free_bytes
 from .schedule import class_weight_vector, views_of_epoch
+from .stock import is_stock
 
 # A step may take this share of the free memory, by a measurement that leaves out the kernels' scratch space.
 MEMORY_SHARE = 0.6

@@ -19,12 +19,12 @@ from .cut import Cut
 from .errors import in_words
 from .fastops import fast_training
 from .filling import Filling, FrozenPart, Stored
-from .freezing import is_stock
 from .frozenpass import SAVED, FrozenForward, compile_pays, frozen_forward, tolerance
 from .memory import in_portions, sent
 from .pixels import Pixels
 from .rowstore import RowStore, row_stores
 from .runtime import Runtime, prefetch
+from .stock import is_stock
 
 Advance = Callable[[int], None]
 Aside = Callable[[], Cut | None]

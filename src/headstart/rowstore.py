@@ -7,23 +7,28 @@ import math
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .classifier import Classifier
 from .contract import tensors_digest
+from .fastops import stock_form
 from .pixels import Pixels
 from .pixelstore import Say
 from .recipe import AugmentSpec
 from .runtime import Runtime
+from .stock import is_stock_module
 from .store import Cache, EntryWriter, code_hash, key_of
 from .terminal import file_size
 
 _LIBRARIES = ("headstart", "torch", "torchvision", "timm", "numpy", "pillow")
+# What timm notes of a network's weights: these themselves count.
+_NO_SETTINGS = {"pretrained_cfg", "default_cfg"}
 
 
 class RowStore:
@@ -146,21 +151,57 @@ def row_stores(
     return of
 
 
+def built(net: nn.Module) -> list[Any] | None:
+    """What a network's modules are and how they are set, parameters and buffers aside, as plain values.
+
+    None where nobody can tell: a module of the user's own, or one with hooks. Of a traced part the operations between
+    its modules count as well.
+    """
+    rows: list[Any] = []
+    for name, module in net.named_modules():
+        if module is net and isinstance(net, fx.GraphModule):
+            rows.append(net.code)
+        elif is_stock_module(module):
+            kind, settings = stock_form(module)
+            rows.append([name, kind, {key: _plain(settings[key]) for key in sorted(settings.keys() - _NO_SETTINGS)}])
+        else:
+            return None
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """A module's attribute as a value that is the same in another process; None for what has no such form."""
+    if isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(one) for one in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, Tensor):
+        return tensors_digest([("", value)])
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value)
+    if isinstance(value, partial):
+        return [_plain(value.func), _plain(value.args), _plain(value.keywords)]
+    return getattr(value, "__qualname__", None)
+
+
 def row_keys(
     model: Classifier, net: nn.Module, at: str, pixels: Pixels, *, batch_size: int, runtime: Runtime, kind: str
 ) -> Callable[[int], str | None]:
     """A name for everything that decides the rows of so many views; None with a module or transform of the user's own.
 
-    Weights and buffers of `net`, where it ends, preparation, contents of the files in order, views with their policy
-    and seed, number format, batch shape, processes, threads, machine, the kind of function that made them,
-    libraries, and our own source text.
+    What `net` is built of, its weights and buffers, where it ends, preparation, contents of the files in order, views
+    with their policy and seed, number format, batch shape, processes, threads, machine, the kind of function that made
+    them, libraries, and our own source text.
     """
     contents = pixels.store.contents(pixels.table.paths) if pixels.store else None
-    if pixels.store is None or model.backbone_name is None or contents is None:
+    form = built(net)
+    if pixels.store is None or model.backbone_name is None or contents is None or form is None:
         return lambda views: None
     facts = {
         "weights": tensors_digest(chain(net.named_parameters(), net.named_buffers())),
-        "net": [model.backbone_name, model.backbone_args, model.pool, at],
+        "net": [model.backbone_name, model.backbone_args, model.pool, at, form],
         "pixels": [pixels.spec.to_dict(), pixels.store.family],
         "contents": hashlib.sha256("".join(contents).encode()).hexdigest(),
         "computed": [runtime.dtype, batch_size, runtime.world, kind, *_machine(runtime.device)],
