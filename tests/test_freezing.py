@@ -598,6 +598,20 @@ def test_groups_without_anything_trainable() -> None:
         param_groups(tiny().requires_grad_(False), lr=1.0)
 
 
+@pytest.mark.parametrize("shared", ["module", "tensor"])
+def test_what_has_two_names_is_placed_by_the_first_and_stays_whole(shared: str) -> None:
+    net = TinyNet()
+    if shared == "module":
+        net.alias = net.stem
+    else:
+        net.alias = nn.Conv2d(net.stem.in_channels, net.stem.out_channels, net.stem.kernel_size)
+        net.alias.weight = net.stem.weight
+    before = {name: tensor.clone() for name, tensor in net.named_parameters()}
+    model = tiny(net)
+    assert set_freeze_line(model, "block").frozen[0] == "stem"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.named_parameters())
+
+
 def test_spec_of_the_tests_is_what_the_nets_take() -> None:
     assert isinstance(SPEC, DataSpec)
     assert len(backbone_layers(tiny())) == 3

@@ -157,8 +157,11 @@ def conv_chains(module: nn.Module, forward: Forward) -> list[Chain]:
             return []
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
 
+    def name_of(node: fx.Node) -> str:
+        return f"{node.target}.".removeprefix(own).removesuffix(".")  # "" where the network is one layer itself
+
     def module_of(node: fx.Node) -> nn.Module:
-        return module.get_submodule(str(node.target).removeprefix(own))
+        return module.get_submodule(name_of(node))
 
     def reader(node: fx.Node) -> fx.Node | None:
         """The call that alone reads this one's output, past what passes it on as it is."""
@@ -200,7 +203,7 @@ def conv_chains(module: nn.Module, forward: Forward) -> list[Chain]:
         elif norm is not None and _has_own_activation(module_of(norm)) and is_changed(norm):
             continue
         if norm is not None or act is not None:
-            names = (None if n is None else str(n.target).removeprefix(own) for n in (node, norm, act))
+            names = (None if n is None else name_of(n) for n in (node, norm, act))
             chains.append(Chain(*names))  # type: ignore[arg-type]
     return chains
 

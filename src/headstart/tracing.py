@@ -122,9 +122,10 @@ def trace(
     Raises:
         Exception: whatever the forward pass itself raises on a black picture, when it cannot run on shapes either.
     """
-    state: dict[str, torch.Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    state = _state(module)
     with evaluation_mode(module), torch.no_grad():
-        meta = {n: torch.empty_like(t, device="meta") for n, t in state.items()}
+        shared = {id(t): torch.empty_like(t, device="meta") for t in state.values()}
+        meta = {n: shared[id(t)] for n, t in state.items()}
         try:
             return _run(module, forward, meta, torch.empty(x_shape, dtype=dtype, device="meta"))
         except Exception:
@@ -132,6 +133,18 @@ def trace(
                 raise
             device = next((t.device for t in state.values()), torch.device("cpu"))
             return _run(module, forward, state, torch.zeros(x_shape, dtype=dtype, device=device))
+
+
+def _state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer of each module by its name; a tensor that several modules share has several.
+
+    A module that is registered twice has its first name: swapped under both, its weights would not come back.
+    """
+    found = {}
+    for name, sub in module.named_modules():
+        for own, tensor in (*sub.named_parameters(recurse=False), *sub.named_buffers(recurse=False)):
+            found[f"{name}.{own}" if name else own] = tensor
+    return found
 
 
 def _run(module: nn.Module, forward: Forward, state: dict[str, torch.Tensor], x: torch.Tensor) -> Trace:
@@ -149,11 +162,15 @@ def _run(module: nn.Module, forward: Forward, state: dict[str, torch.Tensor], x:
             calls.append(Call(name, start, next(clock), _shape(args), _shape(out)))
 
         hooks += [sub.register_forward_pre_hook(enter), sub.register_forward_hook(leave)]
-    uses = _Uses({id(t): n for n, t in state.items()}, clock, open_calls)
+    uses = _Uses({id(t): n for n, t in reversed(state.items())}, clock, open_calls)  # the first of several names
     try:
         with uses:
             out = torch.func.functional_call(
-                _Method(module, forward), {f"module.{n}": t for n, t in state.items()}, (x,), strict=False
+                _Method(module, forward),
+                {f"module.{n}": t for n, t in state.items()},
+                (x,),
+                strict=False,
+                tie_weights=False,
             )
     finally:
         for hook in hooks:
