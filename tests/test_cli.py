@@ -402,9 +402,20 @@ def test_debug_shows_the_trace(arguments: list[str], calls: dict[str, Any], caps
 
 
 def test_a_bug_of_ours_is_not_dressed_up(calls: dict[str, Any]) -> None:
-    calls["raise"] = ZeroDivisionError("bug")
-    with pytest.raises(ZeroDivisionError):
-        main(["fit", "photos"])
+    for bug in (ZeroDivisionError("bug"), RuntimeError("mat1 and mat2 shapes cannot be multiplied")):
+        calls["raise"] = bug
+        with pytest.raises(type(bug)):
+            main(["fit", "photos"])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried 9")])
+def test_memory_that_runs_out_is_one_message(
+    error: Exception, calls: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls["raise"] = error
+    said = error_of(capsys, "fit", "photos")
+    assert said.startswith(f"headstart fit: error: Out of memory ({type(error).__name__}: ")
+    assert said.endswith("Take a smaller --image-size or --backbone, or free memory.\n")
 
 
 @pytest.mark.parametrize(

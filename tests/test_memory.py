@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -147,6 +149,7 @@ def test_what_counts_as_out_of_memory() -> None:
     assert is_out_of_memory(found.value)
     assert is_out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))  # oneDNN's
     assert is_out_of_memory(
         RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate")
     )
@@ -180,6 +183,15 @@ def test_scoring_and_the_frozen_pass_go_on_in_smaller_parts(
     scores = source_logits(model, features(20, 3), indices=torch.arange(20), runtime=how)
     assert scores.shape == (20, len(table.class_names))
     assert capsys.readouterr().err == ""  # what was learned once is not tried again
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
+def test_what_the_shell_allows_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = psutil.Process().memory_info().vms
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (taken + 10**9, -1))
+    assert 0 < free_memory_bytes() <= 10**9
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (10**6, -1))
+    assert free_memory_bytes() == 0
 
 
 def test_files_that_a_container_has_read_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ from .cli_options import (
 from .cli_overrides import apply_overrides, override_head, picture_overrides
 from .cli_recipe import follow_tuned
 from .cli_transforms import add_transforms_option, run_transforms
-from .errors import HeadstartError, Interrupted, RecipeError, near_matches
+from .errors import HeadstartError, Interrupted, RecipeError, SetupError, in_words, near_matches
 from .recipe import HeadSpec, load_recipe
 from .sources import source_name
 
@@ -411,6 +411,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (HeadstartError, OSError, KeyboardInterrupt) as error:
         return _explain(error, args)
+    except (MemoryError, RuntimeError) as error:
+        from .memory import is_out_of_memory  # with PyTorch, which a RuntimeError comes from
+
+        if not is_out_of_memory(error):
+            raise
+        words = f"Out of memory ({in_words(error)}). Take a smaller --image-size or --backbone, or free memory."
+        return _explain(SetupError(words), args)
 
 
 def _explain(error: BaseException, args: argparse.Namespace) -> int:

@@ -14,8 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import SetupError
 
-# What PyTorch's CPU allocator says, on Linux, on Windows, and what the system's own words for it are.
-_CPU_WORDS = ("can't allocate memory", "not enough memory", "cannot allocate memory", "bad allocation", "bad_alloc")
+# What PyTorch's CPU allocator says, on Linux, on Windows, what the system's own words for it are, and how oneDNN, which
+# allocates for itself, puts it: it has no other reason to fail on what has run before.
+_CPU_WORDS = (
+    *("can't allocate memory", "not enough memory", "cannot allocate memory", "bad allocation", "bad_alloc"),
+    *("could not create a primitive", "could not create a memory", "could not execute a primitive"),
+)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -86,7 +90,7 @@ class Portion:
             ) from error
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        text = f"Out of memory {doing}: {self.size} pictures at once from now on, {now} before"
+        text = f"Out of memory {doing}: {self.size} picture{'s' * (self.size != 1)} at once from now on, {now} before"
         self.note("out-of-memory", f"{text}; results stay the same within rounding.")
 
     def note(self, kind: str, message: str) -> None:

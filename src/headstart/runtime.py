@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,9 @@ from .errors import RecipeError, SetupError
 from .memory import Portion
 from .numerics import bf16_works, keep_freed_memory
 from .terminal import say
+
+if sys.platform != "win32":
+    import resource
 
 # How launchers say how many processes they start: torchrun and accelerate, then the MPIs that accelerate knows.
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -161,8 +165,12 @@ def prefetch(
 
 
 def free_memory_bytes() -> int:
-    """Memory this process may still take: what the system has left, or its container where that allows less."""
+    """Memory this process may still take: what the system has left, or its container or `ulimit -v` where less."""
     free = psutil.virtual_memory().available
+    if sys.platform != "win32":
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if most != resource.RLIM_INFINITY:
+            free = min(free, most - psutil.Process().memory_info().vms)
     try:
         limit = int((_CGROUP / "memory.max").read_text())
         counted = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
