@@ -131,6 +131,46 @@ def test_leftovers_of_a_dead_writer_are_swept_and_a_living_one_is_left_alone(cac
     writer.discard()
 
 
+def test_clearing_takes_what_was_just_left_and_the_list_counts_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "cache"))
+    cache = Cache()
+    put(cache, "a")
+    writer = cache.write("features", "living")
+    (left,) = (cache.folder / "features").glob(".*.part")
+    dead = left.with_name(".dead.1-ff.part")
+    dead.write_bytes(bytes(3_000_000))
+    for path in (left, dead):
+        os.utime(path, (time.time() - 2,) * 2)
+    assert main(["cache", "list"]) == 0
+    assert "3.0 MB unfinished" in capsys.readouterr().out
+    assert main(["cache", "clear"]) == 0
+    assert capsys.readouterr().out.startswith("3.0 MB removed")
+    assert (left.exists(), dead.exists()) == (True, False)
+    writer.discard()
+
+
+def test_a_torn_file_that_cannot_be_removed_is_none(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = put(cache, "a")
+    path.write_bytes(path.read_bytes()[:-100])
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(30, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert cache.open("features", "a") is None
+    assert cache.describe("features", "a") is None
+    with pytest.raises(SetupError, match=r"cannot be removed\. Make its folder writable"):
+        cache.clear()
+
+
+def test_hashes_that_are_read_count_as_used(cache: Cache, tmp_path: Path) -> None:
+    path = put(cache, FileHashes(cache, tmp_path)._name, age=3600, kind="files")
+    FileHashes(cache, tmp_path)
+    assert time.time() - path.stat().st_mtime < 60
+
+
 def test_hashes_are_remembered_and_a_changed_file_is_noticed(cache: Cache, tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"first")

@@ -58,5 +58,8 @@ def run_cache(args: argparse.Namespace) -> int:
         rows.append([SETS_TITLE, f"{len(sets):,}", terminal.file_size(in_sets), last])
     print(terminal.format_table(("kept", "entries", "size", "last used"), rows))
     total = terminal.file_size(sum(entry.nbytes for entry in entries))
-    print(f"\n{total} of {terminal.file_size(cache.limit_bytes)} in {cache.folder}, sets of pictures not counted")
+    coming = cache.on_its_way()
+    unfinished = f", {terminal.file_size(coming)} unfinished" if coming else ""
+    limit = terminal.file_size(cache.limit_bytes)
+    print(f"\n{total} of {limit} in {cache.folder}{unfinished}, sets of pictures not counted")
     return 0

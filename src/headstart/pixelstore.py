@@ -24,7 +24,7 @@ from .decode import decoder_version, file_bytes, open_image, picture_of
 from .errors import DataError
 from .inspection import LOOK_BYTES, Look, unpack
 from .intake import FULL, Made
-from .store import Cache, Entry, EntryWriter, FileHashes, code_hash, content_hash, key_of
+from .store import Cache, Entry, EntryWriter, FileHashes, code_hash, content_hash, drop, key_of
 from .terminal import file_size
 from .threads import available_cores, map_threads
 from .transforms import working_image_of
@@ -288,7 +288,7 @@ class PixelStore:
         if key not in self._checked:
             if zlib.crc32(pixels.data) != record.crc:  # the disk gives other bytes than were written: decode it again
                 self._records.pop(key, None)  # another thread may have found it too
-                entry.path.unlink(missing_ok=True)
+                drop(entry.path)
                 return None
             self._checked.add(key)
         return pixels.reshape(record.shape)

@@ -6,7 +6,6 @@ import hashlib
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from itertools import chain
@@ -23,7 +22,7 @@ from .pixelstore import Say
 from .recipe import AugmentSpec
 from .runtime import Runtime
 from .stock import is_stock_module
-from .store import Cache, EntryWriter, code_hash, key_of
+from .store import Cache, EntryWriter, code_hash, drop, key_of
 from .terminal import file_size
 
 _LIBRARIES = ("headstart", "torch", "torchvision", "timm", "numpy", "pillow")
@@ -57,7 +56,7 @@ class RowStore:
         if entry is None:
             return None
         if zlib.crc32(entry.data.data) != entry.meta["crc"]:
-            entry.path.unlink(missing_ok=True)
+            drop(entry.path)
             return None
         dtype = getattr(torch, entry.meta["dtype"])
         return torch.from_numpy(entry.data).view(dtype).reshape(entry.meta["shape"]), entry.meta
@@ -126,8 +125,7 @@ class RowStore:
 
     def remove(self) -> None:
         """Take kept rows off the disk; whoever holds them goes on holding them."""
-        with suppress(OSError):  # a system that removes nothing that is held
-            self._cache.path("features", self._key).unlink(missing_ok=True)
+        drop(self._cache.path("features", self._key))  # a system may remove nothing that is held
 
     def discard(self) -> None:
         """Leave nothing half done behind."""

@@ -41,7 +41,8 @@ DEFAULT_LIMIT_BYTES = 20 * 10**9
 _SUFFIX = ".entry"
 _MAGIC = b"HSTORE1\n"
 _TRAILER = struct.Struct("<QQ32s8s")  # length of the description, of the whole file, the description's hash, _MAGIC
-_STALE_SECONDS = 60.0
+_STALE_SECONDS = 60.0  # what has been left for so long without a lock is no writer's any more
+_FRESH_SECONDS = 1.0  # a writer may not have locked it yet
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 _Bytes = npt.NDArray[np.uint8]
@@ -216,7 +217,7 @@ class Cache:
         except OSError:
             return None
         if meta is None:
-            path.unlink(missing_ok=True)
+            drop(path)
         return meta
 
     def open(self, kind: str, name: str) -> Entry | None:
@@ -241,8 +242,13 @@ class Cache:
             raise
         os.close(fd)
         if meta is None:
-            path.unlink(missing_ok=True)
+            drop(path)
         return None
+
+    def touch(self, kind: str, name: str) -> None:
+        """An entry was used that was not held."""
+        with suppress(OSError):
+            os.utime(self.path(kind, name))
 
     def write(self, kind: str, name: str) -> EntryWriter:
         """Begin an entry; it appears when it is published."""
@@ -269,7 +275,7 @@ class Cache:
         Entries on their way count as far as they have got.
         """
         free = [entry.nbytes for entry in self.entries() if not _is_held(entry.path)]
-        held = sum(entry.nbytes for entry in self.entries()) - sum(free) + self._on_its_way()
+        held = sum(entry.nbytes for entry in self.entries()) - sum(free) + self.on_its_way()
         return max(0, min(self.limit_bytes - held, self._free_disk() + sum(free)))
 
     def make_room(self, nbytes: int) -> bool:
@@ -278,7 +284,7 @@ class Cache:
         if nbytes > self.room():
             return False
         entries = self.entries()
-        total = sum(entry.nbytes for entry in entries) + self._on_its_way()
+        total = sum(entry.nbytes for entry in entries) + self.on_its_way()
         for entry in entries:
             if total + nbytes <= self.limit_bytes and nbytes <= self._free_disk():
                 break
@@ -287,12 +293,17 @@ class Cache:
         return True
 
     def clear(self, kinds: tuple[str, ...] = KINDS) -> tuple[int, int]:
-        """Remove everything of these kinds that nobody uses; returns bytes removed and entries kept."""
-        self._sweep()
-        removed = kept = 0
+        """Remove everything of these kinds that nobody uses; returns bytes removed and entries kept.
+
+        Raises:
+            SetupError: the folder cannot be written to.
+        """
+        removed, kept = self._sweep(_FRESH_SECONDS if fcntl else _STALE_SECONDS), 0
         for entry in self.entries():
             if entry.kind in kinds:
                 gone = _remove_unheld(entry.path)
+                if not gone and not _is_held(entry.path):
+                    raise SetupError(f"{entry.path} cannot be removed. Make its folder writable, or remove it by hand.")
                 removed += entry.nbytes * gone
                 kept += not gone
         return removed, kept
@@ -309,8 +320,8 @@ class Cache:
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _on_its_way(self) -> int:
-        """Bytes of what is being written."""
+    def on_its_way(self) -> int:
+        """Bytes of what is being written, or was when its writer died."""
         total = 0
         for kind in KINDS:
             for path in (self.folder / kind).glob(".*.part"):
@@ -324,12 +335,15 @@ class Cache:
         usage = shutil.disk_usage(folder)
         return usage.free - min(usage.total // 20, 2 * 10**9)
 
-    def _sweep(self) -> None:
-        """Remove what writers that died have left."""
+    def _sweep(self, older: float = _STALE_SECONDS) -> int:
+        """Remove what writers that died have left, so many seconds ago or more; returns bytes removed."""
+        removed = 0
         for path in self.folder.glob("*/.*.part"):
             with suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    _remove_unheld(path)
+                status = path.stat()
+                if time.time() - status.st_mtime >= older and _remove_unheld(path):
+                    removed += status.st_size
+        return removed
 
 
 class FileHashes:
@@ -342,6 +356,7 @@ class FileHashes:
         self._cache = cache
         self._name = key_of({"root": str(root)})
         self._entry = cache.describe("files", self._name) or {}
+        cache.touch("files", self._name)
         self._known: dict[str, list[Any]] = self._entry.get("files", {})
         self._new: dict[str, list[Any]] = {}
 
@@ -416,6 +431,12 @@ def _try_lock(fd: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def drop(path: Path) -> None:
+    """Remove a file that is of no use; where that cannot be done it stays, of no use."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _is_held(path: Path) -> bool:
