@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ from headstart import (
     split,
 )
 from headstart.errors import DataError, SetupError
-from headstart.inspection import look
+from headstart.inspection import LOOK_BYTES, look
 from headstart.isolate import Limits
 from headstart.pixels import Pixels
 from headstart.pixelstore import PixelStore, picture_bytes
@@ -361,7 +362,11 @@ def test_without_the_cache_nothing_is_written_and_the_result_is_the_same(cache: 
     without = run(False)
     assert not cache.folder.exists()
     assert torch.equal(without, run(True))
-    assert [entry.kind for entry in cache.entries() if entry.kind != "files"] == ["pixels", "audits"]
+    assert [entry.kind for entry in cache.entries() if entry.kind != "files"] == [
+        "pixels",
+        "pixels",
+        "audits",
+    ]  # views and looks
 
 
 @pytest.mark.parametrize("trouble", ["room", "folder"])
@@ -531,3 +536,27 @@ def test_two_processes_fill_one_store_and_decode_each_picture_once(cache: Cache,
     results = [json.loads(child.communicate(timeout=60)[0]) for child in children]
     assert sum(count for count, _ in results) == 36
     assert results[0][1] == results[1][1]
+
+
+def test_a_later_part_is_all_that_is_made_and_kept(cache: Cache, photos: Path) -> None:
+    store, paths = filled(cache, photos)
+    before = sum(entry.nbytes for entry in cache.entries())
+    told: list[str] = []
+    again = PixelStore(cache, SPEC, say=told.append)
+    again.fill(paths, root=photos, look=True)
+    more = sum(entry.nbytes for entry in cache.entries()) - before
+    assert "36 pictures to decode, about 102 kB" in told[0], "the looks alone"
+    assert 0 < more < 36 * LOOK_BYTES * 1.2
+    assert all(torch.equal(again.view(path), store.view(path)) for path in paths)
+    assert all(again.look(path) is not None for path in paths)
+
+
+def test_looks_serve_every_preprocessing(cache: Cache, photos: Path) -> None:
+    filled(cache, photos, look=True)
+    with mock.patch.object(intake, "make", wraps=intake.make) as make:
+        store, paths = filled(cache, photos, replace(SPEC, image_size=24), look=True)
+    assert make.call_args.args[1] == ["view", "working"]
+    assert all(store.look(path) is not None for path in paths)
+    with decodes() as seen:
+        filled(cache, photos, replace(SPEC, image_size=24), look=True)
+    assert seen == []

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .backbones import spec_of
 from .bench import Bench, make_bench
 from .classifier import Classifier, create_classifier
 from .errors import ModelError, RecipeError
@@ -167,14 +168,14 @@ def advise(
             "Advice is about what a backbone has learned, but weights are 'none'. Give pretrained ones, or take the"
             " recipe for random weights: --recipe scratch."
         )
+    overrides = dict(spec_overrides or {})
+    weights = weights_of(Recipe(), weights)
     bench = data if isinstance(data, Bench) else make_bench(
         data, runtime=make_runtime(device=device, precision=precision, workers=workers), seed=seed, progress=progress,
-        **data_options,
+        spec=spec_of(backbone, weights, **overrides), **data_options,
     )  # fmt: skip
     bench = bench.without_test()
     started = time.perf_counter()
-    overrides = dict(spec_overrides or {})
-    weights = weights_of(Recipe(), weights)
     models = [
         create_classifier(backbone, bench.splits.class_names, weights=str(of), seed=seed, **overrides)
         for of in (weights, "none")

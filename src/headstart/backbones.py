@@ -89,6 +89,17 @@ def create_backbone(
     return net, spec
 
 
+def spec_of(name: str, weights: str | Path = "hub", **changes: Any) -> DataSpec:
+    """The preprocessing that `create_backbone` gives, with `override_spec`'s changes; nothing is built.
+
+    Raises:
+        ModelError, CheckpointError: as there.
+    """
+    _check_name(name)
+    stored = find_weights(weights, name) if Path(weights).is_dir() else None
+    return override_spec(stored.spec if stored and stored.spec else _timm_spec(name), **changes)
+
+
 def override_spec(
     spec: DataSpec,
     *,

@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from .backbones import spec_of
 from .bench import Bench, data_digest, make_bench, settle
 from .classifier import create_classifier
 from .comparison_page import write_comparison
@@ -130,14 +131,15 @@ def compare(
     plans = _plans(recipes, budgets or {})
     if not seeds or len(set(seeds)) != len(seeds):
         raise RecipeError(f"seeds are {list(seeds)!r}; give one or more different whole numbers.")
+    overrides = {p.name: _overrides(spec_overrides or {}, (budgets or {}).get(p.name)) for p in plans}
     bench = data if isinstance(data, Bench) else make_bench(
         data, runtime=make_runtime(device=device, precision=precision, workers=workers, compile=compile),
         seed=seeds[0], val=val, test=test, val_folder=val_folder, test_folder=test_folder, root=root,
         bad_files=bad_files, limit=limit, cache=cache, audit=audit, progress=progress,
+        spec=spec_of(backbone, weights or "hub", **overrides[plans[-1].name]),
     )  # fmt: skip
     if not len(bench.splits.test):
         raise RecipeError("The test split is empty, but a comparison is made on it. Hold some out: --test 0.15.")
-    overrides = {p.name: _overrides(spec_overrides or {}, (budgets or {}).get(p.name)) for p in plans}
     # A line that selects nothing is found before hours are spent on the others.
     sizes = {plan.name: check_lines(plan, backbone, bench, overrides[plan.name]) for plan in plans}
     settings = {

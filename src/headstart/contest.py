@@ -18,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from .backbones import spec_of
 from .bench import Bench, data_digest, make_bench, settle
 from .checkpoint import load
 from .classifier import Classifier, create_classifier
@@ -124,11 +125,12 @@ def shootout(
     entrants = _entrants(backbones, plan)
     if minutes <= 0 or finalists < 1:
         raise RecipeError(f"minutes is {minutes:g} and finalists {finalists}; a shoot-out takes more than 0 of both.")
+    overrides = dict(spec_overrides or {})
     bench = data if isinstance(data, Bench) else make_bench(
         data, runtime=make_runtime(device=device, precision=precision, workers=workers, compile=compile),
-        seed=plan.seed, progress=progress, **data_options,
+        seed=plan.seed, spec=spec_of(entrants[0].backbone, entrants[0].weights or "hub", **overrides),
+        progress=progress, **data_options,
     )  # fmt: skip
-    overrides = dict(spec_overrides or {})
     settings = {
         "data": data_digest(bench.splits), "recipe": json.loads(to_json(plan.to_dict())),
         "pictures": json.loads(to_json(overrides)), "precision": str(bench.runtime.dtype).removeprefix("torch."),

@@ -17,9 +17,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from .averaging import restore, snapshot
+from .backbones import spec_of
 from .bench import Bench, make_bench
-from .checkpoint import load
+from .checkpoint import load, read_card
 from .classifier import Classifier, create_classifier
+from .dataspec import DataSpec
 from .errors import ModelError, RecipeError
 from .features import StageData, place_source
 from .freezing import set_freeze_line
@@ -101,9 +103,14 @@ def find_lr(
     plan = Recipe.from_dict(read_run(run).recipe) if run is not None else _plan(recipe)
     if after_head and len(plan.stages) < 2:
         raise RecipeError(f"Recipe {plan.name!r} has one stage, so nothing comes after its head stage.")
+    spec = (
+        DataSpec.from_dict(read_card(Path(run))["preprocessing"])
+        if run is not None
+        else spec_of(backbone, weights or "hub", **(spec_overrides or {}))
+    )
     bench = data if isinstance(data, Bench) else make_bench(
         data, runtime=make_runtime(device=device, precision=precision, workers=workers), seed=plan.seed,
-        progress=progress, **data_options,
+        spec=spec, progress=progress, **data_options,
     )  # fmt: skip
     bench = bench.without_test()
     if run is not None:

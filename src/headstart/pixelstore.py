@@ -63,12 +63,14 @@ class PixelStore:
     def __init__(self, cache: Cache, spec: DataSpec | None, *, say: Say = lambda text: None) -> None:
         self.cache, self._spec, self.say = cache, spec, say
         self.family = key_of(_determined_by(spec))
+        self._looks = key_of(_determined_by(None))  # a look is the same whatever the pictures are made ready for
         self._records: dict[_Key, _Record] = {}
         self._reasons: dict[str, str | None] = {}
         self._digests: dict[Path, str] = {}
         self._read: set[str] = set()
         self._held: dict[str, Entry] = {}
         self._checked: set[_Key] = set()
+        self._refused = False
 
     # ---- filling -------------------------------------------------------------------------------------------------
 
@@ -105,11 +107,11 @@ class PixelStore:
             if missing and self._has_room(job, missing):
                 reasons = self._decode(job)
         except OSError as error:
-            self.say(f"Pixel store: {self.cache.folder} cannot be used ({error}); the run goes on without it.")
+            if not self._refused:
+                self.say(f"Pixel store: {self.cache.folder} cannot be used ({error}); the run goes on without it.")
+            self._refused = True
         unknown = (
-            []
-            if not check
-            else [i for i in range(len(paths)) if i not in reasons and not self._is_known(paths[i], parts)]
+            [] if not check else [i for i in range(len(paths)) if i not in reasons and not self._decodes(paths[i])]
         )
         looked = bad_reasons([paths[i] for i in unknown], workers=workers, progress=job.shifted(unknown))
         reasons |= dict(zip(unknown, looked, strict=True))
@@ -134,13 +136,21 @@ class PixelStore:
 
     def _is_known(self, path: Path, parts: Sequence[str]) -> bool:
         digest = self._digests.get(path, "")
-        if parts and all((digest, part) in self._records for part in parts):
+        if parts and not self._lacking(digest, parts):
             return True
         return digest in self._reasons and (not parts or self._reasons[digest] is not None)
 
+    def _lacking(self, digest: str, parts: Sequence[str]) -> list[str]:
+        return [part for part in parts if (digest, part) not in self._records]
+
+    def _decodes(self, path: Path) -> bool:
+        """Whether something is known of the picture already: that it decodes, or why it does not."""
+        digest = self._digests.get(path, "")
+        return digest in self._reasons or bool(set(intake.PARTS) - set(self._lacking(digest, intake.PARTS)))
+
     def _missing(self, job: _Job) -> list[int]:
         """Which pictures are not in the store as it stands now; the shards of those that are in it are held."""
-        for name in self.cache.names("pixels", self.family):
+        for name in (name for family in {self.family, self._looks} for name in self.cache.names("pixels", family)):
             if name not in self._read:
                 self._read.add(name)
                 self._index(name, self.cache.describe("pixels", name))
@@ -169,17 +179,23 @@ class PixelStore:
     def _has_room(self, job: _Job, missing: Sequence[int]) -> bool:
         if not job.parts:
             return True
-        pixels = 0 if self._spec is None else picture_bytes(self._spec, working="working" in job.parts)
-        needed = len(missing) * (pixels + LOOK_BYTES * ("look" in job.parts))
+        sizes = {"look": LOOK_BYTES}
+        if self._spec is not None:
+            view = picture_bytes(self._spec, working=False)
+            sizes |= {"view": view, "working": picture_bytes(self._spec, working=True) - view}
+        digests = (self._digests.get(job.paths[i], "") for i in missing)
+        needed = sum(sizes[part] for digest in digests for part in self._lacking(digest, job.parts))
         what = f"Pixel store: {len(missing):,} pictures to decode, about {file_size(needed)}"
         if self.cache.make_room(needed):
             self.say(f"{what} in {self.cache.folder}.")
             return True
-        room = file_size(self.cache.room())
-        self.say(
-            f"{what}, but {self.cache.folder} has room for {room} (HEADSTART_CACHE_LIMIT, free disk): the run goes on"
-            " without it and decodes pictures whenever it needs them."
-        )
+        if not self._refused:  # of all pictures; that there is none for those of one split is no news then
+            room = file_size(self.cache.room())
+            self.say(
+                f"{what}, but {self.cache.folder} has room for {room} (HEADSTART_CACHE_LIMIT, free disk): the run goes"
+                " on without it and decodes pictures whenever it needs them."
+            )
+        self._refused = True
         return False
 
     def _decode(self, job: _Job) -> dict[int, str | None]:
@@ -191,18 +207,25 @@ class PixelStore:
         with self.cache.lock(self.family, waiting=waiting):
             missing = self._missing(job)
             shards = _Shards(self.cache, self.family, self._hold)
+            looks = _Shards(self.cache, self._looks, self._hold)
             try:
-                reasons = self._make(job, missing, shards)
+                reasons = self._make(job, missing, shards, looks)
             finally:  # after an interrupt, too: what has been decoded is kept
                 shards.publish()
-        if shards.is_full:
+                looks.publish()
+        if shards.is_full or looks.is_full:
             self.say("Pixel store: no more room; the other pictures are decoded whenever they are needed.")
         self._missing(job)
         return reasons
 
-    def _make(self, job: _Job, missing: Sequence[int], shards: _Shards) -> dict[int, str | None]:
-        """Decode and keep the missing pictures; why each does not decode, which is kept where its bytes decide it."""
+    def _make(self, job: _Job, missing: Sequence[int], shards: _Shards, looks: _Shards) -> dict[int, str | None]:
+        """Decode the missing pictures and keep what is not there yet; why each does not decode.
+
+        That is kept, too, where its bytes decide it.
+        """
         paths = [job.paths[i] for i in missing]
+        lacking = {part for path in paths for part in self._lacking(self._digests.get(path, ""), job.parts)}
+        parts = [part for part in job.parts if part in lacking]
 
         def take(position: int, made: Made) -> None:
             if not made.digest:  # a limit was in the way, or no bytes could be read
@@ -210,11 +233,15 @@ class PixelStore:
             if made.reason or not job.parts:
                 shards.add_reason(made.digest, made.reason)
             else:
-                shards.add(made.digest, self._finished(made.parts))
+                finished = self._finished(made.parts)
+                new = {part: finished[part] for part in self._lacking(made.digest, list(finished))}
+                look = {part: new.pop(part) for part in ("look",) if part in new}
+                looks.add(made.digest, look)
+                shards.add(made.digest, new)
             self._digests[paths[position]] = made.digest  # of what was decoded, if the file has changed since
 
         reasons = intake.make(
-            paths, job.parts, self._spec, workers=job.workers or available_cores(), take=take,
+            paths, parts, self._spec, workers=job.workers or available_cores(), take=take,
             progress=job.shifted(missing),
         )  # fmt: skip
         return dict(zip(missing, reasons, strict=True))
@@ -327,6 +354,8 @@ class _Shards:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, digest: str, parts: dict[str, PixelArray]) -> None:
+        if not parts:
+            return
         rows = [
             (part, pixels.shape, data := np.ascontiguousarray(pixels).reshape(-1).data, zlib.crc32(data))
             for part, pixels in parts.items()

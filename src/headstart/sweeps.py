@@ -15,6 +15,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from .backbones import spec_of
 from .bench import Bench, data_digest, make_bench, settle
 from .comparison import check_lines
 from .errors import HeadstartError, RecipeError, SetupError
@@ -138,7 +139,8 @@ def sweep(
         plan = replace(plan, stages=tuple(replace(stage, epochs=epochs) for stage in plan.stages))
     bench = data if isinstance(data, Bench) else make_bench(
         data, runtime=make_runtime(device=device, precision=precision, workers=workers, compile=compile),
-        seed=plan.seed, share=share, progress=progress, **data_options,
+        seed=plan.seed, spec=spec_of(backbone, weights or "hub", **(spec_overrides or {})), share=share,
+        progress=progress, **data_options,
     )  # fmt: skip
     bench = bench.without_test()
     where = dict.fromkeys((str(p.get("backbone", backbone)), p.get("freeze_line")) for p in space.grid())
