@@ -117,6 +117,13 @@ def test_own_backbone_that_does_not_run() -> None:
         create_classifier(nn.Linear(5, 5), NAMES, data_spec=SPEC)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_script_is_no_backbone() -> None:
+    script = torch.jit.trace(nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ModelError, match=r"TorchScript .Conv2d.*Give the module that it was made of"):
+        create_classifier(script, NAMES, data_spec=SPEC)
+
+
 def test_own_head() -> None:
     head = nn.Sequential(nn.Dropout(0.1), nn.Linear(8, 3))
     model = tiny(head=head)

@@ -235,6 +235,11 @@ def create_classifier(
             raise ModelError(
                 f"weights={str(weights)!r} is for backbones by name; load them into your own module first."
             )
+        if isinstance(backbone, torch.jit.ScriptModule):
+            raise ModelError(
+                f"The backbone is TorchScript ({backbone.original_name}), whose layers can be neither watched nor"
+                " frozen one by one. Give the module that it was made of."
+            )
         net, spec = backbone, _spec_for_module(data_spec, features_from, drop_rate, drop_path_rate)
     spec = override_spec(spec, **changes)
     # An earlier block has nothing of the network's own head behind it, so its map is averaged.
