@@ -344,3 +344,37 @@ def test_what_draws_random_numbers_is_not_computed_again() -> None:
         found = segments(Unsteady(number), example_shape=(3, 8, 8))
         assert isinstance(found, str) == is_refused
         assert not is_refused or "random numbers of its own" in found
+
+
+def test_an_own_network_is_looked_at_without_a_trace() -> None:
+    class Counting(Unsteady):
+        def __init__(self) -> None:
+            super().__init__(lambda: 1.0)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            self.calls += torch.ones(())
+            return {"out": super().forward(x)}
+
+    before, net = np.random.get_bit_generator(), Counting()
+    np.random.set_bit_generator(np.random.PCG64(1))
+    try:
+        found = cut_or_reason(net, "block", example_shape=(3, 8, 8), forward=nn.Module.__call__)
+    finally:
+        np.random.set_bit_generator(before)
+    assert isinstance(found, Cut), found
+    assert net.calls <= 2, "its recording's own runs"
+
+
+def test_numbers_that_another_thread_draws_are_no_reason() -> None:
+    drawn = iter([True, False])
+
+    class Beside(Unsteady):
+        def forward(self, x: Tensor) -> Tensor:
+            if isinstance(x, torch.fx.Proxy) and next(drawn, False):
+                torch.rand(1)
+            return super().forward(x)
+
+    assert isinstance(
+        cut_or_reason(Beside(lambda: 1.0), "block", example_shape=(3, 8, 8), forward=nn.Module.__call__), Cut
+    )

@@ -136,6 +136,7 @@ def test_lbfgs_ends_once_it_has_found_the_least_loss() -> None:
 
 
 def test_lbfgs_takes_no_options_of_batches() -> None:
-    for options in ({"ema": 0.9}, {"mixup": 0.2}, {"accumulate": 2}, {"clip_norm": 1.0}, {"balanced_sampling": True}):
+    of_batches = ({"ema": 0.9}, {"mixup": 0.2}, {"accumulate": 2}, {"clip_norm": 1.0}, {"balanced_sampling": True})
+    for options in (*of_batches, {"batch_size": 7}, {"schedule": "one-cycle"}, {"warmup": 0.3}):
         with pytest.raises(RecipeError, match="sees all pictures at once"):
             Stage(optimizer="lbfgs", **options)  # type: ignore[arg-type]

@@ -150,6 +150,7 @@ def test_what_counts_as_out_of_memory() -> None:
     assert is_out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError("could not create a primitive"))  # oneDNN's
+    assert not is_out_of_memory(RuntimeError("could not create a primitive descriptor for the inner product primitive"))
     assert is_out_of_memory(
         RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate")
     )

@@ -190,6 +190,7 @@ BY_HAND: dict[str, Callable[[nn.Module], object]] = {
     "another slope": lambda net: setattr(net.get_submodule("layer3.0"), "act3", nn.LeakyReLU(0.2)),
     "own module": lambda net: setattr(net, "act1", _own(net)),
     "a hook": lambda net: net.get_submodule("layer3").register_forward_hook(lambda module, given, out: out * 0.5),
+    "own features": lambda net: setattr(net, "forward_features", lambda x: type(net).forward_features(net, 2 * x)),
     "own forward": lambda net: setattr(net.get_submodule("bn1"), "forward", lambda x: x),
 }
 
@@ -227,6 +228,12 @@ def test_a_network_is_known_while_its_fast_kernels_are_at_work(name: str) -> Non
         assert built(model.backbone) == form
     again = create_classifier(name, ("a", "b"), weights="none", image_size=32)
     assert built(again.backbone) == form
+    for number in (1.0, 2.0):
+        again.backbone.scale = np.array([number])
+        assert built(again.backbone) != form
+        form = built(again.backbone)
+    again.backbone.scale = object()
+    assert built(again.backbone) is None
 
 
 def test_modules_of_the_users_own_are_not_kept(cache: Cache, photos: Path) -> None:

@@ -89,15 +89,18 @@ def create_backbone(
     return net, spec
 
 
-def spec_of(name: str, weights: str | Path = "hub", **changes: Any) -> DataSpec:
-    """The preprocessing that `create_backbone` gives, with `override_spec`'s changes; nothing is built.
+def spec_of(name: str, weights: str | Path = "hub", *, data_spec: DataSpec | None = None, **changes: Any) -> DataSpec:
+    """The preprocessing that `create_classifier` would give, which takes the same `data_spec` and changes.
+
+    Nothing is built, and what else it takes is left out of account.
 
     Raises:
         ModelError, CheckpointError: as there.
     """
     _check_name(name)
     stored = find_weights(weights, name) if Path(weights).is_dir() else None
-    return override_spec(stored.spec if stored and stored.spec else _timm_spec(name), **changes)
+    spec = data_spec or (stored.spec if stored and stored.spec else _timm_spec(name))
+    return override_spec(spec, **{key: value for key, value in changes.items() if key in spec.to_dict()})
 
 
 def override_spec(

@@ -21,7 +21,9 @@ from timm.layers._fx import get_notrace_functions, get_notrace_modules
 from timm.layers.drop import DropBlock2d, DropPath
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
+from .errors import in_words
 from .fastconv import Done
 from .stock import is_stock
 
@@ -384,23 +386,23 @@ def _plain(node: fx.Node) -> str:
 
 
 def record(net: nn.Module, forward: Forward, *, training: bool, but: Iterable[nn.Module] = ()) -> Recording:
-    before = _random_states()
-    try:
-        with _mode(net, training, but):
-            made = Recording(*trace(net, forward))
-    except Exception as error:  # whatever a foreign forward raises under tracing
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise Uncuttable(f"{type(net).__name__} cannot be traced: {first}") from error
-    if _random_states() != before:
-        raise Uncuttable(f"{type(net).__name__} draws random numbers of its own, which a recording would hold fast")
-    return made
+    for _ in range(2):  # once more, lest another thread has drawn some meanwhile
+        before = _random_states()
+        try:
+            with _mode(net, training, but):
+                made = Recording(*trace(net, forward))
+        except Exception as error:  # whatever a foreign forward raises under tracing
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            raise Uncuttable(f"{type(net).__name__} cannot be traced: {first}") from error
+        if _random_states() == before:
+            return made
+    raise Uncuttable(f"{type(net).__name__} draws random numbers of its own, which a recording would hold fast")
 
 
 def _random_states() -> tuple[Any, ...]:
-    numpy_state: Any = np.random.get_state()
     of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    tensors = [torch.get_rng_state(), *of_gpus]
-    return random.getstate(), numpy_state[1].tobytes(), numpy_state[2:], [bytes(t.numpy()) for t in tensors]
+    tensors = [bytes(state.numpy()) for state in (torch.get_rng_state(), *of_gpus)]
+    return random.getstate(), repr(np.random.get_state(legacy=False)), tensors
 
 
 def tensor_shapes(
@@ -435,11 +437,23 @@ def _check_same(recording: Recording, net: nn.Module, forward: Forward, example_
         return
     noise = torch.rand(2, *example_shape, generator=torch.Generator().manual_seed(0))
     x = noise.to(weight.device, weight.dtype)
-    with torch.no_grad(), _mode(net, False):
-        found = [fx.Interpreter(recording.whole, graph=recording.graph).run(x), forward(net, x), forward(net, x)]
-    scale = 1e-4 * float(found[0].abs().max())
-    if not all(torch.allclose(one, found[0], rtol=1e-4, atol=scale) for one in found[1:]):
-        raise Uncuttable(f"{type(net).__name__} gives other numbers than its own recording, or at every call others")
+    before = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    name, tolerance = type(net).__name__, 1e-4 if weight.dtype.itemsize >= 4 else 5e-2
+    try:
+        with torch.no_grad(), _mode(net, False):
+            outs = [fx.Interpreter(recording.whole, graph=recording.graph).run(x), forward(net, x), forward(net, x)]
+            kept, *now = ([leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)] for out in outs)
+            is_same = all(
+                torch.allclose(one, own, rtol=tolerance, atol=tolerance * float(own.abs().max()), equal_nan=True)
+                for leaves in now
+                for one, own in zip(leaves, kept, strict=True)
+            )
+            for buffer, value in before:
+                buffer.copy_(value)
+    except Exception as error:
+        raise Uncuttable(f"{name} does not run on pictures of shape {example_shape}: {in_words(error)}") from error
+    if not is_same:
+        raise Uncuttable(f"{name} gives other numbers than its own recording, or at every call others")
 
 
 def _choose(

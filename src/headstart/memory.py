@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 from .errors import SetupError
 
 # What PyTorch's CPU allocator says, on Linux, on Windows, what the system's own words for it are, and how oneDNN, which
-# allocates for itself, puts it: it has no other reason to fail on what has run before.
-_CPU_WORDS = (
-    *("can't allocate memory", "not enough memory", "cannot allocate memory", "bad allocation", "bad_alloc"),
-    *("could not create a primitive", "could not create a memory", "could not execute a primitive"),
+# allocates for itself, puts it. That it cannot create a descriptor says that it does not know the operation.
+_CPU_WORDS = re.compile(
+    "can't allocate memory|not enough memory|cannot allocate memory|bad allocation|bad_alloc"
+    "|could not create a (primitive|memory)(?! descriptor)"
 )
 
 
@@ -45,7 +46,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     while seen is not None:
         if isinstance(seen, (torch.OutOfMemoryError, MemoryError)):
             return True
-        if isinstance(seen, RuntimeError) and any(words in str(seen).lower() for words in _CPU_WORDS):
+        if isinstance(seen, RuntimeError) and _CPU_WORDS.search(str(seen).lower()):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

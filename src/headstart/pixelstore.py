@@ -207,7 +207,7 @@ class PixelStore:
         with self.cache.lock(self.family, waiting=waiting):
             missing = self._missing(job)
             shards = _Shards(self.cache, self.family, self._hold)
-            looks = _Shards(self.cache, self._looks, self._hold)
+            looks = _Shards(self.cache, self._looks, self._hold, ahead=SHARD_BYTES // 256)
             try:
                 reasons = self._make(job, missing, shards, looks)
             finally:  # after an interrupt, too: what has been decoded is kept
@@ -340,12 +340,13 @@ class _Job:
 class _Shards:
     """Shards on their way to the disk; any thread may add to them. Room is made as they grow.
 
-    hold: is given the name of each as soon as it has appeared.
+    hold: is given the name of each as soon as it has appeared. ahead: bytes that room is made for at once.
     """
 
     cache: Cache
     family: str
     hold: Callable[[str], None]
+    ahead: int = SHARD_BYTES // 16
     is_full: bool = False
     _room: int = 0
     _writer: EntryWriter | None = None
@@ -387,7 +388,7 @@ class _Shards:
 
     def _has_room(self, nbytes: int) -> bool:
         if nbytes > self._room:  # for more than this picture at once, since it takes a look at the whole cache
-            more = (max(nbytes, SHARD_BYTES // 16), nbytes)
+            more = (max(nbytes, self.ahead), nbytes)
             self._room = next((size for size in more if self.cache.make_room(size)), 0)
         return nbytes <= self._room
 

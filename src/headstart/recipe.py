@@ -285,11 +285,13 @@ class Stage(Spec):
         return (HEAD_BATCH if self.freeze_line == "head" else FINE_TUNE_BATCH) * self.accumulate
 
     def _refuse_beside_lbfgs(self, owner: str) -> None:
-        for name in ("accumulate", "balanced_sampling", "clip_norm", "mixup", "cutmix", "ema"):
+        of_batches = ("batch_size", "accumulate", "balanced_sampling", "clip_norm", "mixup", "cutmix", "ema")
+        for name in (*of_batches, "schedule", "warmup"):
             value = getattr(self, name)
             if value != Stage.__dataclass_fields__[name].default:
                 raise RecipeError(
-                    f"{owner}: {name} is {value!r}, but optimizer 'lbfgs' sees all pictures at once."
+                    f"{owner}: {name} is {value!r}, but optimizer 'lbfgs' sees all pictures at once and finds the"
+                    " length of its steps itself."
                     f" Leave {name} out, or take optimizer 'adamw'."
                 )
 

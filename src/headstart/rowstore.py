@@ -11,6 +11,7 @@ from importlib import metadata
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -152,8 +153,8 @@ def row_stores(
 def built(net: nn.Module) -> list[Any] | None:
     """What a network's modules are and how they are set, parameters and buffers aside, as plain values.
 
-    None where nobody can tell: a module of the user's own, or one with hooks. Of a traced part the operations between
-    its modules count as well.
+    None where nobody can tell: a module of the user's own, one with hooks, a setting that has no plain form. Of a
+    traced part the operations between its modules count as well.
     """
     rows: list[Any] = []
     for name, module in net.named_modules():
@@ -161,27 +162,37 @@ def built(net: nn.Module) -> list[Any] | None:
             rows.append(net.code)
         elif is_stock_module(module):
             kind, settings = stock_form(module)
-            rows.append([name, kind, {key: _plain(settings[key]) for key in sorted(settings.keys() - _NO_SETTINGS)}])
+            try:
+                plain = {key: _plain(settings[key]) for key in sorted(settings.keys() - _NO_SETTINGS)}
+            except _NotPlain:
+                return None
+            rows.append([name, kind, plain])
         else:
             return None
     return rows
 
 
+class _NotPlain(Exception):
+    """What a setting is cannot be told."""
+
+
 def _plain(value: Any) -> Any:
-    """A module's attribute as a value that is the same in another process; None for what has no such form."""
-    if isinstance(value, str | int | float | bool):
+    """A module's setting as a value that is the same in another process."""
+    if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(one) for one in value]
     if isinstance(value, Mapping):
         return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, Tensor):
-        return tensors_digest([("", value)])
-    if isinstance(value, torch.dtype | torch.device):
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return tensors_digest([("", torch.as_tensor(value))])
+    if isinstance(value, torch.dtype | torch.device | torch.memory_format):
         return str(value)
     if isinstance(value, partial):
         return [_plain(value.func), _plain(value.args), _plain(value.keywords)]
-    return getattr(value, "__qualname__", None)
+    if getattr(value, "__module__", "").partition(".")[0] in ("torch", "timm") and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"  # a function or a class
+    raise _NotPlain
 
 
 def row_keys(

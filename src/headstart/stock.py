@@ -27,5 +27,10 @@ def is_stock_module(module: nn.Module) -> bool:
 
 
 def is_as_built(module: nn.Module) -> bool:
-    """Whether nobody has hung anything on the module that may read or change what it takes and gives."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    """Whether nobody has hung anything on the module that may read or change what it takes and gives.
+
+    That is a hook, or a function in place of a method of its class.
+    """
+    kind = type(module)
+    replaced = any(callable(value) and callable(getattr(kind, name, None)) for name, value in vars(module).items())
+    return not (module._forward_hooks or module._forward_pre_hooks or replaced)
