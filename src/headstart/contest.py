@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -25,6 +26,7 @@ from .classifier import Classifier, create_classifier
 from .closing import trained_on
 from .comparison import run_name, run_or_read
 from .dataset import Splits
+from .dataspec import DataSpec
 from .errors import HeadstartError, RecipeError
 from .features import FeatureSource, make_source
 from .freezing import set_freeze_line
@@ -128,8 +130,7 @@ def shootout(
     overrides = dict(spec_overrides or {})
     bench = data if isinstance(data, Bench) else make_bench(
         data, runtime=make_runtime(device=device, precision=precision, workers=workers, compile=compile),
-        seed=plan.seed, spec=spec_of(entrants[0].backbone, entrants[0].weights or "hub", **overrides),
-        progress=progress, **data_options,
+        seed=plan.seed, spec=_first_spec(entrants, overrides), progress=progress, **data_options,
     )  # fmt: skip
     settings = {
         "data": data_digest(bench.splits), "recipe": json.loads(to_json(plan.to_dict())),
@@ -166,6 +167,14 @@ class _Clock:
     @property
     def passed(self) -> float:
         return time.perf_counter() - self.started
+
+
+def _first_spec(entrants: Sequence[Entrant], overrides: Mapping[str, Any]) -> DataSpec | None:
+    """The preprocessing of the first backbone that can be had, for which the first look at the pictures decodes them."""
+    for one in entrants:
+        with suppress(HeadstartError):  # why not is told where it is probed
+            return spec_of(one.backbone, one.weights or "hub", **overrides)
+    return None
 
 
 def _entrants(backbones: Sequence[str | Entrant], plan: Recipe) -> list[Entrant]:
