@@ -170,7 +170,7 @@ class _Clock:
 
 
 def _first_spec(entrants: Sequence[Entrant], overrides: Mapping[str, Any]) -> DataSpec | None:
-    """The preprocessing of the first backbone that can be had, for which the first look at the pictures decodes them."""
+    """The preprocessing of the first backbone that can be had: the look at the pictures decodes them for it, too."""
     for one in entrants:
         with suppress(HeadstartError):  # why not is told where it is probed
             return spec_of(one.backbone, one.weights or "hub", **overrides)
