@@ -170,8 +170,10 @@ class Bench:
 
     def _key(self, model: Classifier, train: Pixels, parts: list[Any]) -> str | None:
         """None where something cannot be described: a module or a transform of the user's own."""
+        if not self.share or model.backbone_name is None or not isinstance(train.augment, AugmentSpec):
+            return None
         form = built(model.backbone)
-        if not self.share or model.backbone_name is None or form is None or not isinstance(train.augment, AugmentSpec):
+        if form is None:
             return None
         parts += [form, model.backbone_name, model.backbone_args, model.pool, repr(train.spec), train.augment.to_dict()]
         parts += [train.seed if train.is_augmented else 0, str(self.runtime.dtype), str(self.runtime.device)]

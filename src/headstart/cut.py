@@ -448,10 +448,12 @@ def _check_same(recording: Recording, net: nn.Module, forward: Forward, example_
                 for leaves in now
                 for one, own in zip(leaves, kept, strict=True)
             )
+    except Exception as error:  # whatever a foreign forward raises
+        raise Uncuttable(f"{name} does not run on pictures of shape {example_shape}: {in_words(error)}") from error
+    finally:
+        with torch.no_grad():
             for buffer, value in before:
                 buffer.copy_(value)
-    except Exception as error:
-        raise Uncuttable(f"{name} does not run on pictures of shape {example_shape}: {in_words(error)}") from error
     if not is_same:
         raise Uncuttable(f"{name} gives other numbers than its own recording, or at every call others")
 

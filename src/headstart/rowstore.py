@@ -205,8 +205,8 @@ def row_keys(
     them, libraries, and our own source text.
     """
     contents = pixels.store.contents(pixels.table.paths) if pixels.store else None
-    form = built(net)
-    if pixels.store is None or model.backbone_name is None or contents is None or form is None:
+    form = built(net) if contents and model.backbone_name else None
+    if pixels.store is None or form is None or contents is None:
         return lambda views: None
     facts = {
         "weights": tensors_digest(chain(net.named_parameters(), net.named_buffers())),
