@@ -21,7 +21,7 @@ LAYERS = (
         *("tuned", "owners"),
         *("folders", "manifest", "groups", "prepared", "archives", "named_sets", "sources", "arrays", "sizes"),
         *("decode", "isolate", "order", "threads", "dataset", "dataspec", "transforms", "augment", "batchviews"),
-        *("metrics", "modelfile", "run", "runtime", "store", "terminal", "memory"),
+        *("metrics", "modelfile", "run", "runtime", "store", "hashes", "terminal", "memory"),
         *("autoaugment", "heads", "tracing", "cut", "fastconv", "fastops", "numerics", "frozenpass", "checkpointing"),
         *("batchstats", "recording", "stock"),
         *(
@@ -105,7 +105,8 @@ SIDEWAYS = {
     ("intake", "decode"),
     ("intake", "inspection"),
     ("intake", "isolate"),
-    ("intake", "store"),
+    ("hashes", "store"),
+    ("intake", "hashes"),
     ("transforms", "dataspec"),
     ("augment", "dataspec"),
     ("batchviews", "dataspec"),
@@ -286,7 +287,7 @@ SIDEWAYS = {
     ("cli_tuning", "cli_recipe"),
 }
 TORCH_FREE = (
-    *("errors", "recipe", "dataset", "dataspec", "intake", "metrics", "run", "store", "terminal", "verdicts"),
+    *("errors", "recipe", "dataset", "dataspec", "intake", "metrics", "run", "store", "hashes", "terminal", "verdicts"),
     *(
         "audit_quick",
         "audit_sheet",

@@ -13,7 +13,8 @@ import pytest
 
 from headstart.cli import main
 from headstart.errors import SetupError
-from headstart.store import Cache, FileHashes, cache_folder, cache_limit, content_hash, key_of
+from headstart.hashes import FileHashes, content_hash
+from headstart.store import Cache, cache_folder, cache_limit, key_of
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from . import isolate
 from .dataspec import DataSpec, PixelArray, evaluation_view, working_image_by_pillow
 from .decode import file_bytes, picture_of
 from .errors import DataError, SetupError
+from .hashes import content_hash
 from .inspection import look_of_bytes, pack
 from .isolate import Answer
-from .store import content_hash
 
 PARTS = ("view", "working", "look")
 FULL = "full"  # in place of the working image: the picture itself, where PyTorch, which no worker needs, shrinks it

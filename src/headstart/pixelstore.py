@@ -22,9 +22,10 @@ from .dataset import bad_reasons
 from .dataspec import DataSpec, PixelArray, working_size
 from .decode import decoder_version, file_bytes, open_image, picture_of
 from .errors import DataError
+from .hashes import FileHashes, content_hash
 from .inspection import LOOK_BYTES, Look, unpack
 from .intake import FULL, Made
-from .store import Cache, Entry, EntryWriter, FileHashes, code_hash, content_hash, drop, key_of
+from .store import Cache, Entry, EntryWriter, code_hash, drop, key_of
 from .terminal import file_size
 from .threads import available_cores, map_threads
 from .transforms import working_image_of
