@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from records import Record, append, parser, read, show
-from step import cpu_words, ours, timed
+from runner_common import cpu_words
+from step import ours, timed
 
 from headstart import create_classifier, fastconv, make_runtime
 from headstart.once import fast_kernels

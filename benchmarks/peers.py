@@ -41,7 +41,7 @@ from pathlib import Path
 
 import psutil
 from records import SHARED, WEIGHTS, Record, append, read, show
-from runner_common import BACKBONE, has_bfloat16, read_splits
+from runner_common import BACKBONE, cpu_flags, cpu_words, read_splits
 
 import headstart
 from headstart.metrics import paired_difference, wilson_interval
@@ -87,16 +87,20 @@ WHOLE_BAR = 5.0
 
 Found = dict[tuple[str, int, str], Record]
 """Records by set, seed and run."""
-KINDS = {True: "On a CPU with bfloat16", False: "On a CPU without bfloat16"}
-"""Machines: runs on one kind are never compared with runs on the other."""
+KINDS = {
+    "AVX-512, bfloat16": "On a CPU with bfloat16",
+    "AVX-512, bfloat16 in AMX": "On a CPU with bfloat16 in matrix units (AMX)",
+    "AVX-512": "On a CPU without bfloat16",
+}
+"""Machines that have a table, by what they compute with: runs on one kind are never compared with runs on another."""
 
 
-def records(bfloat16: bool) -> Found:
+def records(kind: str) -> Found:
     """Whole runs on CPUs of this kind, and estimates of those that have only been run in part.
 
     Of repeated runs the last one counts, and a whole run before any estimate.
     """
-    made = [r for r in read("peers") if r["bfloat16_cpu"] == bfloat16]
+    made = [r for r in read("peers") if cpu_words(r["cpu_flags"]) == kind]
     whole = {(r["set"], r["seed"], r["run"]): r for r in made if not r.get("part")}
     parts = {(r["set"], r["seed"], r["run"]): estimate(r) for r in made if r.get("part")}
     return parts | whole
@@ -288,7 +292,7 @@ def run_all(options: argparse.Namespace) -> None:
 def run_one(key: str, options: argparse.Namespace, *, name: str, seed: int) -> None:
     """One run, and headstart's again from the cache it has filled; what has a record is not run again."""
     keys = [key] + [f"{key}_cached"] * (f"{key}_cached" in RUNS)
-    if {(name, seed, key) for key in keys} <= whole_runs(records(has_bfloat16())).keys():
+    if {(name, seed, key) for key in keys} <= whole_runs(records(cpu_words(cpu_flags()))).keys():
         return
     lock, threads, epochs = options.lock, options.threads, options.epochs
     with tempfile.TemporaryDirectory(prefix="headstart-bench-") as cache:
@@ -303,7 +307,7 @@ def run_one(key: str, options: argparse.Namespace, *, name: str, seed: int) -> N
                     epochs=epochs,
                     every=options.every,
                 )
-            about = {"run": key, "set": name, "seed": seed, "threads": threads, "bfloat16_cpu": has_bfloat16()}
+            about = {"run": key, "set": name, "seed": seed, "threads": threads}
             append("peers", about | record)
             seconds = [record[field] for field in ("head_seconds", "seconds", "processor_seconds")]
             print(name, seed, key, "seconds: head, all, processor", seconds, record["test_accuracy"], flush=True)
@@ -496,8 +500,8 @@ def time_rows(found: Found) -> list[str]:
 def table() -> str:
     """Markdown, for each kind of machine: the bars, one table per set, and the accuracies compared."""
     parts = []
-    for bfloat16, title in KINDS.items():
-        found = records(bfloat16)
+    for kind, title in KINDS.items():
+        found = records(kind)
         if not found:
             continue
         parts += [f"### {title}", "", *bar_rows(found)]

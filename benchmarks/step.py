@@ -27,7 +27,7 @@ from dataclasses import replace
 
 from peers import make_environment
 from records import HERE, WEIGHTS, Record, append, parser, read, show
-from runner_common import IMAGE_SIZE
+from runner_common import IMAGE_SIZE, cpu_words
 
 BACKBONES = ("mobilenetv2_100", "mobilenetv3_small_100", "efficientnet_b0")
 CLASSES = 10
@@ -182,12 +182,6 @@ def table() -> str:
         )  # fmt: skip
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows)
-
-
-def cpu_words(flags: list[str]) -> str:
-    """What the CPU computes with."""
-    wide = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "SSE"
-    return f"{wide}, bfloat16" if not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags) else wide
 
 
 def main() -> None:

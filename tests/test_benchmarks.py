@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 PAGE = ROOT / "docs" / "benchmarks.md"
+AVX512 = ("avx2", "fma", "avx512f", "avx512_vnni")
+BFLOAT16 = (*AVX512, "avx512_bf16")
+AMX = (*BFLOAT16, "amx_bf16", "avx512_fp16")
 
 
 @pytest.fixture
@@ -33,17 +37,23 @@ def peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def record(
-    run: str, *, seed: int = 0, seconds: float = 100.0, val: float = 0.9, hits: str = "1110", bfloat16: bool = False
+    run: str,
+    *,
+    seed: int = 0,
+    seconds: float = 100.0,
+    val: float = 0.9,
+    hits: str = "1110",
+    flags: Iterable[str] = AVX512,
 ) -> dict[str, Any]:
     curve = [
-        {"seconds": seconds / 4, "phase": "head", "val_accuracy": val - 0.1},
-        {"seconds": seconds / 2, "phase": "all", "val_accuracy": val},
+        {"seconds": seconds / 4, "processor_seconds": seconds / 4, "phase": "head", "val_accuracy": val - 0.1},
+        {"seconds": seconds / 2, "processor_seconds": seconds / 2, "phase": "all", "val_accuracy": val},
     ]
     return {
         "set": "flowers5", "seed": seed, "run": run, "seconds": seconds, "processor_seconds": seconds,
         "head_seconds": seconds / 4, "head_processor_seconds": seconds / 4, "curve": curve, "val_accuracy": val,
         "test_accuracy": hits.count("1") / len(hits), "test_ci95": [0.3, 0.95], "test_hits": hits, "peak_pss_mb": 500.0,
-        "bfloat16_cpu": bfloat16,
+        "cpu_flags": list(flags),
     }  # fmt: skip
 
 
@@ -56,20 +66,24 @@ def write(name: str, *made: dict[str, Any]) -> None:
 
 def test_of_repeated_runs_the_last_record_counts(peers: ModuleType) -> None:
     write("peers", record("keras", seconds=900), record("keras", seed=1), record("keras", seconds=800))
-    assert sorted((r["seed"], r["seconds"]) for r in peers.records(bfloat16=False).values()) == [(0, 800), (1, 100)]
+    assert sorted((r["seed"], r["seconds"]) for r in peers.records("AVX-512").values()) == [(0, 800), (1, 100)]
 
 
 def test_runs_on_two_kinds_of_machine_are_not_compared(peers: ModuleType) -> None:
     write(
-        "peers", record("headstart", seconds=100), record("keras", seconds=800, bfloat16=True),
-        record("headstart", seconds=50, bfloat16=True), record("fastai", seconds=300),
+        "peers", record("headstart", seconds=100), record("keras", seconds=800, flags=BFLOAT16),
+        record("headstart", seconds=50, flags=BFLOAT16), record("fastai", seconds=300),
+        record("headstart", seconds=20, flags=AMX), record("keras", seconds=100, flags=AMX),
+        record("keras", seconds=1000, flags=("avx2", "fma")),
     )  # fmt: skip
     ratios = [
-        [peers.ratios(peers.records(kind), run, "seconds") for run in ("keras", "fastai")] for kind in (True, False)
+        [peers.ratios(peers.records(kind), run, "seconds") for run in ("keras", "fastai")] for kind in peers.KINDS
     ]
-    assert ratios == [[[16.0], []], [[], [3.0]]]
-    rows = ["\n".join(peers.bar_rows(peers.records(kind))) for kind in (True, False)]
-    assert ["Keras" in found for found in rows] == [True, False]
+    assert ratios == [[[16.0], []], [[5.0], []], [[], [3.0]]]
+    rows = ["\n".join(peers.bar_rows(peers.records(kind))) for kind in peers.KINDS]
+    assert ["Keras" in found for found in rows] == [True, True, False]
+    assert [title in peers.table() for title in peers.KINDS.values()] == [True] * 3
+    assert "1,000" not in peers.table()  # a kind without a table
 
 
 def test_a_part_of_a_run_is_scaled_to_the_whole_and_gives_way_to_it(peers: ModuleType) -> None:
@@ -81,14 +95,14 @@ def test_a_part_of_a_run_is_scaled_to_the_whole_and_gives_way_to_it(peers: Modul
         "curve": [{"phase": p, "seconds": s, "processor_seconds": s, "val_accuracy": 0.5} for p, s in times],
     }  # fmt: skip
     write("peers", part, record("headstart", seconds=100))
-    assert peers.ratios(peers.records(False), "keras", "head_processor_seconds") == [(4 + 30 * 3 * 4) / 25]
-    assert peers.ratios(peers.records(False), "keras", "seconds") == []
-    assert peers.ratios(peers.records(False), "keras", "processor_seconds") == [(4 + 30 * 3 * 4 + 10 * 5 * 4) / 100]
-    row = next(row for row in peers.run_rows(peers.records(False), "flowers5") if "Keras" in row)
+    assert peers.ratios(peers.records("AVX-512"), "keras", "head_processor_seconds") == [(4 + 30 * 3 * 4) / 25]
+    assert peers.ratios(peers.records("AVX-512"), "keras", "seconds") == []
+    assert peers.ratios(peers.records("AVX-512"), "keras", "processor_seconds") == [(4 + 30 * 3 * 4 + 10 * 5 * 4) / 100]
+    row = next(row for row in peers.run_rows(peers.records("AVX-512"), "flowers5") if "Keras" in row)
     assert row.endswith("| 1 | ~364 | ~564 | - | - | - | - | - | - |")
-    assert len(peers.accuracy_rows(peers.records(False))) == 2  # the heading alone
+    assert len(peers.accuracy_rows(peers.records("AVX-512"))) == 2  # the heading alone
     write("peers", record("keras", seconds=700), part, record("headstart", seconds=100))
-    assert peers.ratios(peers.records(False), "keras", "seconds") == [7.0]
+    assert peers.ratios(peers.records("AVX-512"), "keras", "seconds") == [7.0]
 
 
 def test_ratios_are_within_a_set_and_seed_and_a_missed_bar_is_said(peers: ModuleType) -> None:
@@ -96,8 +110,8 @@ def test_ratios_are_within_a_set_and_seed_and_a_missed_bar_is_said(peers: Module
         "peers", record("headstart", seconds=100), record("keras", seconds=800), record("fastai", seconds=250),
         record("keras", seed=1, seconds=9999),
     )  # fmt: skip
-    assert peers.ratios(peers.records(False), "keras", "seconds") == [8.0]
-    rows = {row.split(" | ")[0]: row for row in peers.bar_rows(peers.records(False))}
+    assert peers.ratios(peers.records("AVX-512"), "keras", "seconds") == [8.0]
+    rows = {row.split(" | ")[0]: row for row in peers.bar_rows(peers.records("AVX-512"))}
     assert rows["| whole run: Keras, head then top 20 layers"].endswith("| 8.0x | 8.0x | 1 | held | 16x |")
     assert rows["| head stage: Keras, head then top 20 layers"].endswith("| 8.0x | 8.0x | 1 | missed: 8.0 of 20 |  |")
     assert rows["| whole run: fastai `fine_tune(4)`"].endswith("| 2.5x | 2.5x | 1 | missed: 2.5 of 5 | 5x |")
@@ -109,11 +123,14 @@ def test_the_table_tells_when_headstart_got_where_the_peer_ended(peers: ModuleTy
     assert peers.reached(ours, 0.9) == 50
     assert peers.reached(ours, 0.95) is None
     write("peers", ours, record("keras", val=0.95), record("fastai", val=0.9))
-    rows = {row.split(" | ")[0]: row.split(" | ") for row in peers.run_rows(peers.records(False), "flowers5")}
+    rows = {row.split(" | ")[0]: row.split(" | ") for row in peers.run_rows(peers.records("AVX-512"), "flowers5")}
     assert rows["| fastai `fine_tune(4)`"][7] == "50.0"
     assert rows["| Keras, head then top 20 layers"][7] == "- (not in 1 of 1)"
-    assert (peers.sooner(peers.records(False), "fastai"), peers.sooner(peers.records(False), "keras")) == ([2.0], [0.0])
-    bars = {row.split(" | ")[0]: row for row in peers.bar_rows(peers.records(False))}
+    assert (peers.sooner(peers.records("AVX-512"), "fastai"), peers.sooner(peers.records("AVX-512"), "keras")) == (
+        [2.0],
+        [0.0],
+    )
+    bars = {row.split(" | ")[0]: row for row in peers.bar_rows(peers.records("AVX-512"))}
     assert bars["| whole run: Keras, head then top 20 layers"].endswith("| never |")
 
 
@@ -122,7 +139,7 @@ def test_the_parts_of_the_default_run_add_up_to_it(peers: ModuleType) -> None:
     times = [("head", 20), ("head", 25), ("all", 50), ("all", 70), ("all", 90)]
     ours["curve"] = [{"phase": p, "seconds": s, "processor_seconds": s, "val_accuracy": 0.5} for p, s in times]
     write("peers", ours)
-    assert [row.split(" | ")[1] for row in peers.time_rows(peers.records(False))[2:]] == [
+    assert [row.split(" | ")[1] for row in peers.time_rows(peers.records("AVX-512"))[2:]] == [
         "25 |",
         "25 |",
         "40 |",
@@ -135,10 +152,10 @@ def test_the_quick_recipe_has_rows_of_its_own(peers: ModuleType) -> None:
         "peers", record("headstart", seconds=100, hits="10" * 20), record("headstart_quick", seconds=40, hits="1" * 40),
         record("fastai", seconds=250, hits="1" * 30 + "0" * 10),
     )  # fmt: skip
-    rows = {row.split(" | ")[0]: row for row in peers.bar_rows(peers.records(False))}
+    rows = {row.split(" | ")[0]: row for row in peers.bar_rows(peers.records("AVX-512"))}
     assert "| 2.5x | 2.5x | 1 | missed: 2.5 of 5 |" in rows["| whole run: fastai `fine_tune(4)`"]
     assert "| 6.2x | 6.2x | 1 | held |" in rows["| whole run, recipe `quick`: fastai `fine_tune(4)`"]
-    own = peers.accuracy_rows(peers.records(False), "headstart_quick", ("headstart", "fastai"))[2:]
+    own = peers.accuracy_rows(peers.records("AVX-512"), "headstart_quick", ("headstart", "fastai"))[2:]
     assert [row.split(" | ")[1:4] for row in own] == [
         ["headstart, default", "1", "+50.0"], ["fastai `fine_tune(4)`", "1", "+25.0"],
     ]  # fmt: skip
@@ -154,7 +171,7 @@ def test_mean_accuracies_are_over_the_sets_that_both_ran_on(peers: ModuleType) -
         of("keras", "flowers5", 0, 0.8), of("keras", "flowers5", 1, 0.6),
         of("keras", "hotdog", 0, 0.9), of("fastai", "hotdog", 0, 0.96), of("fastai", "hotdog", 7, 0.0),
     )  # fmt: skip
-    assert peers.mean_rows(peers.records(False))[2:] == [
+    assert peers.mean_rows(peers.records("AVX-512"))[2:] == [
         "| Keras, head then top 20 layers | 2 | 0.900 | 0.800 | +10.0 |",
         "| fastai `fine_tune(4)` | 1 | 0.950 | 0.960 | -1.0 |",
     ]
@@ -167,7 +184,7 @@ def test_accuracies_are_compared_picture_by_picture(peers: ModuleType) -> None:
         record("keras", hits="10" * 20),
         record("timm", hits="1" * 39 + "0"),
     )
-    rows = [row for row in peers.accuracy_rows(peers.records(False)) if row.startswith("| flowers5")]
+    rows = [row for row in peers.accuracy_rows(peers.records("AVX-512")) if row.startswith("| flowers5")]
     assert [row.split(" | ")[3] for row in rows] == ["+50.0", "+2.5"]
     assert [row.split(" | ")[5] for row in rows] == ["better |", "no difference |"]
 

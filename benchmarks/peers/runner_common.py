@@ -63,9 +63,17 @@ def cpu_flags() -> list[str]:
     return [flag for flag in wanted if flag in found]
 
 
+def cpu_words(flags: list[str]) -> str:
+    """What a CPU with these abilities computes with."""
+    wide = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "SSE"
+    if "amx_bf16" in flags:
+        return f"{wide}, bfloat16 in AMX"
+    return f"{wide}, bfloat16" if "avx512_bf16" in flags else wide
+
+
 def has_bfloat16() -> bool:
     """Whether the CPU computes in bfloat16 itself; where it does not, autocast would only slow it down."""
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_flags())
+    return "bfloat16" in cpu_words(cpu_flags())
 
 
 def processor_seconds() -> float:
