@@ -19,7 +19,6 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headstart import fastconv, fastops, numerics
-from headstart.cut import trace
 from headstart.fastconv import Convolution, InPlaceReLU6, depthwise_grad_input, pointwise_gradients
 from headstart.fastops import (
     fast_gradients,
@@ -29,6 +28,7 @@ from headstart.fastops import (
 )
 from headstart.frozenpass import FrozenForward, frozen_forward
 from headstart.numerics import bf16_errors, bf16_works
+from headstart.passgraph import trace
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from .cut import Forward, Recording, Uncuttable, record, tensor_shapes
+from .passgraph import Forward, PassGraph, Uncuttable, record, tensor_shapes
 
 Within = Callable[[], AbstractContextManager[object]]
 
@@ -83,31 +83,31 @@ def segments(
     """
     try:
         if isinstance(net, fx.GraphModule):
-            recording = Recording(net, net.graph)
+            graph = PassGraph(net, net.graph)
         else:
-            recording = record(net, forward, training=True, but=kept_in_eval)
+            graph = record(net, forward, training=True, but=kept_in_eval)
         with torch.random.fork_rng(devices=[]):
-            shapes = tensor_shapes(recording, net, example_shape)
+            shapes = tensor_shapes(graph, net, example_shape)
     except Uncuttable as reason:
         return str(reason)
     sizes = [
         math.prod(shapes[node.name][0]) * shapes[node.name][1].itemsize if node.name in shapes else 0
-        for node in recording.chain
+        for node in graph.chain
     ]
-    places = [recording.place[n] for n in recording.single_tensors(len(sizes) - 1) if _is_place(recording, n)]
-    ends = [recording.chain[place] for place in best_places(sizes, [p for p in places if sizes[p]])]
+    places = [graph.place[n] for n in graph.single_tensors(len(sizes) - 1) if _is_place(graph, n)]
+    ends = [graph.chain[place] for place in best_places(sizes, [p for p in places if sizes[p]])]
     pieces = zip([None, *ends], [*ends, None], strict=True)
-    return Segments([recording.piece(start, end) for start, end in pieces], again)
+    return Segments([graph.piece(start, end) for start, end in pieces], again)
 
 
-def _is_place(recording: Recording, node: fx.Node) -> bool:
+def _is_place(graph: PassGraph, node: fx.Node) -> bool:
     """A result that nothing behind it writes into; a BatchNorm may do so that is part of its convolution by then."""
     norms = nn.modules.batchnorm._NormBase
     followed_by_norm = any(
-        user.op == "call_module" and isinstance(recording.whole.get_submodule(str(user.target)), norms)
+        user.op == "call_module" and isinstance(graph.whole.get_submodule(str(user.target)), norms)
         for user in node.users
     )
-    return node is not recording.input and not followed_by_norm and not recording.is_written_to(node)
+    return node is not graph.input and not followed_by_norm and not graph.is_written_to(node)
 
 
 def best_places(sizes: Sequence[int], places: Sequence[int]) -> list[int]:

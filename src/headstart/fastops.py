@@ -17,7 +17,6 @@ from timm.layers.norm_act import BatchNormAct2d
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, fx, nn
 
-from .cut import IN_PLACE, Forward, trace
 from .fastconv import (
     FUSED,
     STRIP,
@@ -30,6 +29,7 @@ from .fastconv import (
     products_pay,
     stock_activation,
 )
+from .passgraph import IN_PLACE, Forward, trace
 from .stock import is_as_built
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .cut import Forward
 from .errors import SetupError
 from .memory import sent
+from .passgraph import Forward
 from .rowstore import RowStore
 from .runtime import Runtime, free_memory_bytes
 from .terminal import file_size

@@ -10,11 +10,11 @@ import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
-from .cut import Forward, Whole
 from .errors import in_words
 from .fastconv import scale_and_shift
 from .fastops import conv_chains, restore_stock
 from .memory import filled_up, is_out_of_memory
+from .passgraph import Forward, Whole
 from .recording import CAN_RECORD, Recording
 
 # What a compile takes, and the share of a pass that it saves, by device and number format; nothing where none is
