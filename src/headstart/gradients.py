@@ -178,7 +178,7 @@ class Gradients:
         if self.joint:
             raise SetupError(
                 f"Out of memory in stage {self.stage.name!r}, in one of several processes, with"
-                f" {max(self.portion.parts(n))} pictures at once ({str(error).splitlines()[0]})."
+                f" {max(self.portion.parts(n))} pictures at once ({in_words(error)})."
                 " BatchNorm learns from all of them together, so that one process cannot take fewer than the"
                 " others. Take a smaller --batch-size or auto, --batchnorm fixed, or switch --checkpointing on."
             ) from error

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .errors import SetupError
+from .errors import SetupError, in_words
 
 # What PyTorch's CPU allocator says, on Linux, on Windows, what the system's own words for it are, and how oneDNN, which
 # allocates for itself, puts it. That it cannot create a descriptor says that it does not know the operation.
@@ -86,7 +86,7 @@ class Portion:
         if max(self.parts(n)) >= now:
             raise SetupError(
                 f"Out of memory {doing}, with {now} picture{'s' * (now != 1)} at once, which is the least"
-                f" ({str(error).splitlines()[0]}). Take a smaller --image-size or --backbone, move the freeze line"
+                f" ({in_words(error)}). Take a smaller --image-size or --backbone, move the freeze line"
                 " back (--freeze-line), switch --checkpointing on, or free memory."
             ) from error
         if torch.cuda.is_available():
