@@ -275,6 +275,13 @@ def test_bad_files_are_listed(tmp_path: Path) -> None:
     assert "red/<b>.jpg : image file is truncated" in words
 
 
+def test_the_path_of_the_weights_breaks_between_folders(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    metrics = json.loads((path / "metrics.json").read_text()) | {"weights": "/a/<b>/net.safetensors"}
+    Run(path, path).write_json("metrics.json", metrics)
+    assert "/<wbr>a/<wbr>&lt;b&gt;/<wbr>net.safetensors" in write_report(path).read_text()
+
+
 @pytest.mark.parametrize("keep", [(), ("history",), ("history", "metrics")])
 def test_an_interrupted_run_gets_a_report_of_what_there_is(tmp_path: Path, keep: tuple[str, ...]) -> None:
     run = open_run(tmp_path / "run")

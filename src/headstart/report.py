@@ -13,7 +13,7 @@ from typing import Any
 from .cautions import cautions
 from .report_audit import audit_section
 from .report_charts import curves, freeze_strip, interval_scale
-from .report_page import NONE, details, duration, esc, facts, number, page, percent, section, span, table
+from .report_page import NONE, details, duration, esc, facts, long_path, number, page, percent, section, span, table
 from .report_results import SPLITS, confusion_section, data_section, mistakes_section, per_class_section
 from .run import RunRecord, read_run, write_atomic
 from .verdicts import Verdict, verdicts
@@ -107,7 +107,7 @@ def _facts(run: RunRecord) -> str:
     created = f"{created[:16]} UTC" if created.endswith("+00:00") else created
     pairs = [
         ("Backbone", esc(run.metrics["backbone"])) if run.metrics.get("backbone") else None,
-        ("Weights", esc(run.metrics["weights"])) if run.metrics.get("weights") else None,
+        ("Weights", long_path(run.metrics["weights"])) if run.metrics.get("weights") else None,
         ("Classes", f"{len(names):,}") if names else None,
         ("Pictures", ", ".join(counts)) if counts else None,
         ("Stages", ", ".join(esc(s["name"]) for s in stages)) if stages else None,

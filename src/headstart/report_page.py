@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from html import escape as _escape
 
@@ -116,6 +117,11 @@ NONE = "\u2013"  # a dash where there is no figure
 def esc(text: object) -> str:
     """Text made safe for HTML; bytes of a file name that are no valid Unicode become replacement signs."""
     return _escape(str(text).encode("utf-8", "replace").decode(), quote=True)
+
+
+def long_path(text: object) -> str:
+    """A path that breaks after its slashes where it does not fit, made safe for HTML."""
+    return re.sub(r"(?<=[/\\])", "<wbr>", esc(text))
 
 
 def percent(share: float, digits: int = 1) -> str:
