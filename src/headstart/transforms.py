@@ -66,13 +66,13 @@ def working_image_of(pixels: PixelArray, spec: DataSpec) -> PixelArray:
 
 def normalise(pixels: Tensor, spec: DataSpec) -> Tensor:
     """Pixels [N, 3, S, S] on the 0-255 scale -> (x / 255 - mean) / std; integers become float32."""
-    values = pixels if pixels.is_floating_point() else pixels.float()
+    values = pixels.div(255) if pixels.is_floating_point() else pixels.float().div_(255)
     # Sent without waiting for a GPU, which `new_tensor` would do.
     mean, std = (
         sent(torch.tensor(numbers, dtype=values.dtype), values.device).view(1, 3, 1, 1)
         for numbers in (spec.mean, spec.std)
     )
-    return values.div(255).sub_(mean).div_(std)
+    return values.sub_(mean).div_(std)
 
 
 def as_tensor(pixels: PixelArray) -> Tensor:
