@@ -46,6 +46,7 @@ from headstart.transforms import working_image
 
 sys.path.insert(0, str(Path(__file__).parent))
 import records
+from runner_common import cpu_words
 
 BATCH = 32
 BAR = 0.9
@@ -162,21 +163,25 @@ def table() -> str:
 
 def _limits(found: Sequence[records.Record]) -> str:
     rows = [
-        "| network | threads | load | network alone, img/s | decode and augment, img/s | frozen pass, img/s | of the "
+        "| CPU | network | threads | load | network alone, img/s | decode and augment, img/s | frozen pass, img/s | of the "
         "slower | both together allow, per processor second | of that | bar 0.9 |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in found:
         rates, cpu = r["rates"], r["rates_per_cpu_second"]
         held = "held" if r["ratio"] >= BAR else f"missed: {r['ratio']:.2f}"
         held = held if r["load"] < BUSY else "machine busy"
         cells = (
-            f"{r['backbone']} ({r['dtype'].removeprefix('torch.')})", r["threads"], f"{r['load']:.1f}",
+            _cpu(r), f"{r['backbone']} ({r['dtype'].removeprefix('torch.')})", r["threads"], f"{r['load']:.1f}",
             *(f"{rates[n]:.0f}" for n in (*LIMITS, "frozen pass")), f"{r['ratio']:.2f}",
             f"{1 / sum(1 / cpu[n] for n in LIMITS):.0f}", f"{r['cpu']:.2f}", held,
         )  # fmt: skip
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows)
+
+
+def _cpu(record: records.Record) -> str:
+    return cpu_words(record["cpu_flags"]) if "cpu_flags" in record else "not recorded"
 
 
 def _parts(found: Sequence[records.Record]) -> str:
@@ -187,16 +192,16 @@ def _parts(found: Sequence[records.Record]) -> str:
 
 def _compiles(found: Sequence[records.Record]) -> str:
     rows = [
-        "| network | pictures per processor second: as it is | compiled | compiled over as it is | the compile: "
+        "| CPU | network | pictures per processor second: as it is | compiled | compiled over as it is | the compile: "
         "processor seconds | wall seconds | output apart, relative |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in found:
         if "compile" in r:
             cpu, made = r["rates_per_cpu_second"], r["compile"]
             own, quick = cpu["forward"], cpu["forward, compiled"]
             took = f"{made['processor']:.0f} | {made['wall']:.0f} | {made['apart']:.0e}"
-            network = f"{r['backbone']} ({r['dtype'].removeprefix('torch.')})"
+            network = f"{_cpu(r)} | {r['backbone']} ({r['dtype'].removeprefix('torch.')})"
             rows.append(f"| {network} | {own:.1f} | {quick:.1f} | {quick / own:.2f}x | {took} |")
     return "\n".join(rows)
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 from headstart import RecipeError, create_classifier, load_images, make_runtime, set_freeze_line
 from headstart.classifier import Classifier
-from headstart.frozenpass import COMPILE_SECONDS, SAVED, compile_pays
+from headstart.frozenpass import COMPILE_SECONDS, SAVED, compile_pays, share_saved
 from headstart.memory import Portion
 from headstart.once import store_features
 from headstart.pixels import Pixels
@@ -93,7 +94,7 @@ def test_a_long_pass_says_why_it_is_not_compiled_on_a_cpu(
     monkeypatch.setattr("headstart.once._TIMED_FROM", 1 + len(pixels) // 8 + (not is_long))
     seen = compiles_to(monkeypatch, lambda module, x: module(x))
     store_features(model, pixels, runtime=told.runtime("auto"), batch_size=8)
-    assert told == ["The frozen layers are not compiled: on cpu that is not known to save time."] * is_long
+    assert told == ["The frozen layers are not compiled: on cpu that is not known to save time for them."] * is_long
     assert not seen
 
 
@@ -187,6 +188,23 @@ def test_auto_compiles_where_it_pays_and_is_quicker(
     assert len(told) == 1
     assert told[0].startswith("The frozen layers are compiled: that saves about 25 % of")
     torch.testing.assert_close(quick, plain[:20])
+
+
+@pytest.mark.parametrize(
+    ("backbone", "saves"),
+    [(NET, True), ("mobilenetv2_035", False), ("convnext_atto", False), ("vit_tiny_patch16_224", False)],
+)
+def test_on_a_cpu_a_compile_saves_where_matrix_units_do_whole_convolutions(
+    backbone: str, saves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = timm.create_model(backbone)
+    found = {
+        (units, dtype): share_saved(net, torch.device("cpu"), dtype)
+        for units in (False, True)
+        for dtype in (torch.float32, torch.bfloat16)
+        if not monkeypatch.setattr("torch.cpu.get_capabilities", lambda units=units: {"amx_bf16": units})
+    }
+    assert [key for key, share in found.items() if share] == [(True, torch.bfloat16)] * saves
 
 
 def test_auto_keeps_to_the_plain_function_where_that_is_quicker(

@@ -242,6 +242,7 @@ SIDEWAYS = {
     ("frozenpass", "fastconv"),
     ("frozenpass", "fastops"),
     ("frozenpass", "memory"),
+    ("frozenpass", "numerics"),
     ("frozenpass", "recording"),
     ("inspection", "threads"),
     ("recipes", "closing"),

@@ -11,18 +11,22 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from .errors import in_words
-from .fastconv import scale_and_shift
+from .fastconv import is_depthwise, scale_and_shift
 from .fastops import conv_chains, restore_stock
 from .memory import filled_up, is_out_of_memory
+from .numerics import has_matrix_units
 from .passgraph import Forward, Whole
 from .recording import CAN_RECORD, Recording
 
 # What a compile takes, and the share of a pass that it saves, by device and number format; nothing where none is
-# given. On a CPU a compiled network is no quicker than the kernels of `fastops`, neither in float32 nor in bfloat16
-# (mobilenetv2_100, resnet18, efficientnet_b0: `benchmarks/frozen_pass.py`). The shares come from timm's results files
-# for GPUs and were not measured here.
+# given. The shares come from timm's results files for GPUs and were not measured here.
 COMPILE_SECONDS = 40.0
 SAVED = {("cuda", torch.float32): 0.3, ("cuda", torch.bfloat16): 0.3}
+# On a CPU a compiled network is no quicker than the kernels of `fastops`, neither in float32 nor in bfloat16, but where
+# matrix units do the convolutions so quickly that the additions and activations between them count: resnet18 and
+# resnet50 save 0.26 and 0.34 there, vit_small 0.08; mobilenetv2_100 and efficientnet_b0 lose
+# (benchmarks/frozen_pass.py).
+_SAVED_IN_MATRIX_UNITS = 0.25
 # What is saved must be this many times what a compile takes: both are estimates.
 _SURE = 2.0
 # How far, relative, a quick function's output may lie from the module's own. GPUs round the inputs of float32
@@ -38,11 +42,25 @@ def tolerance(device: torch.device, dtype: torch.dtype) -> float:
     return TOLERANCES[dtype]
 
 
+def share_saved(net: nn.Module, device: torch.device, dtype: torch.dtype) -> float:
+    """The share of a pass of this network that a compiled function saves, as far as it is known; else 0."""
+    if device.type == "cpu" and dtype == torch.bfloat16 and has_matrix_units() and _is_of_whole_convolutions(net):
+        return _SAVED_IN_MATRIX_UNITS
+    return SAVED.get((device.type, dtype), 0.0)
+
+
+def _is_of_whole_convolutions(net: nn.Module) -> bool:
+    """Mostly convolutions, none of which is depthwise."""
+    convs = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    others = sum(isinstance(module, nn.Linear) for module in net.modules())
+    return len(convs) > others and not any(is_depthwise(c.weight, c.groups, c.dilation) for c in convs)
+
+
 def compile_pays(seconds: float, *, saved: float) -> tuple[bool, str]:
     """Whether a pass of so many seconds is worth a compile, and a line that says why; no line for a short pass.
 
     Args:
-        saved: the share of the pass that a compiled function saves; see `SAVED`.
+        saved: the share of the pass that a compiled function saves; see `share_saved`.
     """
     pays = seconds * saved >= _SURE * COMPILE_SECONDS
     if not pays and seconds < COMPILE_SECONDS:

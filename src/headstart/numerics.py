@@ -53,6 +53,11 @@ def _cpu_has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
+def has_matrix_units() -> bool:
+    """Whether the CPU multiplies matrices of bfloat16 in units of their own (Intel's AMX), many times quicker."""
+    return hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
 def bf16_errors(device: torch.device | str = "cpu") -> dict[str, float]:
     """Relative error, |bf16 - fp32| / |fp32|, of a few operations and their gradients; the largest of each.
 

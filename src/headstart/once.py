@@ -19,7 +19,7 @@ from .cut import Cut
 from .errors import in_words
 from .fastops import fast_training
 from .filling import Filling, FrozenPart, Stored
-from .frozenpass import SAVED, FrozenForward, compile_pays, frozen_forward, tolerance
+from .frozenpass import FrozenForward, compile_pays, frozen_forward, share_saved, tolerance
 from .memory import in_portions, sent
 from .pixels import Pixels
 from .rowstore import RowStore, row_stores
@@ -220,11 +220,10 @@ class _Pass:
         """Whether a compile pays, by the time of one batch and their number; a line says so for a long pass."""
         if len(self.chunks) < _TIMED_FROM:
             return False
-        saved = SAVED.get((self.runtime.device.type, self.runtime.dtype), 0.0)
+        device = self.runtime.device
+        saved = share_saved(self.part.net, device, self.runtime.dtype)
         if not saved:
-            self._note(
-                f"The frozen layers are not compiled: on {self.runtime.device.type} that is not known to save time."
-            )
+            self._note(f"The frozen layers are not compiled: on {device.type} that is not known to save time for them.")
             return False
         pays, why = compile_pays(self._seconds(self.part.compute) * len(self.chunks), saved=saved)
         pays = self.runtime.agrees(pays)
