@@ -163,8 +163,8 @@ def table() -> str:
 
 def _limits(found: Sequence[records.Record]) -> str:
     rows = [
-        "| CPU | network | threads | load | network alone, img/s | decode and augment, img/s | frozen pass, img/s | of the "
-        "slower | both together allow, per processor second | of that | bar 0.9 |",
+        "| CPU | network | threads | load | network alone, img/s | decode and augment, img/s | frozen pass, img/s | of "
+        "the slower | both together allow, per processor second | of that | bar 0.9 |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in found:
