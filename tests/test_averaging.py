@@ -50,6 +50,24 @@ class TestRunningAverage:
         assert not torch.allclose(held["head.classifier.weight"], raw["head.classifier.weight"], atol=1e-3)
         assert all(torch.equal(value, raw[name]) for name, value in snapshot(model).items())
 
+    def test_a_mask_of_infinite_values_does_not_spoil_it(self) -> None:
+        class Masked(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.classifier = nn.Linear(8, 3)
+                self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.classifier(x) @ self.mask.softmax(-1)  # type: ignore[no-any-return]
+
+        model = model_at(head=Masked())
+        set_freeze_line(model, "head")
+        found = fit(model, NOISY, replace(RESTLESS, ema=0.9, wise=True), lr=0.05, runtime=CPU)
+        assert found.best.loss < found.history[0]["val"]["loss"]
+        mask = torch.full((3, 3), float("-inf")).triu(1)
+        assert torch.equal(model.head.mask, mask)
+        assert torch.equal(mixture({"mask": mask}, {"mask": mask}, 0.5)["mask"], mask)
+
     def test_a_constant_stays_the_same_to_the_bit(self) -> None:
         model = model_at()
         with torch.no_grad():

@@ -52,7 +52,7 @@ def small_net(table: ImageTable, backbone: str, *, line: str, batchnorm: str = "
 
 
 @pytest.mark.parametrize("batchnorm", ["fixed", "train"])
-@pytest.mark.parametrize("backbone", ["mobilenetv3_small_050", "test_vit"])
+@pytest.mark.parametrize("backbone", ["mobilenetv3_small_050", "test_vit", "repvgg_a0"])
 def test_gradients_and_statistics_are_those_of_the_plain_pass(table: ImageTable, backbone: str, batchnorm: str) -> None:
     model = small_net(table, backbone, line="all", batchnorm=batchnorm)
     source, state = PixelSource(Pixels(table, SMALL, workers=1)), snapshot(model)
@@ -62,6 +62,22 @@ def test_gradients_and_statistics_are_those_of_the_plain_pass(table: ImageTable,
     assert plain.keys() == again.keys()
     assert [name for name, value in plain.items() if not torch.equal(value, again[name])] == []
     assert len([name for name, value in plain.items() if value.abs().sum() > 0]) > 50
+
+
+def test_statistics_of_any_norm_are_learned_once(table: ImageTable) -> None:
+    class Instances(nn.Sequential):
+        def __init__(self) -> None:
+            blocks = ((nn.Conv2d(3, 3, 3), nn.InstanceNorm2d(3, track_running_stats=True), nn.ReLU()) for _ in range(3))
+            super().__init__(*(module for block in blocks for module in block), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    model = create_classifier(Instances(), table.class_names, data_spec=SMALL)
+    set_freeze_line(model, "all", batchnorm="train")
+    source, state = PixelSource(Pixels(table, SMALL, workers=1)), snapshot(model)
+    plain = of_a_step(model, source, on=False)
+    model.load_state_dict(state, strict=False)
+    saving = of_a_step(model, source, on=True)
+    assert not torch.equal(plain["backbone.1.running_var"], state["backbone.1.running_var"])
+    assert all(torch.equal(saving[name], value) for name, value in plain.items())
 
 
 def test_the_trained_rest_behind_stored_activations_takes_part(table: ImageTable) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from headstart.checkpointing import segments
 from headstart.cut import Cut, cut, cut_or_reason, feature_map, features
+from headstart.fastops import conv_chains
 
 # backbone: (options, lines at the first block, in the middle of a block, at the last block)
 LINES: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
@@ -346,24 +347,55 @@ def test_what_draws_random_numbers_is_not_computed_again() -> None:
         assert not is_refused or "random numbers of its own" in found
 
 
-def test_an_own_network_is_looked_at_without_a_trace() -> None:
-    class Counting(Unsteady):
-        def __init__(self) -> None:
-            super().__init__(lambda: 1.0)
-            self.register_buffer("calls", torch.zeros(()))
-
+def test_numbers_of_a_generator_of_ones_own_are_seen_with_any_that_numpy_has() -> None:
+    class Pairs(Unsteady):
         def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-            self.calls += torch.ones(())
             return {"out": super().forward(x)}
 
-    before, net = np.random.get_bit_generator(), Counting()
-    np.random.set_bit_generator(np.random.PCG64(1))
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(1))  # whose state is not that of the usual one
     try:
-        found = cut_or_reason(net, "block", example_shape=(3, 8, 8), forward=nn.Module.__call__)
+        found = cut_or_reason(Pairs(lambda: 1.0), "block", example_shape=(3, 8, 8), forward=nn.Module.__call__)
     finally:
         np.random.set_bit_generator(before)
     assert isinstance(found, Cut), found
-    assert net.calls <= 2, "its recording's own runs"
+
+
+@pytest.mark.parametrize(("generator", "draw"), [
+    (random.Random(0), lambda g: g.random()),
+    (np.random.default_rng(0), lambda g: g.random()),
+    (np.random.RandomState(0), lambda g: g.random_sample()),
+    (torch.Generator(), lambda g: float(torch.rand(1, generator=g))),
+])  # fmt: skip
+def test_a_network_that_draws_from_its_own_generator_is_not_cut(generator: Any, draw: Callable[[Any], float]) -> None:
+    net = Unsteady(lambda: draw(generator))
+    net.own = generator
+    found = cut_or_reason(net, "block", example_shape=(3, 8, 8), forward=nn.Module.__call__)
+    assert "random numbers of its own" in str(found)
+
+
+@pytest.mark.parametrize("way", ["before", "of what comes"])
+def test_a_network_that_changes_its_buffers_itself_is_not_cut_and_keeps_them(way: str) -> None:
+    class Learns(Unsteady):
+        def __init__(self) -> None:
+            super().__init__(lambda: 1.0)
+            self.register_buffer("mean", torch.ones(()))
+            self.seen: dict[str, Any] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.seen["mean"] = x.mean()
+                with torch.no_grad():
+                    self.mean.mul_(0.9) if way == "before" else self.mean.add_(x.mean())
+            return super().forward(x) - self.mean
+
+    net = Learns()
+    found = cut_or_reason(net, "block", example_shape=(3, 8, 8), forward=nn.Module.__call__)
+    assert "changes its buffers itself" in str(found)
+    assert "changes its buffers itself" in str(segments(net, example_shape=(3, 8, 8)))
+    conv_chains(net.train(), nn.Module.__call__)
+    assert net.mean == 1
+    assert net.seen == {}, "stand-ins for tensors, which nothing can be computed with"
 
 
 def test_numbers_that_another_thread_draws_are_no_reason() -> None:

@@ -390,6 +390,14 @@ class Changed(nn.Module):
             y = F.relu6(y, inplace=True)
         elif self.how == "underscore":
             y = torch.relu_(y)
+        elif self.how == "flag in its place":
+            y = F.leaky_relu(y, 0.1, True)
+        elif self.how == "item":
+            y[:, :2] = 0.5
+        elif self.how == "copy that is none":
+            y = y.contiguous().mul_(2.0)
+        elif self.how == "part":
+            y.narrow(1, 0, 2).mul_(0.5)
         elif self.how == "view":
             z = y.permute(0, 2, 3, 1)  # shares its memory whatever its layout
             z *= 2
@@ -399,7 +407,10 @@ class Changed(nn.Module):
         return self.last(y)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("how", ["operator", "method", "module", "function", "underscore", "view", "passed on"])
+@pytest.mark.parametrize("how", [
+    "operator", "method", "module", "function", "underscore", "flag in its place", "item", "copy that is none", "part",
+    "view", "passed on",
+])  # fmt: skip
 @pytest.mark.parametrize("inside", [False, True])
 def test_relu6_whose_result_is_changed_in_place_trains(inside: bool, how: str) -> None:
     norm = BatchNormAct2d(6, act_layer=nn.ReLU6) if inside else nn.BatchNorm2d(6)

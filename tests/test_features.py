@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from headstart import (
 )
 from headstart import fit as fit_stage
 from headstart.contract import fixed_tensors, tensors_digest
+from headstart.errors import DataError
 from headstart.evaluation import predict_logits, source_logits
 from headstart.features import (
     ActivationSource,
@@ -226,6 +228,21 @@ def test_stored_activations_are_the_recomputed_ones(photos: Path, where: str) ->
     with data.val.kernels(model, CPU):
         logits = source_logits(model, data.val, indices=torch.arange(len(val)), runtime=CPU)
     torch.testing.assert_close(logits, predict_logits(model, val, runtime=CPU), rtol=1e-5, atol=1e-6)
+
+
+def test_scoring_that_fails_leaves_the_model_in_training_mode(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = load_images(photos)
+    model = create_classifier(CutNet(), table.class_names, data_spec=SPEC).train()
+    pixels = Pixels(table, SPEC)
+    modes = [m.training for m in model.modules()]
+    monkeypatch.setattr(Pixels, "batch", mock.Mock(side_effect=DataError("gone")))
+    for scored in (
+        lambda: predict_logits(model, pixels, runtime=CPU),
+        lambda: source_logits(model, PixelSource(pixels), indices=torch.arange(4), runtime=CPU),
+    ):
+        with pytest.raises(DataError, match="gone"):
+            scored()
+        assert [m.training for m in model.modules()] == modes
 
 
 @pytest.mark.parametrize("where", ["norm", "block", "block.1", "last"])

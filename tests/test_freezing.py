@@ -32,6 +32,33 @@ def tiny(net: nn.Module | None = None, **options: Any) -> Classifier:
     return create_classifier(net or TinyNet(), NAMES, data_spec=SPEC, **options)
 
 
+class Tied(nn.Module):
+    """Two convolutions with one weight, the one registered last called first or the other way round."""
+
+    def __init__(self, names: tuple[str, str]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        for name in names:
+            self.add_module(name, nn.Conv2d(4, 4, 1))
+        self.mid = nn.Conv2d(4, 4, 1)
+        self.early.weight = self.late.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.late(self.mid(self.early(self.stem(x)))).mean((2, 3))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("names", [("early", "late"), ("late", "early")])
+def test_a_weight_that_lies_on_both_sides_of_the_line_is_refused(names: tuple[str, str]) -> None:
+    model = tiny(Tied(names))
+    weight = model.backbone.early.weight
+    for where, is_trained in (("early", True), ("all", True), ("head", False)):
+        set_freeze_line(model, where)
+        assert weight.requires_grad == is_trained
+    with pytest.raises(ModelError, match=r"early\.weight and late\.weight are one parameter"):
+        set_freeze_line(model, "late")
+    assert not weight.requires_grad
+
+
 def named(name: str, pool: str = "backbone", size: int = 64, **options: Any) -> Classifier:
     head = HeadSpec(pool=pool, batchnorm=True)
     return create_classifier(name, NAMES, head=head, weights="none", image_size=size, **options)

@@ -12,7 +12,9 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor
 
 from headstart import Classifier, HeadSpec, HiddenLayer, RecipeError, Stage, create_classifier, make_runtime
+from headstart.attempt import Attempt
 from headstart.errors import ModelError
+from headstart.evaluation import Score
 from headstart.features import FeatureSource, StageData
 from headstart.freezing import set_freeze_line
 from headstart.linear import PENALTIES, fit_ridge
@@ -74,6 +76,21 @@ def test_a_stage_starts_from_ridge_and_says_so() -> None:
     assert first["val"]["loss"] == pytest.approx(result.best.loss, rel=1e-3)
     cold = fit(model_of(), DATA, replace(RIDGE, warm_start="none"), lr=1e-9, runtime=CPU)
     assert result.best.loss < 0.7 * cold.best.loss
+
+
+def test_a_stage_that_is_stopped_at_the_ridge_leaves_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, scored = model_of(), Attempt.score_val
+    before = model.head.state_dict()["classifier.weight"].clone()
+
+    def stopped(run: Attempt, limit: int | None = None) -> Score:
+        if not torch.equal(model.head.state_dict()["classifier.weight"], before):
+            raise KeyboardInterrupt
+        return scored(run, limit)
+
+    monkeypatch.setattr(Attempt, "score_val", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, DATA, RIDGE, lr=1e-9, runtime=CPU)
+    assert torch.equal(model.head.state_dict()["classifier.weight"], before)
 
 
 def test_a_better_head_is_not_given_up_for_ridge() -> None:

@@ -29,6 +29,7 @@ from .run import to_json, write_atomic
 from .runtime import make_runtime
 from .sizes import picture_sizes
 from .terminal import ProgressBar
+from .tracing import evaluation_mode
 from .tuned import write_tuned
 
 SAMPLE = 200  # pictures: an accuracy is then known to about 6 points, and a pass of them takes three seconds
@@ -231,14 +232,11 @@ def _half_side(model: Classifier) -> int | None:
     Random weights tell as much of smaller pictures: on seven real sets the case came out the same.
     """
     half = model.spec.image_size // 2
-    was_training = model.training
     try:
-        with torch.inference_mode():
-            model.eval().features(torch.zeros(1, 3, half, half, device=next(model.parameters()).device))
+        with evaluation_mode(model), torch.inference_mode():
+            model.features(torch.zeros(1, 3, half, half, device=next(model.parameters()).device))
     except ModelError:
         return None
-    finally:
-        model.train(was_training)
     return half
 
 

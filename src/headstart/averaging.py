@@ -39,11 +39,15 @@ def restore(model: Classifier, state: State) -> None:
 
 
 def mixture(start: State, end: State, share: float) -> State:
-    """`start` moved by `share` of the way to `end`; counters, which are whole numbers, are those of `end`."""
-    return {
-        name: torch.lerp(start[name], value, share) if value.is_floating_point() else value
-        for name, value in end.items()
-    }
+    """`start` moved by `share` of the way to `end`; counters, which are whole numbers, are those of `end`.
+
+    What is the same in both stays so, infinite values (a mask's) included.
+    """
+
+    def between(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(a == b, b, torch.lerp(a, b, share))
+
+    return {name: between(start[name], value) if value.is_floating_point() else value for name, value in end.items()}
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,9 @@ class RunningAverage:
 
     def __init__(self, model: Classifier, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self._tensors = [t for t in trained_tensors(model).values() if t.is_floating_point()]
+        # Not of infinite values: a mask's, which no step changes, and of which no mean can be taken.
+        floats = (t for t in trained_tensors(model).values() if t.is_floating_point())
+        self._tensors = [t for t in floats if t.isfinite().all()]
         self._averages = [t.clone() for t in self._tensors]
 
     def update(self) -> None:

@@ -30,7 +30,7 @@ class Segments:
     def __init__(self, parts: Sequence[nn.Module], again: Within = nullcontext) -> None:
         self.parts, self.again = list(parts), again
         self._norms = [
-            [m for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] for part in self.parts
+            [m for m in part.modules() if isinstance(m, nn.modules.batchnorm._NormBase)] for part in self.parts
         ]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -39,14 +39,14 @@ class Segments:
         return x
 
     def _contexts(
-        self, norms: Sequence[nn.modules.batchnorm._BatchNorm]
+        self, norms: Sequence[nn.modules.batchnorm._NormBase]
     ) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
         return lambda: (nullcontext(), _without_learning(norms, self.again))
 
 
 @contextmanager
-def _without_learning(norms: Sequence[nn.modules.batchnorm._BatchNorm], again: Within) -> Iterator[None]:
-    """BatchNorm normalises by the batch as before, but leaves its running statistics and its count alone."""
+def _without_learning(norms: Sequence[nn.modules.batchnorm._NormBase], again: Within) -> Iterator[None]:
+    """Norms with statistics normalise as before, but leave their running statistics and their count alone."""
     before = [(norm, norm.momentum, norm._buffers.get("num_batches_tracked")) for norm in norms]
     try:
         for norm, _, count in before:

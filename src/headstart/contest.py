@@ -39,6 +39,7 @@ from .run import RunRecord, is_run, read_run, to_json, write_atomic
 from .runtime import Runtime, make_runtime
 from .shootout_page import seen_words, write_shootout
 from .terminal import ProgressBar, duration, say
+from .tracing import evaluation_mode
 
 FILE = "shootout.json"
 PROBED = 2000  # training pictures of a probe at the most, and as many for validation: a ranking needs no more
@@ -249,17 +250,14 @@ def seconds_per_picture(model: Classifier, runtime: Runtime) -> float:
     side = model.spec.image_size
     pixels = torch.randint(0, 256, (TIMED_PICTURES, 3, side, side), dtype=torch.uint8, device=runtime.device)
     exact = replace(runtime, dtype=torch.float32)
-    was_training = model.training
     times: list[float] = []
-    model.eval()
-    with fast_kernels(model, exact), torch.inference_mode():
+    with evaluation_mode(model), fast_kernels(model, exact), torch.inference_mode():
         model(pixels)  # the first one sets things up
         began = time.perf_counter()
         while len(times) < 3 or time.perf_counter() - began < TIMED_SECONDS:
             start = time.perf_counter()
             float(model(pixels).sum())  # waits for a GPU
             times.append(time.perf_counter() - start)
-    model.train(was_training)
     return float(np.median(times)) / TIMED_PICTURES
 
 

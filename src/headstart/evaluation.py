@@ -24,6 +24,7 @@ from .recipe import POLICIES
 from .runtime import Runtime, make_runtime
 from .stock import is_stock
 from .terminal import ProgressBar
+from .tracing import evaluation_mode
 
 MOST_VIEWS = 100
 
@@ -77,21 +78,18 @@ def predict_logits(
     mine = runtime.share(torch.arange(len(pixels)))
     rows, fills = [], is_stock(model)
     model.to(runtime.device)
-    was_training = model.training
-    model.eval()
 
     def compute(batch: Tensor) -> Tensor:
         batch = batch.to(runtime.device)
         logits: Tensor = model(batch.flip(-1) if mirrored else batch)
         return logits.float()
 
-    with fast_kernels(model, runtime), torch.inference_mode(), runtime.autocast():
+    with evaluation_mode(model), fast_kernels(model, runtime), torch.inference_mode(), runtime.autocast():
         for part in mine.split(runtime.batch_size):
             batch = pixels.batch(part.tolist(), [view] * len(part))
             rows.append(_scored(compute, batch, runtime, fills=fills))
             if advance:
                 advance(len(part))
-    model.train(was_training)
     logits = torch.cat(rows) if rows else torch.zeros(0, len(model.class_names), device=runtime.device)
     return runtime.gather(logits, len(pixels)).cpu()
 
@@ -241,16 +239,13 @@ def source_logits(model: Classifier, source: Source, *, indices: Tensor, runtime
     """Logits [len(indices), C], float32 on the CPU, of these pictures in their plain views, in evaluation mode."""
     mine = runtime.share(indices)
     rows, fills = [], is_stock(model)
-    was_training = model.training
-    model.eval()
 
     def compute(inputs: Tensor) -> Tensor:
         return source.forward(model, inputs.to(runtime.device)).float()
 
-    with torch.inference_mode(), runtime.autocast():
+    with evaluation_mode(model), torch.inference_mode(), runtime.autocast():
         for part in mine.split(runtime.batch_size):
             inputs = source.batch(part.tolist(), [0] * len(part))
             rows.append(_scored(compute, inputs, runtime, fills=fills))
-    model.train(was_training)
     logits = torch.cat(rows) if rows else torch.zeros(0, len(model.class_names), device=runtime.device)
     return runtime.gather(logits, len(indices)).cpu()

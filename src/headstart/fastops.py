@@ -29,7 +29,7 @@ from .fastconv import (
     products_pay,
     stock_activation,
 )
-from .passgraph import IN_PLACE, Forward, trace
+from .passgraph import Forward, is_written_to, trace
 from .stock import is_as_built
 
 
@@ -69,10 +69,6 @@ class _FusedNormAct(BatchNormAct2d):
 _FAST_CONV: dict[type, type] = {nn.Conv2d: FastConv2d, Conv2dSame: FastConv2dSame}
 _FUSED_NORM: dict[type, type] = {nn.BatchNorm2d: _FusedNorm, BatchNormAct2d: _FusedNormAct}
 _MARKS = {"norm", "gradients", "act"}
-# Functions and methods whose result shares its memory with what they are called on.
-_VIEWS = frozenset(
-    ("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split", "getitem")
-)
 _STOCK: dict[type, type] = {fast: stock for stock, fast in {**_FAST_CONV, **_FUSED_NORM}.items()}
 
 
@@ -172,19 +168,6 @@ def conv_chains(module: nn.Module, forward: Forward) -> list[Chain]:
             return reader(found)
         return found if calls[found.target] == 1 else None
 
-    def is_changed(node: fx.Node) -> bool:
-        """Whether something changes this node's result in place."""
-        for user in node.users:
-            module = module_of(user) if user.op == "call_module" else None
-            name = getattr(user.target, "__name__", str(user.target))  # of a function, or a method
-            itself = user.target in IN_PLACE or (module is None and name.endswith("_") and not name.startswith("__"))
-            if user.kwargs.get("inplace") or getattr(module, "inplace", False) or (itself and user.args[0] is node):
-                return True
-            is_view = name in _VIEWS if module is None else isinstance(module, nn.Identity | nn.Flatten)
-            if is_view and is_changed(user):
-                return True
-        return False
-
     chains = []
     for node in graph.nodes:
         if node.op != "call_module" or calls[node.target] > 1 or not _is_plain_conv(module_of(node)):
@@ -198,9 +181,9 @@ def conv_chains(module: nn.Module, forward: Forward) -> list[Chain]:
         if act is not None and not (stock_activation(module_of(act)) in FUSED and is_as_built(module_of(act))):
             act = None
         # An activation's gradient is told from its result, which must stay what it was.
-        if act is not None and is_changed(act):
+        if act is not None and is_written_to(act, module_of):
             act = None
-        elif norm is not None and _has_own_activation(module_of(norm)) and is_changed(norm):
+        elif norm is not None and _has_own_activation(module_of(norm)) and is_written_to(norm, module_of):
             continue
         if norm is not None or act is not None:
             names = (None if n is None else name_of(n) for n in (node, norm, act))

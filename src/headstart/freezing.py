@@ -8,6 +8,7 @@ mode. Behind it everything is trainable and in training mode, except BatchNorm, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -209,9 +210,9 @@ def place_line(model: Classifier, where: str, *, batchnorm: str = "fixed") -> Fr
     _check_pure(net, [layer.name for layer in layers[:position]])
     behind = layers[position:]
     norms = {id(p) for m in net.modules() if is_batchnorm(m) for p in m.parameters(recurse=False)}
-    trained = {n for layer in behind for n in layer.parameters}
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_(name in trained and not (batchnorm == "frozen" and id(parameter) in norms))
+    trained = _trained(net, layers[:position], behind) - (norms if batchnorm == "frozen" else set())
+    for parameter in net.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
     for parameter in model.head.parameters():
         parameter.requires_grad_(True)
     start = behind[0].start if behind else None
@@ -229,6 +230,20 @@ def _check_pure(net: nn.Module, frozen: list[str]) -> None:
                 "other pictures of the batch; in front of the freeze line outputs must depend on the picture alone. "
                 "Build it with track_running_stats=True, or set the line in front of it."
             )
+
+
+def _trained(net: nn.Module, frozen: Sequence[Layer], behind: Sequence[Layer]) -> set[int]:
+    """The ids of the parameters behind the line; one under two names may not lie on both sides of it."""
+    named = dict(net.named_parameters(remove_duplicate=False))
+    in_front = {id(named[name]): name for layer in frozen for name in layer.parameters}
+    names = [name for layer in behind for name in layer.parameters]
+    for name in names:
+        if id(named[name]) in in_front:
+            raise ModelError(
+                f"{in_front[id(named[name])]} and {name} are one parameter: trained behind the freeze line, it would"
+                " change what lies in front of the line. Set the line in front of both, or behind them."
+            )
+    return {id(named[name]) for name in names}
 
 
 def _kept_in_eval(net: nn.Module, seen: Trace, line: int | None, batchnorm: str) -> list[nn.Module]:

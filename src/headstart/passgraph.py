@@ -28,9 +28,22 @@ from .stock import is_stock
 Forward = Callable[[Any, Tensor], Any]
 
 # `x += y` and its like, which change x.
-IN_PLACE = frozenset(
-    {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow}
-)
+_IN_PLACE = frozenset(
+    {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+     operator.iand, operator.ior, operator.ixor}
+)  # fmt: skip
+# What gives new memory, by name; any other function or method may hand on what it was given, or a view of it.
+_MAKES_NEW = frozenset(
+    ("add", "sub", "mul", "div", "truediv", "floordiv", "pow", "neg", "abs", "exp", "sqrt", "rsqrt", "clone", "cat",
+     "stack", "concat", "mean", "sum", "var", "std", "amax", "amin", "norm", "matmul", "bmm", "einsum", "softmax",
+     "log_softmax", "sigmoid", "tanh", "gelu", "relu", "relu6", "silu", "hardswish", "hardsigmoid", "leaky_relu",
+     "conv2d", "linear", "pad", "interpolate", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "lt", "gt", "eq",
+     "adaptive_max_pool2d", "layer_norm", "group_norm", "batch_norm", "scaled_dot_product_attention", "normalize",
+     "size", "dim", "numel", "argmax", "where", "roll")
+)  # fmt: skip
+_NO_TENSOR = frozenset(("shape", "ndim", "dtype", "device", "is_cuda"))
+# Modules that hand on their input, at least in evaluation mode, or a view of it.
+_HANDS_ON = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, DropPath, DropBlock2d, Done)
 
 # Modules whose behaviour hangs on their own training flag, and those whose class may be exchanged for a faster one:
 # called as they are, never looked into.
@@ -70,7 +83,7 @@ def _recorded(operation: Callable[..., Any]) -> Callable[..., Any]:
     return record
 
 
-for _operation in IN_PLACE:
+for _operation in _IN_PLACE:
     setattr(_InPlace, f"__{_operation.__name__}__", _recorded(_operation))
 
 
@@ -94,11 +107,14 @@ def trace(net: nn.Module, forward: Forward, *, in_place: bool = False) -> tuple[
     The graph is that of the modes the modules are in: what asks for `self.training` in the middle of a forward is
     decided now. Normalisation, dropout and drop-path modules are called as they are and keep their own modes.
 
-    in_place: record `x += y` as an operation of `IN_PLACE`, to be looked at; a graph that runs changes nothing in
+    in_place: record `x += y` as what it is, to be looked at; a graph that runs changes nothing in
     place, which would be what is stored at a cut.
+    Raises:
+        Uncuttable: the forward changes a buffer itself, which a recording would not do, or with numbers of its own.
     """
     whole = Whole(net, forward)
-    return whole, _Tracer(in_place=in_place).trace(whole)
+    with _undisturbed(net):
+        return whole, _Tracer(in_place=in_place).trace(whole)
 
 
 class Uncuttable(Exception):
@@ -122,6 +138,47 @@ def _mode(net: nn.Module, training: bool, but: Iterable[nn.Module] = ()) -> Iter
 def touches(target: str, names: Iterable[str]) -> bool:
     """Does the layer or parameter `target` lie in, or contain, one of the named ones?"""
     return any(target == name or target.startswith(f"{name}.") or name.startswith(f"{target}.") for name in names)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+@contextmanager
+def _undisturbed(net: nn.Module) -> Iterator[None]:
+    """Afterwards buffers and the modules' own attributes are what they were: tracing keeps its stand-ins for tensors
+    where a forward keeps tensors (LeViT's table of attention biases), and what needs no stand-in is really done.
+
+    Raises:
+        Uncuttable: a buffer was changed.
+    """
+    buffers = [(b, b._version, b.clone()) for b in net.buffers() if not b.is_inference()]
+    own = [(vars(module), _own_attributes(module)) for module in net.modules()]
+    try:
+        yield
+    finally:
+        changed = [(buffer, value) for buffer, version, value in buffers if buffer._version != version]
+        with torch.no_grad():
+            for buffer, value in changed:
+                buffer.copy_(value)
+        for now, before in own:
+            for name in now.keys() - _OF_EVERY_MODULE - before.keys():
+                del now[name]
+            for name, (value, content) in before.items():
+                now[name] = value
+                if isinstance(value, dict) and value != content:
+                    value.clear()
+                    value.update(content)
+    if changed:
+        raise Uncuttable(f"{type(net).__name__} changes its buffers itself, which a recording would not")
+
+
+def _own_attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """What a module has beside what every module has, with the present content of dictionaries."""
+    return {
+        name: (value, dict(value) if isinstance(value, dict) else None)
+        for name, value in vars(module).items()
+        if name not in _OF_EVERY_MODULE
+    }
 
 
 class PassGraph:
@@ -234,24 +291,53 @@ class PassGraph:
             return graph.call_method("clone", (entry,))
         return entry
 
+    def changes_weights(self) -> bool:
+        """Does an operation write into a buffer or a parameter? (Copied piece by piece it might be left out.)"""
+        read = [node for node in self.graph.nodes if node.op == "get_attr"]
+        return any(self.is_written_to(node) for node in read)
+
     def is_written_to(self, node: fx.Node) -> bool:
         """Would what follows write into this result?"""
-        return any(self._changes(user, node) for user in node.users)
-
-    def _changes(self, user: fx.Node, node: fx.Node) -> bool:
-        if not user.args or user.args[0] is not node:
-            return False
-        if user.op == "call_module":
-            module = self.whole.get_submodule(str(user.target))
-            return bool(getattr(module, "inplace", False))
-        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-        in_place = name.endswith("_") or (name.startswith("i") and name in _IN_PLACE)
-        return in_place or bool(user.kwargs.get("inplace", False)) or name in _VIEWS
+        return is_written_to(node, lambda user: self.whole.get_submodule(str(user.target)))
 
 
-_IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "ifloordiv", "iand", "ior", "ixor", "ipow"})
-# Views share memory with the stored tensor, and what follows may write into them.
-_VIEWS = frozenset({"view", "reshape", "flatten", "permute", "transpose", "getitem", "unflatten", "squeeze", "chunk"})
+def is_written_to(node: fx.Node, module_of: Callable[[fx.Node], nn.Module]) -> bool:
+    """Whether something in a graph writes into this operation's result, or into a view of it.
+
+    What is not known to give new memory is taken for a view.
+    """
+    return any(
+        _writes(user, node, module_of) or (_hands_on(user, node, module_of) and is_written_to(user, module_of))
+        for user in node.users
+    )
+
+
+def _name_of(node: fx.Node) -> str:
+    """Of a function or a method."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _writes(user: fx.Node, node: fx.Node, module_of: Callable[[fx.Node], nn.Module]) -> bool:
+    if user.op == "output" or not user.args or user.args[0] is not node:
+        return False
+    if user.op == "call_module":
+        return bool(getattr(module_of(user), "inplace", False))
+    if user.target in _IN_PLACE or user.target is operator.setitem or user.kwargs.get("inplace"):
+        return True
+    name = _name_of(user)
+    # `relu(x, True)`, `dropout(x, p, training, True)`: in which place the flag stands is each function's own affair.
+    flagged = getattr(user.target, "__module__", "") == "torch.nn.functional" and any(a is True for a in user.args)
+    return flagged or (name.endswith("_") and not name.startswith("__"))
+
+
+def _hands_on(user: fx.Node, node: fx.Node, module_of: Callable[[fx.Node], nn.Module]) -> bool:
+    if user.op == "output":
+        return False
+    if user.op == "call_module":
+        return isinstance(module_of(user), _HANDS_ON)
+    if user.target in _IN_PLACE or (user.target is getattr and user.args[1] in _NO_TENSOR):
+        return False  # `y += x` hands on y
+    return _name_of(user).strip("_") not in _MAKES_NEW
 
 
 def _keeps_input(node: fx.Node) -> bool:
@@ -265,21 +351,33 @@ def _plain(node: fx.Node) -> str:
 
 def record(net: nn.Module, forward: Forward, *, training: bool, but: Iterable[nn.Module] = ()) -> PassGraph:
     for _ in range(2):  # once more, lest another thread has drawn some meanwhile
-        before = _random_states()
+        before = _random_states(net)
         try:
             with _mode(net, training, but):
                 made = PassGraph(*trace(net, forward))
+        except Uncuttable:
+            raise
         except Exception as error:  # whatever a foreign forward raises under tracing
             raise Uncuttable(f"{type(net).__name__} cannot be traced: {in_words(error)}") from error
-        if _random_states() == before:
-            return made
-    raise Uncuttable(f"{type(net).__name__} draws random numbers of its own, which a recording would hold fast")
+        if _random_states(net) == before:
+            break
+    else:
+        raise Uncuttable(f"{type(net).__name__} draws random numbers of its own, which a recording would hold fast")
+    if made.changes_weights():
+        raise Uncuttable(f"{type(net).__name__} changes its buffers itself, which a recording would not")
+    return made
 
 
-def _random_states() -> tuple[Any, ...]:
+def _random_states(net: nn.Module) -> tuple[Any, ...]:
+    """Of the global generators, and of those that modules have themselves."""
     of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    tensors = [bytes(state.numpy()) for state in (torch.get_rng_state(), *of_gpus)]
-    return random.getstate(), repr(np.random.get_state(legacy=False)), tensors
+    own = [value for module in net.modules() for value in vars(module).values()]
+    tensors = [torch.get_rng_state(), *of_gpus, *(g.get_state() for g in own if isinstance(g, torch.Generator))]
+    of_numpy: list[Any] = [np.random.get_state(legacy=False)]
+    of_numpy += [g.bit_generator.state for g in own if isinstance(g, np.random.Generator)]
+    of_numpy += [g.get_state(legacy=False) for g in own if isinstance(g, np.random.RandomState)]
+    of_python = [random.getstate(), *(g.getstate() for g in own if isinstance(g, random.Random))]
+    return of_python, repr(of_numpy), [bytes(state.cpu().numpy()) for state in tensors]
 
 
 def tensor_shapes(

@@ -132,7 +132,11 @@ def _attempt(
         )  # fmt: skip
     started, event = time.perf_counter(), None
     if stage.warm_start == "ridge":
-        entry, event = _ridge(run, entry)
+        try:
+            entry, event = _ridge(run, entry)
+        except BaseException:
+            restore(model, entry_state)
+            raise
     best = last = entry
     seconds = time.perf_counter() - started
     event = _joined([*run.gradients.portion.take(), *([event] if event else [])])
