@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from headstart import cli, cli_options
-from headstart.cli import COMMANDS, default_run_path, main
-from headstart.cli_options import STAGE_OPTIONS
+from headstart.cli import COMMANDS, main
+from headstart.cli_options import STAGE_OPTIONS, default_run_path, new_run_path
 from headstart.cli_overrides import apply_overrides, picture_overrides, read_hidden
 from headstart.errors import DataError, Interrupted, RecipeError
 from headstart.recipe import POLICIES, RECIPES, AugmentSpec, HeadSpec, HiddenLayer, Stage
@@ -338,6 +338,40 @@ def test_fit_leaves_what_was_not_given_to_the_library(
     }  # fmt: skip
     main(["fit", "data/flowers", "--recipe", "scratch"])
     assert calls["fine_tune"]["weights"] is None  # the library chooses: random where the recipe is from scratch
+
+
+def test_a_new_run_folder_is_taken_at_once_and_given_back_where_nothing_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with new_run_path("photos", "x", overwrite=False) as one, new_run_path("photos", "x", overwrite=False) as two:
+        assert (one, two) == (Path("runs/photos-x"), Path("runs/photos-x-2"))
+        (two / "model.json").write_text("{}")
+    assert [entry.name for entry in Path("runs").iterdir()] == ["photos-x-2"]
+    (two / "model.json").unlink()
+    two.rmdir()
+    Path("runs").rmdir()
+    with pytest.raises(DataError), new_run_path("photos", "x", overwrite=False):
+        raise DataError("no such folder")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("command", ["compare photos", "fit photos --auto", "evaluate runs/x photos"])
+def test_only_a_fit_runs_in_several_processes(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "only fit trains in several" in error_of(capsys, *command.split())
+
+
+def test_of_other_processes_a_line_of_an_error_is_shown(
+    calls: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls["raise"] = DataError("2 pictures cannot be read:\n  a\x1b[2J.jpg\n  b.jpg")
+    assert error_of(capsys, "fit", "photos").endswith(":\n  a\\x1b[2J.jpg\n  b.jpg\n")
+    monkeypatch.setenv("RANK", "1")
+    assert error_of(capsys, "fit", "photos") == "headstart fit: error: (process 1) 2 pictures cannot be read:\n"
 
 
 def test_default_run_folder_is_numbered_when_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,13 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     assert set(table.split_names) == {""}
 
 
+def test_a_link_to_itself_is_a_picture_that_cannot_be_read(photos: Path) -> None:
+    (photos / "red" / "self.jpg").symlink_to("self.jpg")
+    with pytest.raises(DataError, match=r"red/self\.jpg"):
+        load_images(photos)
+    assert "red/self.jpg" not in [str(p.relative_to(photos)) for p in load_images(photos, bad_files="skip").paths]
+
+
 def test_named_split_folders(tmp_path: Path) -> None:
     fill(tmp_path, {f"{s}/{c}": n for s, n in (("train", 4), ("val", 2), ("holdout", 1)) for c in "ab"})
     table = load_images(tmp_path, test_folder="holdout")

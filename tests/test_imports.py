@@ -67,7 +67,7 @@ LAYERS = (
         *("advising", "comparison", "contest", "lr_finder", "sweeps"),
     ),
     (
-        *("cli", "cli_audit", "cli_cache", "cli_transforms", "cli_options", "cli_overrides"),
+        *("__main__", "cli", "cli_audit", "cli_cache", "cli_transforms", "cli_options", "cli_overrides"),
         *("cli_advise", "cli_compare", "cli_recipe", "cli_shootout", "cli_tuning"),
     ),
 )
@@ -215,6 +215,7 @@ SIDEWAYS = {
     ("sweeps", "comparison"),
     ("sweeps", "recipes"),
     ("demo", "recipes"),
+    ("__main__", "cli"),
     ("cli", "cli_audit"),
     ("cli_audit", "cli_options"),
     ("cli", "cli_cache"),
@@ -250,6 +251,7 @@ SIDEWAYS = {
     ("recipes", "stage_run"),
     ("runtime", "memory"),
     ("runtime", "numerics"),
+    ("runtime", "owners"),
     ("runtime", "terminal"),
     ("gradients", "averaging"),
     ("gradients", "features"),

@@ -392,6 +392,9 @@ def test_without_room_the_run_goes_on_and_says_so(
         assert "37 pictures to decode, about " in line
         assert "room for 10 kB" in line
     assert store.view(paths[0]) is None
+    told = len(said)
+    store.fill(paths, root=photos)
+    assert len(said) == told, "nothing is said twice, nor of a store that cannot be used what it will take"
     kept = [path for path in paths if path != broken]
     pixels = Pixels(load_images(photos, bad_files="skip"), SPEC, store=store)
     assert torch.equal(pixels.batch([0], [0])[0], load_view(pixels.table.paths[0], SPEC))

@@ -82,6 +82,21 @@ def test_two_processes_make_the_model_that_one_makes(launcher: str, photos: Path
     assert probabilities(tmp_path / "three") == got
 
 
+@pytest.mark.slow
+def test_what_the_main_process_alone_runs_into_ends_all_of_them(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("not a run")
+    launcher = next(iter(LAUNCHERS.values())).format(port=free_port())
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", *launcher.split(), *FIT.format(photos=photos, out=out).split()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("a folder that is not empty is there") == 1
+    assert "(process 1) The main process cannot make the run's folder." in done.stderr
+    assert "recipes.py" not in done.stderr  # no trace of ours
+
+
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes ended the stages of `several` in."""

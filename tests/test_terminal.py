@@ -17,6 +17,7 @@ from headstart.terminal import (
     per_class_table,
     predictions_table,
     ranking,
+    say,
     scores_table,
 )
 
@@ -109,6 +110,13 @@ def test_columns_stand_under_each_other() -> None:
         "a              1",
         "long name  1,000",
     ]
+
+
+def test_a_name_cannot_move_the_cursor_or_break_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    text = format_table(["class", "n"], [["dai\x1b[31msy\nrose", "1"], ["\x9b2J", "2"]])
+    assert text.splitlines()[2:] == ["dai\\x1b[31msy\\nrose  1", "\\x9b2J               2"]
+    say("file a\x1b]0;owned\x07.jpg\n\tand b")
+    assert capsys.readouterr().err == "file a\\x1b]0;owned\\x07.jpg\n\tand b\n"
 
 
 def test_a_table_without_rows_is_its_header() -> None:

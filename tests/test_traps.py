@@ -253,7 +253,7 @@ def stages(*accuracies: float) -> list[dict[str, Any]]:
 def test_25_a_gain_that_chance_explains_is_told() -> None:
     (sentence,) = cautions([], {"stages": stages(0.90, 0.92), "data": {"n_val": 100}})
     assert sentence.startswith("Stage 'stage 1' changed the validation accuracy by +2.0 points; with 100 pictures")
-    assert sentence.endswith("the two do not differ.")
+    assert sentence.endswith("the two cannot be told apart.")
     assert cautions([], {"stages": stages(0.60, 0.92), "data": {"n_val": 100}}) == []
     assert cautions([], {"stages": stages(0.90, 0.92), "data": {"n_val": 10_000}}) == []
 

@@ -18,7 +18,19 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 import headstart
-from headstart import ModelError, Recipe, RecipeError, Space, Stage, find_lr, fine_tune, load_images, split, sweep
+from headstart import (
+    Interrupted,
+    ModelError,
+    Recipe,
+    RecipeError,
+    Space,
+    Stage,
+    find_lr,
+    fine_tune,
+    load_images,
+    split,
+    sweep,
+)
 from headstart.bench import Bench
 from headstart.cli import main
 from headstart.features import make_source
@@ -131,6 +143,11 @@ def test_lr_on_the_command_line(photos: Path, tmp_path: Path, capsys: pytest.Cap
     assert "suggestion: --lr " in printed
     assert out.read_text().lstrip().startswith("<?xml")
     assert main(["lr", str(photos), "--run", "somewhere", *ARGUMENTS]) == 2
+    capsys.readouterr()
+    assert main(["lr", str(photos), "--run", "somewhere", "--image-size", "64", "--epochs", "2", "--seed", "1"]) == 2
+    said = capsys.readouterr().err
+    assert all(flag in said for flag in ("--image-size", "--epochs", "--seed"))
+    assert "the run has its own" in said
 
 
 # ---- the sweep -------------------------------------------------------------------------------------------------
@@ -171,6 +188,30 @@ def test_the_same_call_goes_on_and_adds_nothing_when_done(photos: Path, tmp_path
     assert whole.results["trials"][:2] == some.results["trials"]
     assert [t["values"] for t in whole.results["trials"]] == GRID.grid()
     assert sweep(bench, space=GRID, **call).results["trials"] == whole.results["trials"]
+
+
+def test_a_sweep_that_is_stopped_keeps_what_its_trials_found(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, call, done = bench_of(photos), {"recipe": HEAD, "out": tmp_path / "out", **NET}, []
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        done.append(1)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return fine_tune(*args, **options)
+
+    monkeypatch.setattr("headstart.sweeps.fine_tune", stopped)
+    with pytest.raises(
+        Interrupted, match=r"1 trial is done, the best of them in .*best\.json; the same command goes on"
+    ):
+        sweep(bench, space=GRID, prune=False, **call)
+    kept = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [trial["values"] for trial in kept["trials"]] == GRID.grid()[:1]
+    assert kept["settings"]["precision"] == "float32"
+    assert load_recipe(tmp_path / "out" / "best.json").lr == GRID.grid()[0]["lr"]
+    whole = sweep(bench, space=GRID, prune=False, **call)
+    assert sorted(json.dumps(t["values"]) for t in whole.results["trials"]) == sorted(map(json.dumps, GRID.grid()))
 
 
 def test_tpe_draws_from_ranges_and_lines(photos: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def _within_noise(metrics: Mapping[str, Any]) -> list[str]:
         if n and 0 < abs(second - first) <= chance:
             found.append(
                 f"Stage {after['name']!r} changed the validation accuracy by {100 * (second - first):+.1f} points;"
-                f" with {n:,} pictures chance alone explains {100 * chance:.1f}: the two do not differ."
+                f" with {n:,} pictures chance alone explains {100 * chance:.1f}: the two cannot be told apart."
             )
     return found
 

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ from .cli_options import (
     add_root_option,
     add_stage_options,
     add_tta_option,
-    default_run_path,
     given,
+    new_run_path,
     refuse_beside_from_run,
     short_path,
 )
@@ -45,6 +46,7 @@ from .cli_overrides import apply_overrides, override_head, picture_overrides
 from .cli_recipe import follow_tuned
 from .cli_transforms import add_transforms_option, run_transforms
 from .errors import HeadstartError, Interrupted, RecipeError, SetupError, in_words, near_matches
+from .owners import launched
 from .recipe import HeadSpec, load_recipe
 from .sources import source_name
 
@@ -128,18 +130,20 @@ def _fit(args: argparse.Namespace) -> int:
     from . import recipes
     from .cautions import cautions
 
-    result = recipes.fine_tune(
-        args.photos,
-        backbone=backbone,
-        weights=args.weights,
-        out=args.out or default_run_path(args.photos, came_from, overwrite=args.overwrite),
-        recipe=recipe,
-        overwrite=args.overwrite,
-        spec_overrides=spec_overrides,
-        progress=not args.quiet,
-        **given(args, "bad_files", "val", "test", "val_folder", "test_folder", "root", "limit"),
-        **given(args, "from_run", "device", "precision", "workers", "compile", "cache", "audit"),
-    )
+    new = new_run_path(args.photos, came_from, overwrite=args.overwrite)
+    with nullcontext(args.out) if args.out else new as out:
+        result = recipes.fine_tune(
+            args.photos,
+            backbone=backbone,
+            weights=args.weights,
+            out=out,
+            recipe=recipe,
+            overwrite=args.overwrite,
+            spec_overrides=spec_overrides,
+            progress=not args.quiet,
+            **given(args, "bad_files", "val", "test", "val_folder", "test_folder", "root", "limit"),
+            **given(args, "from_run", "device", "precision", "workers", "compile", "cache", "audit"),
+        )
     if result.run_path is None:  # one of several processes: another one writes and prints
         return 0
     if advice:
@@ -403,6 +407,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        _refuse_together(args)
         code = COMMANDS[args.command].run(args)
         sys.stdout.flush()
         return code
@@ -420,6 +425,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _explain(SetupError(words), args)
 
 
+def _refuse_together(args: argparse.Namespace) -> None:
+    """Of processes that work together only those of `fit` wait for each other, and leave writing to one."""
+    what = f"{args.command} --auto" if getattr(args, "auto", False) else args.command
+    if launched()[1] > 1 and what != "fit":
+        raise SetupError(
+            f"{what} runs in one process; only fit trains in several. Start it without accelerate launch or torchrun."
+        )
+
+
 def _explain(error: BaseException, args: argparse.Namespace) -> int:
     """One clear message on stderr, behind the trace when `--debug` asks for it; returns the exit code."""
     if args.debug:
@@ -429,7 +443,10 @@ def _explain(error: BaseException, args: argparse.Namespace) -> int:
     if isinstance(error, (Interrupted, KeyboardInterrupt)):
         print(str(error) or "Stopped by hand. Give the same command again to start over.", file=sys.stderr)
         return EXIT_INTERRUPTED
-    print(f"headstart {args.command}: error: {error}", file=sys.stderr)
+    rank = launched()[0]
+    # What all processes run into, the main one tells; of the others a line is enough to find the one that is alone.
+    words = f"(process {rank}) {str(error).partition(chr(10))[0]}" if rank else str(error)
+    print(f"headstart {args.command}: error: {terminal.printable(words)}", file=sys.stderr)
     return EXIT_BAD_INPUT
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from .cli_options import (
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(advice.to_dict(), indent=1, default=str))
     else:
         print(advice.text())
-        print(f"\nrecipe  {short_path(out.absolute())}\nuse     headstart fit {args.photos} --recipe {out}")
+        use = f"headstart fit {quote(args.photos)} --recipe {quote(str(out))}"
+        print(f"\nrecipe  {short_path(out.absolute())}\nuse     {use}")
     return 0
 
 

@@ -6,12 +6,14 @@ An option that is not given is None and leaves what the recipe says; help texts 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError
+from .owners import launched
 from .recipe import POLICIES, RECIPES, Recipe
 from .sources import source_name
 
@@ -359,6 +361,39 @@ def default_run_path(photos: str, backbone: str, *, overwrite: bool = False) -> 
         number += 1
         path = base.with_name(f"{base.name}-{number}")
     return path
+
+
+@contextmanager
+def new_run_path(photos: str, backbone: str, *, overwrite: bool) -> Iterator[Path]:
+    """`default_run_path`, taken at once where it is to be a new one, so that no other process takes it meanwhile.
+
+    The folder goes again where nothing was put into it.
+    """
+    path = default_run_path(photos, backbone, overwrite=overwrite)
+    if overwrite or launched()[0]:
+        yield path
+        return
+    parent_is_new = not path.parent.exists()
+    try:
+        path = _taken(path, photos, backbone)
+        yield path
+    finally:
+        with suppress(OSError):  # there is something in it, or it was never made
+            path.rmdir()
+            if parent_is_new:
+                path.parent.rmdir()
+
+
+def _taken(path: Path, photos: str, backbone: str) -> Path:
+    while True:
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            path = default_run_path(photos, backbone)
+        except OSError:
+            return path  # whoever opens the run says why it cannot be made
+        else:
+            return path
 
 
 def short_path(path: Path | None) -> str:

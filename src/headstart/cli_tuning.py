@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from shlex import quote
 from typing import Any
 
 from . import terminal
@@ -77,10 +78,19 @@ def _lr_options(parser: argparse.ArgumentParser) -> None:
     add_work_options(parser)
 
 
+def _of_a_run() -> list[str]:
+    """The options whose values a run has its own of."""
+    parser = argparse.ArgumentParser()
+    add_recipe_options(parser)
+    add_picture_options(parser)
+    return ["backbone", "weights", "epochs", *vars(parser.parse_args([]))]
+
+
 def _lr(args: argparse.Namespace) -> int:
-    idle = given(args, "backbone", "weights", "recipe") if args.run else {}
+    idle = given(args, *_of_a_run()) if args.run else {}
     if idle:
-        raise RecipeError(f"--{', --'.join(idle)} would change nothing: the run has its own. Leave it out.")
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise RecipeError(f"{flags} would change nothing: the run has its own. Leave it out.")
     recipe = recipe_of(args, "fine-tune")
     work = given_work(args)
     from . import lr_finder
@@ -163,7 +173,7 @@ def _sweep(args: argparse.Namespace) -> int:
     print(terminal.sweep_table(result.results))
     if result.best:
         best = short_path(result.path / "best.json")
-        print(f"\nbest    {best}\nuse     headstart fit {args.photos} --recipe {best}")
+        print(f"\nbest    {best}\nuse     headstart fit {quote(args.photos)} --recipe {quote(best)}")
     return 0
 
 

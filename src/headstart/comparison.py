@@ -19,7 +19,7 @@ from .bench import Bench, data_digest, make_bench, settle
 from .classifier import create_classifier
 from .comparison_page import write_comparison
 from .dataset import ImageTable, Splits
-from .errors import HeadstartError, RecipeError
+from .errors import HeadstartError, Interrupted, RecipeError
 from .freezing import set_freeze_line
 from .metrics import judge_pairs, paired_difference, wilson_interval
 from .recipe import RECIPES, Recipe, load_recipe
@@ -236,12 +236,14 @@ def run_or_read(
                 return earlier
         except HeadstartError:
             pass  # torn or something else: the run below says whether it may be replaced
-    return read_run(
-        fine_tune(
+    try:
+        result = fine_tune(
             bench, recipe=plan, out=path, overwrite=path.exists(), backbone=backbone,
             weights=weights_of(plan, weights), spec_overrides=overrides, progress=progress,
-        ).run_path or path
-    )  # fmt: skip
+        )  # fmt: skip
+    except Interrupted:
+        raise Interrupted("Stopped by hand. The same command goes on behind the runs that are done.") from None
+    return read_run(result.run_path or path)
 
 
 # ---- what the runs say together --------------------------------------------------------------------------------

@@ -102,13 +102,20 @@ def _list(path: Path) -> _Folder:
     except OSError as error:
         raise DataError(f"Folder {path} cannot be listed: {error.strerror}.") from None
     for entry in entries:
-        if entry.is_dir():
+        if _is_folder(entry):
             folders.append(path / entry.name)
         elif Path(entry.name).suffix.lower() in IMAGE_EXTENSIONS:
             pictures.append(path / entry.name)
         else:
             others.append(path / entry.name)
     return _Folder(path, tuple(pictures), tuple(others), tuple(folders))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself: what becomes of it is told where it is read
+        return False
 
 
 def _is_hidden(name: str) -> bool:

@@ -8,6 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# As the launchers name them: accelerate and torchrun, and the MPIs.
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+
+def launched() -> tuple[int, int]:
+    """This process's number, from 0, among those that a launcher has started together, and how many they are."""
+    rank, world = (max(int(os.environ.get(name) or 0) for name in names) for names in (_RANKS, _WORLD_SIZES))
+    return rank, max(world, 1)
+
 
 def this_process() -> dict[str, Any]:
     """What this process is known by: the machine (or container), its number there, and when it was started."""

@@ -71,7 +71,7 @@ class PixelStore:
         self._read: set[str] = set()
         self._held: dict[str, Entry] = {}
         self._checked: set[_Key] = set()
-        self._refused = False
+        self._refused = self._broken = False
 
     # ---- filling -------------------------------------------------------------------------------------------------
 
@@ -105,12 +105,12 @@ class PixelStore:
         try:
             self._hash_files(job, root)
             missing = self._missing(job)
-            if missing and self._has_room(job, missing):
+            if missing and not self._broken and self._has_room(job, missing):
                 reasons = self._decode(job)
         except OSError as error:
             if not self._refused:
                 self.say(f"Pixel store: {self.cache.folder} cannot be used ({error}); the run goes on without it.")
-            self._refused = True
+            self._refused = self._broken = True
         unknown = (
             [] if not check else [i for i in range(len(paths)) if i not in reasons and not self._decodes(paths[i])]
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from .closing import FitResult, finish, leaked_rows, leave_usable, trained_on, w
 from .dataset import ImageTable, Splits, check_images, load_images
 from .dataspec import DataSpec
 from .diary import Diary
-from .errors import HeadstartError, Interrupted, ModelError, RecipeError, SetupError
+from .errors import CheckpointError, HeadstartError, Interrupted, ModelError, RecipeError, SetupError
 from .evaluation import evaluate, tta_views
 from .freezing import set_freeze_line
 from .handover import change_classes
@@ -105,8 +105,8 @@ def fine_tune(
         _refuse_beside_from_run(plan, weights=weights, head=head, data_spec=data_spec, spec_overrides=spec_overrides)
     else:
         weights = weights_of(plan, weights)
-    if out is not None and runtime.is_main:
-        check_run_path(out, overwrite=overwrite)
+    if out is not None:
+        _by_main(runtime, lambda: check_run_path(out, overwrite=overwrite))
     origin = weights if from_run is None else from_run
     diary = Diary(None, progress and runtime.is_main, listener=log, earlier=origin)
     try:
@@ -141,11 +141,15 @@ def fine_tune(
         _say_seen(diary, splits)
     except KeyboardInterrupt:
         raise Interrupted("Stopped before training began; nothing was written.") from None
-    if out is not None and runtime.is_main:
-        diary.run = open_run(out, overwrite=overwrite)
+
+    def begin(path: str | Path) -> None:
+        diary.run = open_run(path, overwrite=overwrite)
         write_plan(diary.run, plan, splits)
         if bench.audit is not None:
             diary.run.write_json("audit.json", bench.audit.to_dict())
+
+    if out is not None:
+        _by_main(runtime, lambda: begin(out))
     try:
         trainset = bench.pixels("train", model.spec, augment=augment or plan.augment_spec, seed=plan.seed)
         valset = bench.pixels("val", model.spec)
@@ -284,6 +288,22 @@ def _say_seen(diary: Diary, splits: Splits) -> None:
             " the test split is scored with and without them.",
             enabled=diary.show,
         )
+
+
+def _by_main(runtime: Runtime, work: Callable[[], object]) -> None:
+    """Work of the main process alone; where it fails there, all end with it instead of waiting for it.
+
+    Raises:
+        CheckpointError: in the other processes. Whatever the work raises, in the main one.
+    """
+    failed: Exception | None = None
+    if runtime.is_main:
+        try:
+            work()
+        except Exception as error:
+            failed = error
+    if not runtime.agrees(failed is None):
+        raise failed or CheckpointError("The main process cannot make the run's folder.")
 
 
 def _refuse_beside_from_run(plan: Recipe, **given: object) -> None:

@@ -19,13 +19,13 @@ from torch import Tensor
 from .errors import RecipeError, SetupError
 from .memory import Portion
 from .numerics import bf16_works, keep_freed_memory
+from .owners import launched
 from .terminal import say
 
 if sys.platform != "win32":
     import resource
 
 # How launchers say how many processes they start: torchrun and accelerate, then the MPIs that accelerate knows.
-_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 GPU_SHARE = 0.2  # of a GPU's free memory: what one thing kept there, a split's pictures or rows, may take
 
@@ -211,7 +211,7 @@ def make_runtime(
         raise RecipeError(f"compile is {compile!r}; allowed: auto, on, off.")
     if workers is not None and workers < 1:
         raise RecipeError(f"workers is {workers}; it takes a whole number from 1.")
-    rank, world = 0, max(int(os.environ.get(name) or 1) for name in _WORLD_SIZES)
+    rank, world = 0, launched()[1]
     chosen = _device(device, shared=world > 1)
     if world > 1:
         from accelerate import PartialState

@@ -18,7 +18,7 @@ from typing import Any
 from .backbones import spec_of
 from .bench import Bench, data_digest, make_bench, settle
 from .comparison import check_lines
-from .errors import HeadstartError, RecipeError, SetupError
+from .errors import HeadstartError, Interrupted, RecipeError, SetupError
 from .owners import is_gone, this_process
 from .plots import plot_parallel
 from .recipe import Recipe, load_recipe
@@ -128,6 +128,7 @@ def sweep(
         data_options: val, test, val_folder, test_folder, root, bad_files, limit and cache, as in `fine_tune`.
     Raises:
         SetupError: Optuna is not installed. RecipeError: options that cannot be used.
+        Interrupted: stopped by hand; what the finished trials found is written.
     """
     if method not in ("grid", "tpe"):
         raise RecipeError(f"method is {method!r}; allowed: grid, tpe.")
@@ -149,12 +150,14 @@ def sweep(
     settings = {
         "data": data_digest(bench.splits), "recipe": json.loads(to_json(plan.to_dict())), "backbone": backbone,
         "weights": str(weights or "hub"), "pictures": json.loads(to_json(dict(spec_overrides or {}))),
+        "precision": str(bench.runtime.dtype).removeprefix("torch."),
     }  # fmt: skip
     folder = settle(out, FILE, settings, overwrite=overwrite)
     study = _study(optuna, storage or str(folder / JOURNAL), name=folder.name, prune=prune,
                    fresh=overwrite and storage is None)  # fmt: skip
     started = time.perf_counter()
     limit = (trials or (TPE_TRIALS if minutes is None else None)) if method == "tpe" else trials
+    stopped = False
     while minutes is None or time.perf_counter() - started < 60 * minutes:
         taken = _taken(optuna, study)
         left = [point for point in space.grid() if _key(point) not in taken] if method == "grid" else [{}]
@@ -164,10 +167,21 @@ def sweep(
         trial.set_user_attr("process", this_process())
         point = left[0] if method == "grid" else _draw(trial, space.values or {})
         trial.set_user_attr("asked", point)
-        _try(optuna, study, trial, point, plan, bench, backbone, weights, dict(spec_overrides or {}), prune, progress)
+        overrides = dict(spec_overrides or {})
+        try:
+            _try(optuna, study, trial, point, plan, bench, backbone, weights, overrides, prune, progress)
+        except (KeyboardInterrupt, Interrupted):
+            stopped = True
+            break
     results = {"settings": settings, "method": method, "wall_seconds": time.perf_counter() - started}
     results["trials"] = [_row(trial, space) for trial in study.get_trials(deepcopy=False) if _scored(optuna, trial)]
-    return _finish(results, plan, folder)
+    found = _finish(results, plan, folder)
+    if stopped:
+        done = len(found.results["trials"])
+        best = f", the best of them in {folder / 'best.json'}" if found.best else ""
+        say = f"{done} trial{'s are' * (done != 1)}{' is' * (done == 1)} done"
+        raise Interrupted(f"Stopped by hand. {say}{best}; the same command goes on.")
+    return found
 
 
 def _key(point: Mapping[str, Any]) -> str:

@@ -61,12 +61,20 @@ class ProgressBar:
         self.close()
 
 
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """Text with control characters written out, tab and line's end left: a file's name may move the cursor by them."""
+    return text.translate(_CONTROLS)
+
+
 def say(text: str, *, enabled: bool = True) -> None:
     """Print a line on stderr, above a bar that may be running there."""
     if enabled:
         from tqdm import tqdm
 
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(printable(text), file=sys.stderr)
 
 
 def duration(seconds: float) -> str:
@@ -97,6 +105,7 @@ def figure(value: float | int | str | None, digits: int = 3) -> str:
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """Columns padded with blanks, a rule under the header; the first `left` columns flush left, the others right."""
+    rows = [[printable(cell).replace("\n", "\\n") for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -267,4 +276,4 @@ def sweep_table(results: Mapping[str, Any]) -> str:
         row += [f"{figure(low)} - {figure(high)}" if val else "ended early", figure(trial.get("best_epoch"))]
         rows.append([*row, duration(trial["seconds"]), *[figure(trial.get("published"), 4)] * published])
     total = sum(trial["seconds"] for trial in trials)
-    return f"{format_table(header, rows, left=0)}\n\n{len(trials)} trials in {duration(total)}"
+    return f"{format_table(header, rows, left=0)}\n\n{len(trials)} trial{'s' * (len(trials) != 1)} in {duration(total)}"
