@@ -52,7 +52,7 @@ def small_net(table: ImageTable, backbone: str, *, line: str, batchnorm: str = "
 
 
 @pytest.mark.parametrize("batchnorm", ["fixed", "train"])
-@pytest.mark.parametrize("backbone", ["mobilenetv3_small_050", "test_vit", "repvgg_a0"])
+@pytest.mark.parametrize("backbone", ["mobilenetv3_small_050", "test_vit", "repvgg_a0", "xcit_nano_12_p16_224"])
 def test_gradients_and_statistics_are_those_of_the_plain_pass(table: ImageTable, backbone: str, batchnorm: str) -> None:
     model = small_net(table, backbone, line="all", batchnorm=batchnorm)
     source, state = PixelSource(Pixels(table, SMALL, workers=1)), snapshot(model)

@@ -74,6 +74,25 @@ def test_halves_equal_the_whole(name: str) -> None:
             assert parts.bytes_per_picture(torch.bfloat16) == stored[0].numel() * 2
 
 
+@pytest.mark.parametrize(("name", "line", "at"), [
+    ("xcit_nano_12_p16_224", "blocks.6", "blocks.5 (add_18)"),  # a grid's height and width, used in every block
+    ("twins_svt_small", "blocks.2.4", "blocks.2.3 (add_18)"),  # how many pictures there are, used in every stage
+    ("pit_ti_224", "transformers.1", "transformers.0.blocks.1 (add_4)"),
+])  # fmt: skip
+def test_numbers_that_are_used_all_along_are_in_nobodys_way(name: str, line: str, at: str) -> None:
+    net = build(name, img_size=64)
+    parts = made(cut_or_reason(net, line, example_shape=(3, 64, 64)))
+    assert (parts.at, parts.frozen_between) == (at, ())
+    for n in (1, 5):
+        x = pictures(n)
+        with torch.no_grad():
+            stored, whole = parts.prefix(x), features(net, x)
+            torch.testing.assert_close(parts.suffix(stored), whole, rtol=1e-6, atol=1e-6)
+            parts.suffix.training = True  # its modules stay as they are
+            torch.testing.assert_close(parts.suffix(stored), whole, rtol=1e-6, atol=1e-6)
+            parts.suffix.training = False
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "vit_tiny_patch16_224"])
 def test_gradients_of_the_suffix_are_those_of_the_net(name: str) -> None:
     options, (_, middle, _) = LINES[name]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from .passgraph import Forward, PassGraph, Uncuttable, record, tensor_shapes
+from .passgraph import Forward, PassGraph, Uncuttable, record, tensor_shapes, with_numbers_held
 
 Within = Callable[[], AbstractContextManager[object]]
 
@@ -88,6 +88,7 @@ def segments(
             graph = record(net, forward, training=True, but=kept_in_eval)
         with torch.random.fork_rng(devices=[]):
             shapes = tensor_shapes(graph, net, example_shape)
+            graph = with_numbers_held(graph, net, example_shape)
     except Uncuttable as reason:
         return str(reason)
     sizes = [

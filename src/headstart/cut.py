@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .passgraph import Forward, PassGraph, Uncuttable, check_same, record, tensor_shapes, touches
+from .passgraph import Forward, PassGraph, Uncuttable, check_same, record, tensor_shapes, touches, with_numbers_held
 
 
 def features(net: nn.Module, x: Tensor) -> Any:
@@ -114,7 +114,14 @@ def cut_or_reason(
         at_train = record(net, call, training=True, but=kept_in_eval)
         shapes = tensor_shapes(at_eval, net, example_shape)
         check_same(at_eval, net, call, example_shape)
-        place, place_train = _choose(at_eval, at_train, names, shapes, max_bytes)
+        try:
+            place, place_train = _choose(at_eval, at_train, names, shapes, max_bytes)
+            is_last = not at_eval.layers(place, at_eval.first_touch(names))
+        except Uncuttable:
+            is_last = False
+        if not is_last:  # numbers that are alive all along may be in the way
+            at_eval, at_train = (with_numbers_held(graph, net, example_shape) for graph in (at_eval, at_train))
+            place, place_train = _choose(at_eval, at_train, names, shapes, max_bytes)
     except Uncuttable as reason:
         return str(reason)
     prefix, eval_suffix = at_eval.split(place)

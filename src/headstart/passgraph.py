@@ -182,15 +182,19 @@ def _own_attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
 
 
 class PassGraph:
-    """One traced forward, and what can be asked of it."""
+    """One traced forward, and what can be asked of it.
 
-    def __init__(self, whole: nn.Module, graph: fx.Graph) -> None:
-        self.whole, self.graph = whole, graph
+    Args:
+        counts: operations that give how many pictures there are; any tensor's length says so, too.
+    """
+
+    def __init__(self, whole: nn.Module, graph: fx.Graph, counts: Iterable[fx.Node] = ()) -> None:
+        self.whole, self.graph, self._counts = whole, graph, frozenset(counts)
         self.input = next(node for node in graph.nodes if node.op == "placeholder")
         self.output = next(node for node in graph.nodes if node.op == "output")
         depends: set[fx.Node] = {self.input}
         for node in graph.nodes:
-            if any(source in depends for source in node.all_input_nodes):
+            if node not in self._counts and any(source in depends for source in node.all_input_nodes):
                 depends.add(node)
         # What depends on weights alone (a position table, say) is computed again on whichever side wants it.
         self.chain = [node for node in graph.nodes if node in depends and node is not self.output]
@@ -275,10 +279,11 @@ class PassGraph:
         last = len(self.chain) if end is None else self.place[end]
         graph = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
-        if start is not None:
-            copied[start] = self._guard(graph, graph.placeholder("x"), start)
+        entry = graph.placeholder("x")
+        copied[start or self.input] = entry if start is None else self._guard(graph, entry, start)
+        copied |= dict.fromkeys(self._counts, graph.call_function(len, (entry,))) if self._counts else {}
         for node in self.graph.nodes:
-            if node not in self.place or first < self.place[node] <= last:
+            if node not in copied and (node not in self.place or first < self.place[node] <= last):
                 copied[node] = graph.node_copy(node, copied.__getitem__)
         if end is not None:
             graph.output(copied[end])
@@ -403,6 +408,41 @@ def tensor_shapes(
         words = f"{type(net).__name__} does not run on pictures of shape {example_shape}: {in_words(error)}"
         raise Uncuttable(words) from error
     return found
+
+
+def with_numbers_held(graph: PassGraph, net: nn.Module, example_shape: tuple[int, ...]) -> PassGraph:
+    """The same graph in which no number is alive that the pictures' shape alone decides, or how many they are.
+
+    A grid's height and width that are taken at the beginning and used to the end (XCiT's) are constants then, and the
+    length of a batch is asked of whatever tensor there is. The graph given is changed.
+    """
+    if not any(node.target in (getattr, len, "size") for node in graph.graph.nodes):
+        return graph
+    weight = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
+    seen: list[dict[str, int]] = []
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            out = super().run_node(n)
+            if type(out) is int:
+                seen[-1][n.name] = out
+            return out
+
+    lengths = (2, 5)  # of which halves differ, too
+    for batch in lengths:
+        seen.append({})
+        x = torch.zeros(batch, *example_shape, dtype=weight.dtype, device=weight.device)
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _mode(net, False):
+            Watch(graph.whole, graph=graph.graph).run(x)
+    values = {name: tuple(found.get(name) for found in seen) for name in seen[0]}
+
+    def held(node: fx.Node) -> Any:
+        first, second = values.get(node.name, (None, None))
+        return first if first is not None and first == second else node
+
+    for node in graph.graph.nodes:
+        node.args, node.kwargs = fx.node.map_arg(node.args, held), fx.node.map_arg(node.kwargs, held)
+    return PassGraph(graph.whole, graph.graph, (n for n in graph.graph.nodes if values.get(n.name) == lengths))
 
 
 def check_same(graph: PassGraph, net: nn.Module, forward: Forward, example_shape: tuple[int, ...]) -> None:
