@@ -12,8 +12,9 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from headstart.checkpointing import segments
+from headstart.checkpointing import Segments, segments
 from headstart.cut import Cut, cut, cut_or_reason, feature_map, features
 from headstart.fastops import conv_chains
 
@@ -393,28 +394,76 @@ def test_a_network_that_draws_from_its_own_generator_is_not_cut(generator: Any, 
     assert "random numbers of its own" in str(found)
 
 
-@pytest.mark.parametrize("way", ["before", "of what comes"])
+@pytest.mark.parametrize("way", ["before", "of what comes", "another", "function"])
 def test_a_network_that_changes_its_buffers_itself_is_not_cut_and_keeps_them(way: str) -> None:
     class Learns(Unsteady):
         def __init__(self) -> None:
             super().__init__(lambda: 1.0)
             self.register_buffer("mean", torch.ones(()))
             self.seen: dict[str, Any] = {}
+            self.all: list[Any] = []
 
         def forward(self, x: Tensor) -> Tensor:
             if self.training:
                 self.seen["mean"] = x.mean()
+                self.all.append(x)
                 with torch.no_grad():
-                    self.mean.mul_(0.9) if way == "before" else self.mean.add_(x.mean())
+                    if way == "before":
+                        self.mean.mul_(0.9)
+                    elif way == "of what comes":
+                        self.mean.add_(x.mean())
+                    elif way == "another":
+                        self.mean = self.mean + 1
+            if way == "function":
+                x = functional.batch_norm(x, self.mean.expand(3), self.mean.expand(3), training=self.training)
             return super().forward(x) - self.mean
 
     net = Learns()
+    for seen in ({"mean": torch.ones(2)}, {}):  # as after a picture, and before any
+        net.seen, net.all = dict(seen), list(seen)
+        found = cut_or_reason(net, "block", example_shape=(3, 8, 8), forward=nn.Module.__call__)
+        assert (list(net.seen), net.all) == (list(seen), list(seen))
+        assert all(isinstance(value, Tensor) for value in net.seen.values())
     found = cut_or_reason(net, "block", example_shape=(3, 8, 8), forward=nn.Module.__call__)
     assert "changes its buffers itself" in str(found)
     assert "changes its buffers itself" in str(segments(net, example_shape=(3, 8, 8)))
     conv_chains(net.train(), nn.Module.__call__)
-    assert net.mean == 1
+    assert torch.equal(net.mean, torch.ones(()))
     assert net.seen == {}, "stand-ins for tensors, which nothing can be computed with"
+
+
+def test_what_only_keeps_what_it_makes_is_cut_again_and_again() -> None:
+    class Keeps(Unsteady):
+        def __init__(self) -> None:
+            super().__init__(lambda: 1.0)
+            self.seen: dict[str, Any] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen["stem"] = x
+            return super().forward(x)
+
+    net = Keeps()
+    for _ in range(2):
+        assert isinstance(cut_or_reason(net, "block", example_shape=(3, 8, 8), forward=nn.Module.__call__), Cut)
+        net(torch.ones(1, 3, 8, 8))
+    assert net.seen["stem"].shape == (1, 3, 8, 8)
+
+
+def test_a_long_row_of_what_may_be_views_is_looked_through_once() -> None:
+    class Row(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for _ in range(40):
+                x = torch.maximum(x, x.flip(-1))
+            return self.block(x).mean((2, 3))  # type: ignore[no-any-return]
+
+    found = cut_or_reason(Row(), "block", example_shape=(3, 8, 8), forward=nn.Module.__call__)
+    assert isinstance(found, Cut)
+    assert isinstance(segments(Row(), example_shape=(3, 8, 8)), Segments)  # 2 ** 40 ways lead through it
 
 
 def test_numbers_that_another_thread_draws_are_no_reason() -> None:

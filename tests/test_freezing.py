@@ -59,6 +59,22 @@ def test_a_weight_that_lies_on_both_sides_of_the_line_is_refused(names: tuple[st
     assert not weight.requires_grad
 
 
+def test_a_norm_that_is_not_trained_may_be_shared_across_the_line() -> None:
+    class SharedScale(TinyNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second = nn.BatchNorm2d(8)
+            self.second.weight = self.norm.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.block(torch.relu(self.norm(self.stem(x))))).mean((2, 3))  # type: ignore[no-any-return]
+
+    model = tiny(SharedScale())
+    set_freeze_line(model, "block", batchnorm="frozen")
+    with pytest.raises(ModelError, match="one parameter"):
+        set_freeze_line(model, "block")
+
+
 def named(name: str, pool: str = "backbone", size: int = 64, **options: Any) -> Classifier:
     head = HeadSpec(pool=pool, batchnorm=True)
     return create_classifier(name, NAMES, head=head, weights="none", image_size=size, **options)

@@ -408,7 +408,8 @@ def settle(out: str | Path, file: str, settings: dict[str, Any], *, overwrite: b
             raise CheckpointError(
                 f"{folder} is there and holds no {file} of an earlier call. Choose another folder with --out."
             ) from None
-        other = [name for name in {**earlier, **settings} if earlier.get(name) != settings.get(name)]
+        # What an earlier version did not write down cannot be told apart.
+        other = [name for name in earlier if earlier[name] != settings.get(name)]
         if other and not overwrite:
             raise CheckpointError(
                 f"{folder}: {file} was made with another {', '.join(other)} ({earlier.get(other[0])!r}, now"

@@ -102,13 +102,13 @@ def segments(
 
 
 def _is_place(graph: PassGraph, node: fx.Node) -> bool:
-    """A result that nothing behind it writes into; a BatchNorm may do so that is part of its convolution by then."""
+    """A result that is not changed in place by the BatchNorm behind it, which is part of its convolution by then."""
     norms = nn.modules.batchnorm._NormBase
     followed_by_norm = any(
         user.op == "call_module" and isinstance(graph.whole.get_submodule(str(user.target)), norms)
         for user in node.users
     )
-    return node is not graph.input and not followed_by_norm and not graph.is_written_to(node)
+    return node is not graph.input and not followed_by_norm
 
 
 def best_places(sizes: Sequence[int], places: Sequence[int]) -> list[int]:

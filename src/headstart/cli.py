@@ -428,9 +428,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _refuse_together(args: argparse.Namespace) -> None:
     """Of processes that work together only those of `fit` wait for each other, and leave writing to one."""
     what = f"{args.command} --auto" if getattr(args, "auto", False) else args.command
-    if launched()[1] > 1 and what != "fit":
+    world = launched()[1]
+    if world > 1 and hasattr(args, "device") and what != "fit":
         raise SetupError(
-            f"{what} runs in one process; only fit trains in several. Start it without accelerate launch or torchrun."
+            f"{what} runs in one process, and {world} have been started together, as WORLD_SIZE or the like says; only"
+            " fit trains in several. Start it without accelerate launch or torchrun."
         )
 
 

@@ -388,10 +388,11 @@ def _taken(path: Path, photos: str, backbone: str) -> Path:
     while True:
         try:
             path.mkdir(parents=True)
-        except FileExistsError:
-            path = default_run_path(photos, backbone)
         except OSError:
-            return path  # whoever opens the run says why it cannot be made
+            free = default_run_path(photos, backbone)
+            if free == path:  # no other process has it: whoever opens the run says why it cannot be made
+                return path
+            path = free
         else:
             return path
 

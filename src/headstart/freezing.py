@@ -210,7 +210,7 @@ def place_line(model: Classifier, where: str, *, batchnorm: str = "fixed") -> Fr
     _check_pure(net, [layer.name for layer in layers[:position]])
     behind = layers[position:]
     norms = {id(p) for m in net.modules() if is_batchnorm(m) for p in m.parameters(recurse=False)}
-    trained = _trained(net, layers[:position], behind) - (norms if batchnorm == "frozen" else set())
+    trained = _trained(net, layers[:position], behind, but=norms if batchnorm == "frozen" else set())
     for parameter in net.parameters():
         parameter.requires_grad_(id(parameter) in trained)
     for parameter in model.head.parameters():
@@ -232,11 +232,11 @@ def _check_pure(net: nn.Module, frozen: list[str]) -> None:
             )
 
 
-def _trained(net: nn.Module, frozen: Sequence[Layer], behind: Sequence[Layer]) -> set[int]:
-    """The ids of the parameters behind the line; one under two names may not lie on both sides of it."""
+def _trained(net: nn.Module, frozen: Sequence[Layer], behind: Sequence[Layer], *, but: set[int]) -> set[int]:
+    """The ids of the parameters behind the line, `but` these; one under two names may not lie on both sides of it."""
     named = dict(net.named_parameters(remove_duplicate=False))
     in_front = {id(named[name]): name for layer in frozen for name in layer.parameters}
-    names = [name for layer in behind for name in layer.parameters]
+    names = [name for layer in behind for name in layer.parameters if id(named[name]) not in but]
     for name in names:
         if id(named[name]) in in_front:
             raise ModelError(

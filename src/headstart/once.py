@@ -222,7 +222,7 @@ class _Pass:
             return False
         device = self.runtime.device
         saved = share_saved(self.part.net, device, self.runtime.dtype)
-        if not saved:
+        if not self.runtime.agrees(bool(saved)):  # processes may be on machines of two kinds
             self._note(f"The frozen layers are not compiled: on {device.type} that is not known to save time for them.")
             return False
         pays, why = compile_pays(self._seconds(self.part.compute) * len(self.chunks), saved=saved)

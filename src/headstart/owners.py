@@ -15,8 +15,13 @@ _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 def launched() -> tuple[int, int]:
     """This process's number, from 0, among those that a launcher has started together, and how many they are."""
-    rank, world = (max(int(os.environ.get(name) or 0) for name in names) for names in (_RANKS, _WORLD_SIZES))
-    return rank, max(world, 1)
+
+    def said(names: tuple[str, ...]) -> int:
+        words = [os.environ.get(name, "") for name in names]
+        return max((int(word) for word in words if word.isdecimal()), default=0)
+
+    world = max(said(_WORLD_SIZES), 1)
+    return said(_RANKS) if world > 1 else 0, world
 
 
 def this_process() -> dict[str, Any]:

@@ -35,7 +35,7 @@ _IN_PLACE = frozenset(
 # What gives new memory, by name; any other function or method may hand on what it was given, or a view of it.
 _MAKES_NEW = frozenset(
     ("add", "sub", "mul", "div", "truediv", "floordiv", "pow", "neg", "abs", "exp", "sqrt", "rsqrt", "clone", "cat",
-     "stack", "concat", "mean", "sum", "var", "std", "amax", "amin", "norm", "matmul", "bmm", "einsum", "softmax",
+     "stack", "concat", "mean", "sum", "var", "std", "amax", "amin", "norm", "matmul", "bmm", "softmax",
      "log_softmax", "sigmoid", "tanh", "gelu", "relu", "relu6", "silu", "hardswish", "hardsigmoid", "leaky_relu",
      "conv2d", "linear", "pad", "interpolate", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "lt", "gt", "eq",
      "adaptive_max_pool2d", "layer_norm", "group_norm", "batch_norm", "scaled_dot_product_attention", "normalize",
@@ -152,6 +152,7 @@ def _undisturbed(net: nn.Module) -> Iterator[None]:
         Uncuttable: a buffer was changed.
     """
     buffers = [(b, b._version, b.clone()) for b in net.buffers() if not b.is_inference()]
+    names = [(module._buffers, dict(module._buffers)) for module in net.modules()]
     own = [(vars(module), _own_attributes(module)) for module in net.modules()]
     try:
         yield
@@ -160,22 +161,29 @@ def _undisturbed(net: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in changed:
                 buffer.copy_(value)
+        rebound = [
+            (held, old) for held, old in names if any(held.get(name) is not buffer for name, buffer in old.items())
+        ]
+        for held, old in rebound:
+            held.update(old)
         for now, before in own:
             for name in now.keys() - _OF_EVERY_MODULE - before.keys():
                 del now[name]
             for name, (value, content) in before.items():
                 now[name] = value
-                if isinstance(value, dict) and value != content:
+                if isinstance(value, dict):
                     value.clear()
                     value.update(content)
-    if changed:
+                elif isinstance(value, list):
+                    value[:] = content
+    if changed or rebound:
         raise Uncuttable(f"{type(net).__name__} changes its buffers itself, which a recording would not")
 
 
 def _own_attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """What a module has beside what every module has, with the present content of dictionaries."""
+    """What a module has beside what every module has, with the present content of dictionaries and lists."""
     return {
-        name: (value, dict(value) if isinstance(value, dict) else None)
+        name: (value, value.copy() if isinstance(value, (dict, list)) else None)
         for name, value in vars(module).items()
         if name not in _OF_EVERY_MODULE
     }
@@ -299,7 +307,7 @@ class PassGraph:
     def changes_weights(self) -> bool:
         """Does an operation write into a buffer or a parameter? (Copied piece by piece it might be left out.)"""
         read = [node for node in self.graph.nodes if node.op == "get_attr"]
-        return any(self.is_written_to(node) for node in read)
+        return any(self.is_written_to(node) for node in read) or any(map(_learns, self.graph.nodes))
 
     def is_written_to(self, node: fx.Node) -> bool:
         """Would what follows write into this result?"""
@@ -311,10 +319,16 @@ def is_written_to(node: fx.Node, module_of: Callable[[fx.Node], nn.Module]) -> b
 
     What is not known to give new memory is taken for a view.
     """
-    return any(
-        _writes(user, node, module_of) or (_hands_on(user, node, module_of) and is_written_to(user, module_of))
-        for user in node.users
-    )
+    seen, look_at = {node}, [node]
+    while look_at:
+        result = look_at.pop()
+        for user in result.users:
+            if _writes(user, result, module_of):
+                return True
+            if user not in seen and _hands_on(user, module_of):
+                seen.add(user)
+                look_at.append(user)
+    return False
 
 
 def _name_of(node: fx.Node) -> str:
@@ -335,7 +349,7 @@ def _writes(user: fx.Node, node: fx.Node, module_of: Callable[[fx.Node], nn.Modu
     return flagged or (name.endswith("_") and not name.startswith("__"))
 
 
-def _hands_on(user: fx.Node, node: fx.Node, module_of: Callable[[fx.Node], nn.Module]) -> bool:
+def _hands_on(user: fx.Node, module_of: Callable[[fx.Node], nn.Module]) -> bool:
     if user.op == "output":
         return False
     if user.op == "call_module":
@@ -343,6 +357,15 @@ def _hands_on(user: fx.Node, node: fx.Node, module_of: Callable[[fx.Node], nn.Mo
     if user.target in _IN_PLACE or (user.target is getattr and user.args[1] in _NO_TENSOR):
         return False  # `y += x` hands on y
     return _name_of(user).strip("_") not in _MAKES_NEW
+
+
+def _learns(node: fx.Node) -> bool:
+    """Is this a norm as a function that updates the running statistics it is given?"""
+    if node.op != "call_function" or _name_of(node) not in ("batch_norm", "instance_norm"):
+        return False
+    mean, learns = ([*node.args, *[None] * 6][i] for i in (1, 5))
+    learns = node.kwargs.get("training", node.kwargs.get("use_input_stats", learns))
+    return bool(learns) and node.kwargs.get("running_mean", mean) is not None
 
 
 def _keeps_input(node: fx.Node) -> bool:

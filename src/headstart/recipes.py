@@ -105,8 +105,7 @@ def fine_tune(
         _refuse_beside_from_run(plan, weights=weights, head=head, data_spec=data_spec, spec_overrides=spec_overrides)
     else:
         weights = weights_of(plan, weights)
-    if out is not None:
-        _by_main(runtime, lambda: check_run_path(out, overwrite=overwrite))
+    _by_main(runtime, lambda: out is None or check_run_path(out, overwrite=overwrite))
     origin = weights if from_run is None else from_run
     diary = Diary(None, progress and runtime.is_main, listener=log, earlier=origin)
     try:
@@ -142,14 +141,15 @@ def fine_tune(
     except KeyboardInterrupt:
         raise Interrupted("Stopped before training began; nothing was written.") from None
 
-    def begin(path: str | Path) -> None:
-        diary.run = open_run(path, overwrite=overwrite)
+    def begin() -> None:
+        if out is None:
+            return
+        diary.run = open_run(out, overwrite=overwrite)
         write_plan(diary.run, plan, splits)
         if bench.audit is not None:
             diary.run.write_json("audit.json", bench.audit.to_dict())
 
-    if out is not None:
-        _by_main(runtime, lambda: begin(out))
+    _by_main(runtime, begin)
     try:
         trainset = bench.pixels("train", model.spec, augment=augment or plan.augment_spec, seed=plan.seed)
         valset = bench.pixels("val", model.spec)
@@ -292,6 +292,8 @@ def _say_seen(diary: Diary, splits: Splits) -> None:
 
 def _by_main(runtime: Runtime, work: Callable[[], object]) -> None:
     """Work of the main process alone; where it fails there, all end with it instead of waiting for it.
+
+    All processes come here, whether or not they have been told of a folder.
 
     Raises:
         CheckpointError: in the other processes. Whatever the work raises, in the main one.
