@@ -6,13 +6,14 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest
 
 from conftest import make_photos
-from headstart import Budget, CheckpointError, ModelError, RecipeError, compare, read_run
+from headstart import Budget, CheckpointError, Interrupted, ModelError, RecipeError, compare, read_run
 from headstart.bench import make_bench
 from headstart.cli import main
 from headstart.comparison import _pair_sentence, named_recipe, run_name
@@ -179,6 +180,16 @@ def test_the_same_call_goes_on_and_other_settings_are_refused(compared: Any, fol
     with pytest.raises(CheckpointError, match=r"holds no compare\.json"):
         compare(folder, out=elsewhere, overwrite=True, **call, **MACHINE)
     assert (elsewhere / "mine.txt").exists()
+
+
+def test_a_comparison_that_is_stopped_says_that_the_same_command_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headstart.comparison.fine_tune", mock.Mock(side_effect=Interrupted("go on from that run")))
+    with pytest.raises(
+        Interrupted, match=r"^Stopped by hand\. The same command goes on behind the runs that are done\.$"
+    ):
+        compare(folder, recipes=("head",), out=tmp_path / "out", **MACHINE)
 
 
 @pytest.mark.parametrize(
