@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from headstart import (
     make_runtime,
     set_freeze_line,
 )
+from headstart import gradients as gradients_room
 from headstart.averaging import snapshot
 from headstart.classifier import Classifier
 from headstart.evaluation import source_logits
@@ -309,6 +311,12 @@ def test_a_step_is_computed_in_the_format_that_measures_quicker(
     name = str(chosen).removeprefix("torch.")
     assert gradients.portion.take()[0]["message"].startswith(f"Trained in {name}: a step of")
     assert all(torch.equal(value, before[name]) for name, value in snapshot(gradients.model).items())
+
+
+def test_time_in_which_others_have_the_processor_is_not_counted() -> None:
+    assert gradients_room._seconds(lambda: time.sleep(0.2)) < 0.1
+    began = time.process_time()
+    assert gradients_room._seconds(lambda: [0 for _ in iter(lambda: time.process_time() - began < 0.1, False)]) > 0.09
 
 
 def test_a_stage_goes_on_in_the_format_that_was_chosen(table: ImageTable, monkeypatch: pytest.MonkeyPatch) -> None:
