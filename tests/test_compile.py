@@ -207,6 +207,21 @@ def test_on_a_cpu_a_compile_saves_where_matrix_units_do_whole_convolutions(
     assert [key for key, share in found.items() if share] == [(True, torch.bfloat16)] * saves
 
 
+def test_where_another_process_cannot_save_time_none_waits_for_it(
+    model: Classifier, pixels: Pixels, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr("headstart.once._TIMED_FROM", 1)
+    monkeypatch.setattr("headstart.frozenpass.COMPILE_SECONDS", 0.0)
+    monkeypatch.setitem(SAVED, ("cpu", torch.float32), 0.25)
+    seen = compiles_to(monkeypatch, lambda module, x: module(x))
+    monkeypatch.setattr(Runtime, "agrees", lambda runtime, flag: asked.append(flag) or False)
+    store_features(model, pixels, runtime=told.runtime("auto"), batch_size=8)
+    assert True in asked, "it would compile, alone"
+    assert seen == []
+    assert "not known to save time" in told[0]
+
+
 def test_auto_keeps_to_the_plain_function_where_that_is_quicker(
     model: Classifier, pixels: Pixels, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:

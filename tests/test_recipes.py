@@ -31,6 +31,7 @@ from headstart import (
     split,
 )
 from headstart.recipe import RECIPES
+from headstart.runtime import Runtime
 from tiny import SPEC, TinyNet
 
 TINY = {
@@ -54,6 +55,15 @@ DROPOUT = headstart.HeadSpec(dropout=0.5)
 @pytest.fixture
 def run(photos: Path, tmp_path: Path) -> headstart.FitResult:
     return fine_tune(photos, out=tmp_path / "run", recipe=SHORT, **TINY)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_processes_agree_on_the_run_folder_whether_or_not_they_are_told_of_it(
+    told: bool, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runtime, "agrees", lambda runtime, flag: False)  # as where the main process failed
+    with pytest.raises(CheckpointError, match="The main process cannot make"):
+        fine_tune(photos, out=tmp_path / "again" if told else None, recipe=SHORT, **TINY)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
