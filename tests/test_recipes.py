@@ -6,6 +6,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -62,8 +63,11 @@ def test_processes_agree_on_the_run_folder_whether_or_not_they_are_told_of_it(
     told: bool, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Runtime, "agrees", lambda runtime, flag: False)  # as where the main process failed
+    read = mock.Mock()
+    monkeypatch.setattr("headstart.recipes.find_data", read)
     with pytest.raises(CheckpointError, match="The main process cannot make"):
         fine_tune(photos, out=tmp_path / "again" if told else None, recipe=SHORT, **TINY)
+    read.assert_not_called()
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
