@@ -27,7 +27,8 @@ from headstart import (
     split,
 )
 from headstart.checkpoint import read_card
-from headstart.cli import default_run_path, main
+from headstart.cli import main
+from headstart.cli_options import default_run_path
 from headstart.run import read_run
 
 MACHINE: dict[str, Any] = {"precision": "fp32", "device": "cpu"}

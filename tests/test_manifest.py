@@ -333,7 +333,7 @@ def test_fit_evaluate_and_preview_take_a_manifest(
 
 
 def test_the_default_run_folder_is_named_after_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from headstart.cli import default_run_path
+    from headstart.cli_options import default_run_path
 
     monkeypatch.chdir(tmp_path)
     assert default_run_path("some/photos.csv", "resnet18") == Path("runs/photos-resnet18")

@@ -104,16 +104,20 @@ class RunningAverage:
 
     def __init__(self, model: Classifier, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        # Not of infinite values: a mask's, which no step changes, and of which no mean can be taken.
-        floats = (t for t in trained_tensors(model).values() if t.is_floating_point())
-        self._tensors = [t for t in floats if t.isfinite().all()]
+        floats = {name: t for name, t in trained_tensors(model).items() if t.is_floating_point()}
+        self._tensors = list(floats.values())
         self._averages = [t.clone() for t in self._tensors]
+        buffers = dict(model.named_buffers())
+        pairs = zip(floats.items(), self._averages, strict=True)
+        self._buffers = [(t, average) for (name, t), average in pairs if name in buffers]
 
     def update(self) -> None:
         """Take the weights of one more optimiser step in."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self._averages, self._tensors, 1 - decay)
+        for now, average in self._buffers:  # of infinite values, a mask's, that makes NaN; found without asking a GPU
+            average.copy_(torch.where(now.isinf(), now, average))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
