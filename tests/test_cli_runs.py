@@ -211,6 +211,7 @@ def test_predict_forms(folder: Path, run: Path, tmp_path: Path, capsys: pytest.C
 
     whole, short = tmp_path / "whole.csv", tmp_path / "short.csv"
     assert command(capsys, "predict", run, folder, *MACHINE, "--csv", whole) == (0, "", "")
+    assert command(capsys, "predict", run, folder, *MACHINE, "--csv", "-") == (0, whole.read_text(), "")
     assert command(capsys, "predict", run, folder, *MACHINE, "--csv", short, "--top", "9") == (0, "", "")
     with whole.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -406,7 +407,10 @@ def wait_for(path: Path, text: bytes, process: subprocess.Popen[str], seconds: f
         time.sleep(0.05)
 
 
-def test_ctrl_c_leaves_a_run_that_predicts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_a_run_that_predicts(
+    sent: signal.Signals, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "stopped"
     words = [*QUICK, "--epochs", "1,5000", "--out", path]
     # A shell that starts tests in the background has Ctrl-C ignored, and children inherit that.
@@ -421,7 +425,7 @@ def test_ctrl_c_leaves_a_run_that_predicts(folder: Path, tmp_path: Path, capsys:
     )
     try:
         wait_for(path / "history.jsonl", b'"stage": "fine-tune", "epoch": 2', process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()

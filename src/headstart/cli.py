@@ -9,9 +9,11 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +197,7 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", metavar="FILE|FOLDER", help="pictures, or folders of them")
     parser.add_argument("--top", type=int, metavar="K", help="name the K most probable classes of each picture")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--csv", metavar="OUT", help="write a CSV file instead of printing")
+    form.add_argument("--csv", metavar="OUT", help="write a CSV file instead of printing; - prints it")
     form.add_argument("--json", action="store_true", help="print JSON: a list with an object per picture")
     add_quiet_option(parser)
     add_tta_option(parser)
@@ -208,7 +210,7 @@ def _predict(args: argparse.Namespace) -> int:
         raise RecipeError(f"--top is {args.top}; it takes a whole number from 1.")
     from .run import check_target
 
-    if args.csv:
+    if args.csv not in (None, "-"):
         check_target(args.csv)
     from . import evaluation
     from .dataset import bad_reasons, list_image_files
@@ -229,7 +231,11 @@ def _print_predictions(rows: Sequence[Mapping[str, Any]], args: argparse.Namespa
     if args.csv:
         from .run import to_csv, write_atomic
 
-        write_atomic(args.csv, to_csv(*terminal.predictions_csv(rows, top=args.top)))
+        table = to_csv(*terminal.predictions_csv(rows, top=args.top))
+        if args.csv == "-":
+            sys.stdout.buffer.write(table)
+        else:
+            write_atomic(args.csv, table)
     elif args.json:
         print(json.dumps(terminal.predictions_json(rows, top=args.top), indent=1, ensure_ascii=False))
     elif rows:
@@ -407,10 +413,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        _refuse_together(args)
-        code = COMMANDS[args.command].run(args)
-        sys.stdout.flush()
-        return code
+        with _stopped_by_the_system():
+            _refuse_together(args)
+            code = COMMANDS[args.command].run(args)
+            sys.stdout.flush()
+            return code
     except BrokenPipeError:  # the reader of our output has seen enough, as in `headstart summary vgg16 | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -423,6 +430,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         words = f"Out of memory ({in_words(error)}). Take a smaller --image-size or --backbone, or free memory."
         return _explain(SetupError(words), args)
+
+
+@contextmanager
+def _stopped_by_the_system() -> Iterator[None]:
+    """SIGTERM, by which a queue or a container ends a program, is taken as Ctrl-C is: what there is is kept.
+
+    Not in processes that work together, which would wait for one another.
+    """
+    here = threading.current_thread() is threading.main_thread() and launched()[1] == 1
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _refuse_together(args: argparse.Namespace) -> None:
