@@ -94,6 +94,18 @@ def test_numbers_that_are_used_all_along_are_in_nobodys_way(name: str, line: str
             parts.suffix.training = False
 
 
+def test_a_network_that_takes_pictures_in_pairs_alone_is_cut_all_the_same() -> None:
+    class Pairs(Unsteady):
+        def forward(self, x: Tensor) -> Tensor:
+            n = x.shape[0]
+            y = self.stem(x).reshape(n // 2, 2, 4, 6, 6).flatten(0, 1)
+            return self.block(y).mean((2, 3))  # type: ignore[no-any-return]
+
+    found = cut_or_reason(Pairs(lambda: 1.0), "block", example_shape=(3, 8, 8), forward=nn.Module.__call__)
+    assert isinstance(found, Cut), found
+    assert isinstance(segments(Pairs(lambda: 1.0), example_shape=(3, 8, 8)), Segments)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "vit_tiny_patch16_224"])
 def test_gradients_of_the_suffix_are_those_of_the_net(name: str) -> None:
     options, (_, middle, _) = LINES[name]

@@ -408,56 +408,61 @@ def _random_states(net: nn.Module) -> tuple[Any, ...]:
     return of_python, repr(of_numpy), [bytes(state.cpu().numpy()) for state in tensors]
 
 
-def tensor_shapes(
-    graph: PassGraph, net: nn.Module, example_shape: tuple[int, ...]
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape per picture and format of every float tensor with the batch in front, by node name, from one small run."""
+def _watched(graph: PassGraph, net: nn.Module, example_shape: tuple[int, ...], batch: int) -> dict[str, Any]:
+    """What operations give for so many black pictures, in evaluation mode: numbers, and of tensors shape and format."""
     weight = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
-    batch = 2  # one alone could not be told from a dimension of size one
-    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    found: dict[str, Any] = {}
 
     class Watch(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             out = super().run_node(n)
-            if isinstance(out, Tensor) and out.is_floating_point() and out.dim() > 1 and len(out) == batch:
-                found[n.name] = (tuple(out.shape[1:]), out.dtype)
+            if isinstance(out, Tensor):
+                found[n.name] = (tuple(out.shape), out.dtype)
+            elif type(out) is int:
+                found[n.name] = out
             return out
 
     x = torch.zeros(batch, *example_shape, dtype=weight.dtype, device=weight.device)
     try:
         with torch.no_grad(), _mode(net, False):
             Watch(graph.whole, graph=graph.graph).run(x)
-    except Exception as error:
+    except Exception as error:  # whatever a foreign forward raises
         words = f"{type(net).__name__} does not run on pictures of shape {example_shape}: {in_words(error)}"
         raise Uncuttable(words) from error
     return found
+
+
+def tensor_shapes(
+    graph: PassGraph, net: nn.Module, example_shape: tuple[int, ...]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape per picture and format of every float tensor with the batch in front, by node name, from one small run."""
+    batch = 2  # one alone could not be told from a dimension of size one
+    seen = _watched(graph, net, example_shape, batch)
+    tensors = {name: out for name, out in seen.items() if isinstance(out, tuple)}
+    return {
+        name: (shape[1:], dtype)
+        for name, (shape, dtype) in tensors.items()
+        if dtype.is_floating_point and len(shape) > 1 and shape[0] == batch
+    }
 
 
 def with_numbers_held(graph: PassGraph, net: nn.Module, example_shape: tuple[int, ...]) -> PassGraph:
     """The same graph in which no number is alive that the pictures' shape alone decides, or how many they are.
 
     A grid's height and width that are taken at the beginning and used to the end (XCiT's) are constants then, and the
-    length of a batch is asked of whatever tensor there is. The graph given is changed.
+    length of a batch is asked of whatever tensor there is. The graph given is changed; it stays what it is where the
+    network does not run on any number of pictures.
     """
     if not any(node.target in (getattr, len, "size") for node in graph.graph.nodes):
         return graph
-    weight = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
-    seen: list[dict[str, int]] = []
-
-    class Watch(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            out = super().run_node(n)
-            if type(out) is int:
-                seen[-1][n.name] = out
-            return out
-
     lengths = (2, 5)  # of which halves differ, too
-    for batch in lengths:
-        seen.append({})
-        x = torch.zeros(batch, *example_shape, dtype=weight.dtype, device=weight.device)
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), _mode(net, False):
-            Watch(graph.whole, graph=graph.graph).run(x)
-    values = {name: tuple(found.get(name) for found in seen) for name in seen[0]}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            seen = [_watched(graph, net, example_shape, batch) for batch in lengths]
+    except Uncuttable:
+        return graph
+    numbers = {name for name, out in seen[0].items() if type(out) is int}
+    values = {name: tuple(found.get(name) for found in seen) for name in numbers}
 
     def held(node: fx.Node) -> Any:
         first, second = values.get(node.name, (None, None))

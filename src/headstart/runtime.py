@@ -25,8 +25,6 @@ from .terminal import say
 if sys.platform != "win32":
     import resource
 
-# How launchers say how many processes they start: torchrun and accelerate, then the MPIs that accelerate knows.
-
 GPU_SHARE = 0.2  # of a GPU's free memory: what one thing kept there, a split's pictures or rows, may take
 
 _CGROUP = Path("/sys/fs/cgroup")

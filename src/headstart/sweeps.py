@@ -179,8 +179,8 @@ def sweep(
     if stopped:
         done = len(found.results["trials"])
         best = f", the best of them in {folder / 'best.json'}" if found.best else ""
-        say = f"{done} trial{'s are' * (done != 1)}{' is' * (done == 1)} done"
-        raise Interrupted(f"Stopped by hand. {say}{best}; the same command goes on.")
+        words = f"{done} trial{'s are' * (done != 1)}{' is' * (done == 1)} done"
+        raise Interrupted(f"Stopped by hand. {words}{best}; the same command goes on.")
     return found
 
 
