@@ -35,8 +35,8 @@ from headstart.cut import Cut, Suffix
 from headstart.errors import DataError
 from headstart.fastops import fast_training
 from headstart.features import ActivationSource, FeatureSource, make_source, place_source
+from headstart.fxtrace import Whole
 from headstart.once import store_activations, store_features
-from headstart.passgraph import Whole
 from headstart.pixels import Pixels
 from headstart.pixelstore import PixelStore
 from headstart.recipe import POLICIES

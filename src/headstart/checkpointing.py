@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from .passgraph import Forward, PassGraph, Uncuttable, record, tensor_shapes, with_numbers_held
+from .fxtrace import Forward, Uncuttable
+from .passgraph import PassGraph, record, tensor_shapes, with_numbers_held
 
 Within = Callable[[], AbstractContextManager[object]]
 

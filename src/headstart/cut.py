@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .passgraph import Forward, PassGraph, Uncuttable, check_same, record, tensor_shapes, touches, with_numbers_held
+from .fxtrace import Forward, Uncuttable
+from .passgraph import PassGraph, check_same, record, tensor_shapes, touches, with_numbers_held
 
 
 def features(net: nn.Module, x: Tensor) -> Any:

@@ -29,7 +29,8 @@ from .fastconv import (
     products_pay,
     stock_activation,
 )
-from .passgraph import Forward, is_written_to, trace
+from .fxtrace import Forward, trace
+from .passgraph import is_written_to
 from .stock import is_as_built
 
 

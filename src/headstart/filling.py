@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SetupError
+from .fxtrace import Forward
 from .memory import sent
-from .passgraph import Forward
 from .rowstore import RowStore
 from .runtime import Runtime, free_memory_bytes
 from .terminal import file_size

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from .errors import in_words
 from .fastconv import is_depthwise, scale_and_shift
 from .fastops import conv_chains, restore_stock
+from .fxtrace import Forward, Whole
 from .memory import filled_up, is_out_of_memory
 from .numerics import has_matrix_units
-from .passgraph import Forward, Whole
 from .recording import CAN_RECORD, Recording
 
 # What a compile takes, and the share of a pass that it saves, by device and number format; nothing where none is

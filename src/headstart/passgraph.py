@@ -6,32 +6,22 @@ network that does something else at every call, or draws random numbers of its o
 
 from __future__ import annotations
 
-import math
 import operator
 import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from timm.layers._fx import get_notrace_functions, get_notrace_modules
 from timm.layers.drop import DropBlock2d, DropPath
-from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from .errors import in_words
 from .fastconv import Done
+from .fxtrace import IN_PLACE, Forward, Uncuttable, mode, trace
 from .stock import is_stock
 
-Forward = Callable[[Any, Tensor], Any]
-
-# `x += y` and its like, which change x.
-_IN_PLACE = frozenset(
-    {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
-     operator.iand, operator.ior, operator.ixor}
-)  # fmt: skip
 # What gives new memory, by name; any other function or method may hand on what it was given, or a view of it.
 _MAKES_NEW = frozenset(
     ("add", "sub", "mul", "div", "truediv", "floordiv", "pow", "neg", "abs", "exp", "sqrt", "rsqrt", "clone", "cat",
@@ -45,148 +35,10 @@ _NO_TENSOR = frozenset(("shape", "ndim", "dtype", "device", "is_cuda"))
 # Modules that hand on their input, at least in evaluation mode, or a view of it.
 _HANDS_ON = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, DropPath, DropBlock2d, Done)
 
-# Modules whose behaviour hangs on their own training flag, and those whose class may be exchanged for a faster one:
-# called as they are, never looked into.
-_LEAVES: tuple[type[nn.Module], ...] = (
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.modules.dropout._DropoutNd,
-    nn.Conv2d,
-    Done,
-    SqueezeExcite,
-    DropPath,
-    DropBlock2d,
-)
-
-
-class Whole(nn.Module):
-    """A module with the forward that is asked for, as something a tracer can start from."""
-
-    def __init__(self, net: nn.Module, forward: Forward) -> None:
-        super().__init__()
-        self.net = net
-        self.call = forward
-
-    def forward(self, x: Tensor) -> Any:
-        return self.call(self.net, x)
-
-
-class _InPlace(fx.Proxy):
-    """Records `x += y` as what it is; the stock one takes it for `x = x + y`."""
-
-
-def _recorded(operation: Callable[..., Any]) -> Callable[..., Any]:
-    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operation, (self, other), {})
-
-    return record
-
-
-for _operation in _IN_PLACE:
-    setattr(_InPlace, f"__{_operation.__name__}__", _recorded(_operation))
-
-
-class _Tracer(fx.Tracer):
-    def __init__(self, *, in_place: bool) -> None:
-        self._proxy = _InPlace if in_place else fx.Proxy
-        functions = [function for function in get_notrace_functions() if callable(function)]
-        super().__init__(autowrap_modules=(math,), autowrap_functions=tuple(functions))
-        self._leaves = (*_LEAVES, *get_notrace_modules())
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return self._proxy(node, self)
-
-
-def trace(net: nn.Module, forward: Forward, *, in_place: bool = False) -> tuple[nn.Module, fx.Graph]:
-    """Record `forward(net, x)` as a graph over the module that is returned with it; its names start with `net.`.
-
-    The graph is that of the modes the modules are in: what asks for `self.training` in the middle of a forward is
-    decided now. Normalisation, dropout and drop-path modules are called as they are and keep their own modes.
-
-    in_place: record `x += y` as what it is, to be looked at; a graph that runs changes nothing in
-    place, which would be what is stored at a cut.
-    Raises:
-        Uncuttable: the forward changes a buffer itself, which a recording would not do, or with numbers of its own.
-    """
-    whole = Whole(net, forward)
-    with _undisturbed(net):
-        return whole, _Tracer(in_place=in_place).trace(whole)
-
-
-class Uncuttable(Exception):
-    """Why a forward pass cannot be recorded, or not be cut where it was asked; those who ask catch it."""
-
-
-@contextmanager
-def _mode(net: nn.Module, training: bool, but: Iterable[nn.Module] = ()) -> Iterator[None]:
-    """All modules in one mode for a while, `but` these in evaluation mode; afterwards each is as it was."""
-    before = [(module, module.training) for module in net.modules()]
-    try:
-        net.train(training)
-        for module in but:
-            module.training = False
-        yield
-    finally:
-        for module, was in before:
-            module.training = was
-
 
 def touches(target: str, names: Iterable[str]) -> bool:
     """Does the layer or parameter `target` lie in, or contain, one of the named ones?"""
     return any(target == name or target.startswith(f"{name}.") or name.startswith(f"{target}.") for name in names)
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-
-
-@contextmanager
-def _undisturbed(net: nn.Module) -> Iterator[None]:
-    """Afterwards buffers and the modules' own attributes are what they were: tracing keeps its stand-ins for tensors
-    where a forward keeps tensors (LeViT's table of attention biases), and what needs no stand-in is really done.
-
-    Raises:
-        Uncuttable: a buffer was changed.
-    """
-    buffers = [(b, b._version, b.clone()) for b in net.buffers() if not b.is_inference()]
-    names = [(module._buffers, dict(module._buffers)) for module in net.modules()]
-    own = [(vars(module), _own_attributes(module)) for module in net.modules()]
-    try:
-        yield
-    finally:
-        changed = [(buffer, value) for buffer, version, value in buffers if buffer._version != version]
-        with torch.no_grad():
-            for buffer, value in changed:
-                buffer.copy_(value)
-        rebound = [
-            (held, old) for held, old in names if any(held.get(name) is not buffer for name, buffer in old.items())
-        ]
-        for held, old in rebound:
-            held.update(old)
-        for now, before in own:
-            for name in now.keys() - _OF_EVERY_MODULE - before.keys():
-                del now[name]
-            for name, (value, content) in before.items():
-                now[name] = value
-                if isinstance(value, dict):
-                    value.clear()
-                    value.update(content)
-                elif isinstance(value, list):
-                    value[:] = content
-    if changed or rebound:
-        raise Uncuttable(f"{type(net).__name__} changes its buffers itself, which a recording would not")
-
-
-def _own_attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """What a module has beside what every module has, with the present content of dictionaries and lists."""
-    return {
-        name: (value, value.copy() if isinstance(value, (dict, list)) else None)
-        for name, value in vars(module).items()
-        if name not in _OF_EVERY_MODULE
-    }
 
 
 class PassGraph:
@@ -341,7 +193,7 @@ def _writes(user: fx.Node, node: fx.Node, module_of: Callable[[fx.Node], nn.Modu
         return False
     if user.op == "call_module":
         return bool(getattr(module_of(user), "inplace", False))
-    if user.target in _IN_PLACE or user.target is operator.setitem or user.kwargs.get("inplace"):
+    if user.target in IN_PLACE or user.target is operator.setitem or user.kwargs.get("inplace"):
         return True
     name = _name_of(user)
     # `relu(x, True)`, `dropout(x, p, training, True)`: in which place the flag stands is each function's own affair.
@@ -354,7 +206,7 @@ def _hands_on(user: fx.Node, module_of: Callable[[fx.Node], nn.Module]) -> bool:
         return False
     if user.op == "call_module":
         return isinstance(module_of(user), _HANDS_ON)
-    if user.target in _IN_PLACE or (user.target is getattr and user.args[1] in _NO_TENSOR):
+    if user.target in IN_PLACE or (user.target is getattr and user.args[1] in _NO_TENSOR):
         return False  # `y += x` hands on y
     return _name_of(user).strip("_") not in _MAKES_NEW
 
@@ -381,7 +233,7 @@ def record(net: nn.Module, forward: Forward, *, training: bool, but: Iterable[nn
     for _ in range(2):  # once more, lest another thread has drawn some meanwhile
         before = _random_states(net)
         try:
-            with _mode(net, training, but):
+            with mode(net, training, but):
                 made = PassGraph(*trace(net, forward))
         except Uncuttable:
             raise
@@ -424,7 +276,7 @@ def _watched(graph: PassGraph, net: nn.Module, example_shape: tuple[int, ...], b
 
     x = torch.zeros(batch, *example_shape, dtype=weight.dtype, device=weight.device)
     try:
-        with torch.no_grad(), _mode(net, False):
+        with torch.no_grad(), mode(net, False):
             Watch(graph.whole, graph=graph.graph).run(x)
     except Exception as error:  # whatever a foreign forward raises
         words = f"{type(net).__name__} does not run on pictures of shape {example_shape}: {in_words(error)}"
@@ -483,7 +335,7 @@ def check_same(graph: PassGraph, net: nn.Module, forward: Forward, example_shape
     before = [(buffer, buffer.clone()) for buffer in net.buffers()]
     name, tolerance = type(net).__name__, 1e-4 if weight.dtype.itemsize >= 4 else 5e-2
     try:
-        with torch.no_grad(), _mode(net, False):
+        with torch.no_grad(), mode(net, False):
             outs = [fx.Interpreter(graph.whole, graph=graph.graph).run(x), forward(net, x), forward(net, x)]
             kept, *now = ([leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)] for out in outs)
             is_same = all(
