@@ -88,7 +88,8 @@ WHOLE_BAR = 5.0
 Found = dict[tuple[str, int, str], Record]
 """Records by set, seed and run."""
 KINDS = {
-    "AVX-512, bfloat16": "On a CPU with bfloat16",
+    "AVX-512, bfloat16, Zen 5": "On a CPU with bfloat16 (Zen 5)",
+    "AVX-512, bfloat16": "On a CPU with bfloat16 (Zen 4)",
     "AVX-512, bfloat16 in AMX": "On a CPU with bfloat16 in matrix units (AMX)",
     "AVX-512": "On a CPU without bfloat16",
 }
