@@ -68,7 +68,7 @@ LAYERS = (
     ),
     (
         *("__main__", "cli", "cli_audit", "cli_cache", "cli_transforms", "cli_options", "cli_overrides"),
-        *("cli_advise", "cli_compare", "cli_recipe", "cli_shootout", "cli_tuning"),
+        *("cli_advise", "cli_compare", "cli_predict", "cli_recipe", "cli_shootout", "cli_tuning"),
     ),
 )
 SIDEWAYS = {
@@ -226,7 +226,9 @@ SIDEWAYS = {
     ("cli", "cli_cache"),
     ("cli", "cli_options"),
     ("cli", "cli_compare"),
-    ("cli", "cli_transforms"),
+    ("cli", "cli_predict"),
+    ("cli_predict", "cli_options"),
+    ("cli_predict", "cli_transforms"),
     ("cli_transforms", "cli_options"),
     ("cli_compare", "cli_options"),
     ("cli", "cli_tuning"),

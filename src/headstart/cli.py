@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from .cli_cache import add_cache_options, run_cache
 from .cli_options import (
     DEFAULT_BACKBONE,
     DEFAULT_RECIPE,
+    EXIT_BAD_INPUT,
     PHOTOS_HELP,
     Command,
     add_audit_option,
@@ -38,21 +38,18 @@ from .cli_options import (
     add_recipe_options,
     add_root_option,
     add_stage_options,
-    add_tta_option,
     given,
     new_run_path,
     refuse_beside_from_run,
     short_path,
 )
 from .cli_overrides import apply_overrides, override_head, picture_overrides
+from .cli_predict import EVALUATE, PREDICT
 from .cli_recipe import follow_tuned
-from .cli_transforms import add_transforms_option, run_transforms
 from .errors import HeadstartError, Interrupted, RecipeError, SetupError, in_words, near_matches
 from .owners import launched
 from .recipe import HeadSpec, load_recipe
-from .sources import source_name
 
-EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 HELP_WIDTH = 100
 
@@ -156,92 +153,6 @@ def _fit(args: argparse.Namespace) -> int:
     return 0
 
 
-# ---- evaluate --------------------------------------------------------------------------------------------------
-
-
-def _evaluate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="RUN", help="run folder written by `headstart fit`")
-    parser.add_argument("folder", metavar="PHOTOS", help="folder or manifest, classes named as in training")
-    parser.add_argument("--json", action="store_true", help="print every figure as JSON instead of tables")
-    add_quiet_option(parser)
-    add_root_option(parser)
-    add_tta_option(parser)
-    add_transforms_option(parser)
-    add_bad_files_option(parser)
-    add_machine_options(parser)
-
-
-def _evaluate(args: argparse.Namespace) -> int:
-    if args.transforms is not None:
-        return run_transforms(args)
-    from . import recipes
-
-    metrics = recipes.evaluate_run(
-        args.model,
-        args.folder,
-        progress=not args.quiet,
-        **given(args, "device", "precision", "workers", "bad_files", "root", "tta"),
-    )
-    if args.json:
-        print(json.dumps(metrics, indent=1))
-        return 0
-    print(terminal.per_class_table(metrics), "\n\n", terminal.scores_table({source_name(args.folder): metrics}), sep="")
-    return 0
-
-
-# ---- predict ---------------------------------------------------------------------------------------------------
-
-
-def _predict_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="RUN", help="run folder written by `headstart fit`")
-    parser.add_argument("paths", nargs="+", metavar="FILE|FOLDER", help="pictures, or folders of them")
-    parser.add_argument("--top", type=int, metavar="K", help="name the K most probable classes of each picture")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--csv", metavar="OUT", help="write a CSV file instead of printing; - prints it")
-    form.add_argument("--json", action="store_true", help="print JSON: a list with an object per picture")
-    add_quiet_option(parser)
-    add_tta_option(parser)
-    add_bad_files_option(parser)
-    add_machine_options(parser)
-
-
-def _predict(args: argparse.Namespace) -> int:
-    if args.top is not None and args.top < 1:
-        raise RecipeError(f"--top is {args.top}; it takes a whole number from 1.")
-    from .run import check_target
-
-    if args.csv not in (None, "-"):
-        check_target(args.csv)
-    from . import evaluation
-    from .dataset import bad_reasons, list_image_files
-
-    files = list_image_files(args.paths)
-    reasons = bad_reasons(files, workers=args.workers or 0)
-    good = [path for path, reason in zip(files, reasons, strict=True) if reason is None]
-    machine = given(args, "device", "precision", "workers", "tta")
-    rows = evaluation.predict_files(args.model, good, progress=not args.quiet, **machine) if good else []
-    for path, reason in zip(files, reasons, strict=True):
-        if reason is not None:
-            print(f"headstart predict: {path} cannot be read: {reason}", file=sys.stderr)
-    _print_predictions(rows, args)
-    return 0 if len(good) == len(files) or args.bad_files == "skip" else EXIT_BAD_INPUT
-
-
-def _print_predictions(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
-    if args.csv:
-        from .run import to_csv, write_atomic
-
-        table = to_csv(*terminal.predictions_csv(rows, top=args.top))
-        if args.csv == "-":
-            sys.stdout.buffer.write(table)
-        else:
-            write_atomic(args.csv, table)
-    elif args.json:
-        print(json.dumps(terminal.predictions_json(rows, top=args.top), indent=1, ensure_ascii=False))
-    elif rows:
-        print(terminal.predictions_table(rows, top=args.top or 1))
-
-
 # ---- summary, preview, demo ------------------------------------------------------------------------------------
 
 
@@ -339,10 +250,8 @@ COMMANDS: dict[str, Command] = {
     "shootout": cli_shootout.COMMAND,
     "lr": cli_tuning.LR,
     "sweep": cli_tuning.SWEEP,
-    "evaluate": Command(
-        "score a trained model on a folder of labelled pictures", "RUN PHOTOS [options]", _evaluate_options, _evaluate
-    ),
-    "predict": Command("name the classes of pictures", "RUN FILE|FOLDER... [options]", _predict_options, _predict),
+    "evaluate": EVALUATE,
+    "predict": PREDICT,
     "summary": Command(
         "list a model's layers, with the freeze line drawn in", "BACKBONE|RUN [options]", _summary_options, _summary
     ),

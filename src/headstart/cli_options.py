@@ -17,6 +17,7 @@ from .owners import launched
 from .recipe import POLICIES, RECIPES, Recipe
 from .sources import source_name
 
+EXIT_BAD_INPUT = 2
 DEFAULT_BACKBONE = "mobilenetv2_100"
 DEFAULT_RECIPE = "fine-tune"
 PHOTOS_HELP = (
