@@ -16,7 +16,7 @@ from .audit_files import grouped_finding
 from .dataset import ImageTable
 from .duplicates import Pair, exact_pairs, groups_of, likeness, near_pairs
 from .findings import Finding
-from .inspection import Look, thumbs_of
+from .inspection import Look
 
 SERIES_SECONDS = 5.0  # between two shots of one series
 SERIES_LIKENESS = 0.9  # correlation of small grey pictures, where the files have no times
@@ -48,7 +48,7 @@ def find_copies(looks: Sequence[Look]) -> Copies:
     """Exact and near copies among the readable pictures."""
     exact = exact_pairs([one.pixels for one in looks])
     aside = [i for i, one in enumerate(looks) if one.reason is not None] + [pair.b for pair in exact]
-    near = near_pairs(thumbs_of(looks), leave_out=aside)
+    near = near_pairs([one.thumb for one in looks], leave_out=aside)
     return Copies((*exact, *near), groups_of(len(looks), exact), groups_of(len(looks), (*exact, *near)))
 
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Thumbs = npt.NDArray[np.uint8] | Sequence[npt.NDArray[np.uint8]]
 Level = Callable[[Ints], Floats]
 """Local contrast of the pictures at these places, coarse or fine."""
 
@@ -58,22 +59,25 @@ def exact_pairs(digests: Sequence[bytes]) -> list[Pair]:
     return pairs
 
 
-def near_pairs(thumbs: npt.NDArray[np.uint8], *, leave_out: Sequence[int] = ()) -> list[Pair]:
-    """Pairs of near copies among small grey pictures uint8 [N, P, P], each once.
+def near_pairs(thumbs: Thumbs, *, leave_out: Sequence[int] = ()) -> list[Pair]:
+    """Pairs of near copies among N small grey pictures, each once.
 
     Args:
+        thumbs: an array uint8 [N, P, P], or N of [P, P], which are then not put together.
         leave_out: positions not to look at, such as unreadable files and the second of two exact copies.
     """
-    keep = np.concatenate([part.std(axis=(1, 2)) >= MIN_SPREAD for part in _parts(thumbs)])
-    keep[list(leave_out)] = False
-    where = np.flatnonzero(keep)
+    every = np.setdiff1d(np.arange(len(thumbs)), leave_out)
+    where = every[np.concatenate([[], *(part.std(axis=(1, 2)) >= MIN_SPREAD for part in _parts(thumbs, every))]) > 0]
     if len(where) < 2:
         return []
-    px = thumbs.shape[1] // 2
-    coarse = np.concatenate([_local_contrast(_sample(part, _BOXES[0], px), 0.7, 2.5) for part in _parts(thumbs[where])])
+    px = len(thumbs[0]) // 2
+    coarse = np.empty((len(where), px, px), dtype=np.float32)
+    for number, part in enumerate(_parts(thumbs, where)):
+        start = number * COMPARED_AT_ONCE
+        coarse[start : start + len(part)] = _local_contrast(_sample(part, _BOXES[0], px), 0.7, 2.5)
 
     def fine(places: Ints) -> Floats:  # of the few that are compared so far, when they are
-        return _local_contrast(thumbs[where[places]].astype(np.float32), 0.7, 3.0)
+        return _local_contrast(_in_floats(thumbs, where[places]), 0.7, 3.0)
 
     a, b, view = _candidates(coarse)
     scores = _align((lambda places: coarse[places], fine), a, b, view)
@@ -84,10 +88,18 @@ def near_pairs(thumbs: npt.NDArray[np.uint8], *, leave_out: Sequence[int] = ()) 
     return sorted(pairs, key=lambda pair: (pair.a, pair.b))
 
 
-def _parts(thumbs: npt.NDArray[np.uint8]) -> Iterator[Floats]:
-    """Pictures in floating point, some at a time: all at once they would take four times their memory."""
-    for start in range(0, max(1, len(thumbs)), COMPARED_AT_ONCE):
-        yield thumbs[start : start + COMPARED_AT_ONCE].astype(np.float32)
+def _parts(thumbs: Thumbs, places: Ints) -> Iterator[Floats]:
+    """The pictures at these places in floating point, some at a time: all at once they would take four times their
+    memory."""
+    for start in range(0, len(places), COMPARED_AT_ONCE):
+        yield _in_floats(thumbs, places[start : start + COMPARED_AT_ONCE])
+
+
+def _in_floats(thumbs: Thumbs, places: Ints) -> Floats:
+    out = np.empty((len(places), *thumbs[0].shape), dtype=np.float32)
+    for row, place in enumerate(places.tolist()):
+        out[row] = thumbs[place]
+    return out
 
 
 def groups_of(n: int, pairs: Sequence[Pair]) -> npt.NDArray[np.int64]:
@@ -115,11 +127,10 @@ _BOXES = ((0.0, 0.0, 1.0, 1.0), (0.05, 0.05, 0.9, 0.9), *((x, y, 0.9, 0.9) for x
 def _candidates(contrast: Floats) -> tuple[Ints, Ints, Ints]:
     """Pairs (a, b) and the view of a, each int64 [M]: that crop of picture a, or of its mirror image from view
     `len(_BOXES)` on, looks like the whole of picture b. Each two pictures come once, in their likest view."""
-    whole = _unit(_sample(contrast, _BOXES[0], COARSE_PX))
+    whole = _seen(contrast, 0)
     ends, views, correlations = [], [], []
     for view in range(2 * len(_BOXES)):
-        seen = contrast[:, :, ::-1] if view >= len(_BOXES) else contrast
-        neighbour, correlation = _nearest(_unit(_sample(seen, _BOXES[view % len(_BOXES)], COARSE_PX)), whole)
+        neighbour, correlation = _nearest(_seen(contrast, view), whole)
         a, column = np.nonzero(correlation >= CANDIDATE)
         ends.append(np.stack([a, neighbour[a, column]], axis=1))
         views.append(np.full(len(a), view))
@@ -127,6 +138,16 @@ def _candidates(contrast: Floats) -> tuple[Ints, Ints, Ints]:
     a, b = np.concatenate(ends).T
     chosen = _likeliest(np.stack([a, b], axis=1), np.concatenate(correlations), len(whole))
     return a[chosen], b[chosen], np.concatenate(views)[chosen]
+
+
+def _seen(contrast: Floats, view: int) -> Floats:
+    """A view of each picture as a unit row, [N, COARSE_PX * COARSE_PX]."""
+    out = np.empty((len(contrast), COARSE_PX**2), dtype=np.float32)
+    for start in range(0, len(contrast), COMPARED_AT_ONCE):
+        part = contrast[start : start + COMPARED_AT_ONCE]
+        turned = part[:, :, ::-1] if view >= len(_BOXES) else part
+        out[start : start + len(part)] = _unit(_sample(turned, _BOXES[view % len(_BOXES)], COARSE_PX))
+    return out
 
 
 def _nearest(rows: Floats, among: Floats) -> tuple[Ints, Floats]:
