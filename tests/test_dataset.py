@@ -99,6 +99,12 @@ def test_numeric_names_sort_naturally(tmp_path: Path) -> None:
     assert [p.name for p in load_images(tmp_path).paths[:12]] == [f"{i}.jpg" for i in range(12)]
 
 
+def test_names_of_which_one_goes_on_with_a_number_sort(tmp_path: Path) -> None:
+    folders = {"cat2": 1, "cat": 1, "Cat10": 1, "speed 30": 1, "speed": 1, "v1b2": 1, "v1b": 1, "v1": 1}
+    table = load_images(fill(tmp_path, folders))
+    assert table.class_names == ("cat", "cat2", "Cat10", "speed", "speed 30", "v1", "v1b", "v1b2")
+
+
 def test_hidden_folders_and_files_are_skipped(tmp_path: Path) -> None:
     fill(tmp_path, {"cat": 2, "dog": 2, ".ipynb_checkpoints": 1, "__MACOSX": 1, "cat/.ipynb_checkpoints": 1})
     for name in ("._0.jpg", "Thumbs.db", ".DS_Store"):

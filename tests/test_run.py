@@ -6,6 +6,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,28 @@ def test_csv_reads_back_any_file_name(tmp_path: Path, name: str) -> None:
     run = open_run(tmp_path / "r")
     path = run.write_csv("splits.csv", ("path", "p:a,b"), [(name, 0.1), ("next.jpg", np.float64(1 / 3))])
     assert [(r["path"], float(r["p:a,b"])) for r in read_csv(path)] == [(name, 0.1), ("next.jpg", 1 / 3)]
+
+
+def test_rows_of_a_csv_file_are_made_and_written_one_by_one(tmp_path: Path) -> None:
+    written = []
+
+    def rows() -> Iterator[list[str]]:
+        for number in range(3):
+            written.append(sum(path.stat().st_size for path in tmp_path.glob(".long.csv*")))
+            yield [str(number), "x" * 100_000]
+
+    Run(tmp_path, tmp_path).write_csv("long.csv", ["n", "text"], rows())
+    assert written[2] > 100_000
+    assert [len(row["text"]) for row in read_csv(tmp_path / "long.csv")] == [100_000] * 3
+
+
+def test_predictions_keep_of_the_probabilities_their_own_label_s(tmp_path: Path) -> None:
+    run = complete(open_run(tmp_path / "r"))
+    header = ["path", "split", "label", "pred", "prob", "p:a", "p:b"]
+    run.write_csv("predictions.csv", header, [["1.jpg", "val", "b", "a", "0.7", "0.7", "0.3"]])
+    assert read_run(run.path).predictions == [
+        {"path": "1.jpg", "split": "val", "label": "b", "pred": "a", "prob": "0.7", "p:b": "0.3"}
+    ]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import terminal
@@ -74,14 +75,12 @@ def _predict(args: argparse.Namespace) -> int:
 
     if args.csv not in (None, "-"):
         check_target(args.csv)
-    from . import evaluation
     from .dataset import bad_reasons, list_image_files
 
     files = list_image_files(args.paths)
     reasons = bad_reasons(files, workers=args.workers or 0)
     good = [path for path, reason in zip(files, reasons, strict=True) if reason is None]
-    machine = given(args, "device", "precision", "workers", "tta")
-    rows = evaluation.predict_files(args.model, good, progress=not args.quiet, **machine) if good else []
+    rows: Iterable[Mapping[str, Any]] = _predicted(args, good) if good else ()
     for path, reason in zip(files, reasons, strict=True):
         if reason is not None:
             print(f"headstart predict: {path} cannot be read: {reason}", file=sys.stderr)
@@ -89,15 +88,24 @@ def _predict(args: argparse.Namespace) -> int:
     return 0 if len(good) == len(files) or args.bad_files == "skip" else EXIT_BAD_INPUT
 
 
-def _print_predictions(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
+def _predicted(args: argparse.Namespace, files: Sequence[Path]) -> Iterable[Mapping[str, Any]]:
+    from . import evaluation
+    from .runtime import make_runtime
+
+    evaluation.tta_views(args.tta or "none")  # before the machine is looked at
+    runtime = make_runtime(**({"precision": "fp32"} | given(args, "device", "precision", "workers")))
+    return evaluation.predictions(args.model, files, tta=args.tta or "none", runtime=runtime, progress=not args.quiet)
+
+
+def _print_predictions(rows: Iterable[Mapping[str, Any]], args: argparse.Namespace) -> None:
     if args.csv:
         from .run import to_csv, write_atomic
 
-        table = to_csv(*terminal.predictions_csv(rows, top=args.top))
+        lines = to_csv(*terminal.predictions_csv(rows, top=args.top))
         if args.csv == "-":
-            sys.stdout.buffer.write(table)
+            sys.stdout.buffer.writelines(lines)
         else:
-            write_atomic(args.csv, table)
+            write_atomic(args.csv, lines)
     elif args.json:
         print(json.dumps(terminal.predictions_json(rows, top=args.top), indent=1, ensure_ascii=False))
     elif rows:

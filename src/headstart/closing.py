@@ -97,7 +97,8 @@ def finish(model: Classifier, bench: Bench, plan: Recipe, diary: Diary, last: St
     report_path = None
     if run:
         save(model, run.path)
-        run.write_csv(*_predictions(results, splits.class_names))
+        header = ["path", "split", "label", "pred", "prob", *(f"p:{name}" for name in splits.class_names)]
+        run.write_csv("predictions.csv", header, _predictions(results, splits.class_names))
         run.write_json("metrics.json", metrics)
         with diary.phase("report"):
             from .report import write_report
@@ -132,16 +133,11 @@ def _facts(model: Classifier, diary: Diary, splits: Splits, *, interrupted: bool
     }
 
 
-def _predictions(results: dict[str, Evaluation], class_names: Sequence[str]) -> tuple[str, list[str], list[list[Any]]]:
-    header = ["path", "split", "label", "pred", "prob", *(f"p:{name}" for name in class_names)]
-    rows = []
+def _predictions(results: dict[str, Evaluation], class_names: Sequence[str]) -> Iterator[list[str]]:
     for name, result in results.items():
         for path, label, row in zip(result.table.relative_paths, result.table.labels, result.probs, strict=True):
             pred = int(row.argmax())
-            rows.append(
-                [path, name, class_names[label], class_names[pred], repr(float(row[pred])), *map(repr, map(float, row))]
-            )
-    return "predictions.csv", header, rows
+            yield [path, name, class_names[label], class_names[pred], repr(float(row[pred])), *map(repr, row.tolist())]
 
 
 def leave_usable(model: Classifier, diary: Diary, splits: Splits) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -182,8 +182,17 @@ def predict_files(
     Raises:
         DataError: a file cannot be read.
     """
-    views = len(tta_views(tta))
+    tta_views(tta)  # a wrong one is told before the machine is looked at
     runtime = make_runtime(device=device, precision=precision, workers=workers)
+    return list(predictions(run, paths, tta=tta, runtime=runtime, progress=progress))
+
+
+def predictions(
+    run: str | Path | Classifier, paths: Sequence[str | Path], *, tta: str | int, runtime: Runtime, progress: bool
+) -> Iterator[dict[str, Any]]:
+    """What `predict_files` returns, computed now; but each dict is made as it is taken, since with many classes they
+    are far larger than the probabilities [N, C]."""
+    views = len(tta_views(tta))
     model = run.to(runtime.device) if isinstance(run, Classifier) else load(run, device=runtime.device)
     files = tuple(Path(path) for path in paths)
     table = ImageTable(
@@ -196,15 +205,15 @@ def predict_files(
     pixels = Pixels(table, model.spec, workers=runtime.workers, cache_bytes=0)
     with ProgressBar(len(files) * views, "Predicting", enabled=progress) as bar:
         probs = predict_probs(model, pixels, tta=tta, runtime=runtime, advance=bar.advance)
-    return [
+    return (
         {
             "path": str(path),
             "pred": model.class_names[row.argmax()],
             "prob": float(row.max()),
-            "probs": {name: float(p) for name, p in zip(model.class_names, row, strict=True)},
+            "probs": dict(zip(model.class_names, row.tolist(), strict=True)),
         }
         for path, row in zip(paths, probs, strict=True)
-    ]
+    )
 
 
 def _scored(compute: Callable[[Tensor], Tensor], batch: Tensor, runtime: Runtime, *, fills: bool) -> Tensor:

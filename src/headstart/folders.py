@@ -55,10 +55,10 @@ class _Folder:
     folders: tuple[Path, ...]
 
 
-def natural_key(text: str) -> tuple[tuple[int, str] | str, ...]:
-    """Sort key under which 2 comes before 10; ties (`a1`, `a01`) are settled by the text itself."""
+def natural_key(text: str) -> tuple[tuple[tuple[int, str] | str, ...], str]:
+    """Sort key under which 2 comes before 10; ties (`a1`, `A1`) are settled by the text itself."""
     parts = re.split(r"([0-9]+)", unicodedata.normalize("NFC", text))
-    return (*((int(p), p) if i % 2 else p.casefold() for i, p in enumerate(parts)), text)
+    return tuple((int(p), p) if i % 2 else p.casefold() for i, p in enumerate(parts)), text
 
 
 def read_layout(root: Path, *, shown: str, val_folder: str | None = None, test_folder: str | None = None) -> Layout:

@@ -14,12 +14,13 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path` in one step; see `replacing`."""
+def write_atomic(path: str | Path, data: bytes | Iterable[bytes]) -> None:
+    """Write `data`, whole or piece by piece, to `path` in one step; see `replacing`."""
     with replacing(path) as temporary, temporary.open("xb") as file:
-        file.write(data)
+        file.writelines([data] if isinstance(data, bytes) else data)
 
 
 def _plain(value: Any) -> Any:
@@ -140,16 +141,22 @@ def to_json(value: Any, *, indent: int | None = None) -> bytes:
         return json.dumps(plain, allow_nan=False, indent=indent).encode()
 
 
-def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
-    """UTF-8 CSV; commas, quotes and line breaks in a cell are quoted, and any file name reads back equal."""
-    table = [list(header), *(list(row) for row in rows)]
-    # The csv module leaves a lone carriage return bare when lines end in "\n", and then cannot read it back.
-    returns = any(isinstance(cell, str) and "\r" in cell for row in table for cell in row)
+def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[bytes]:
+    """The lines of a UTF-8 CSV file, made as they are taken: a row may be long, and there may be many.
+
+    Commas, quotes and line breaks in a cell are quoted, and any file name reads back equal.
+    """
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL).writerows(
-        table
+    # The csv module leaves a lone carriage return bare when lines end in "\n", and then cannot read it back.
+    plain, quoting = (
+        csv.writer(text, lineterminator="\n", quoting=q) for q in (csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC)
     )
-    return text.getvalue().encode("utf-8", errors="surrogateescape")
+    for row in chain([header], rows):
+        returns = any(isinstance(cell, str) and "\r" in cell for cell in row)
+        (quoting if returns else plain).writerow(row)
+        yield text.getvalue().encode("utf-8", errors="surrogateescape")
+        text.seek(0)
+        text.truncate()
 
 
 # ---- writing a run ---------------------------------------------------------------------------------------------
@@ -331,8 +338,15 @@ class RunRecord:
 
     @cached_property
     def predictions(self) -> list[dict[str, str]]:
-        """Rows of predictions.csv, read on first use; all values are text."""
-        return read_csv(self.path / "predictions.csv")
+        """Rows of predictions.csv, read on first use; all values are text.
+
+        Of the columns `p:CLASS` only that of the row's own label is kept: with a thousand classes a fit on a hundred
+        thousand pictures writes half a gigabyte of them.
+        """
+        return read_csv(
+            self.path / "predictions.csv",
+            columns=lambda row: ("path", "split", "label", "pred", "prob", f"p:{row.get('label')}"),
+        )
 
     @cached_property
     def audit(self) -> dict[str, Any]:
@@ -409,13 +423,17 @@ def read_history(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def read_csv(path: str | Path) -> list[dict[str, str]]:
-    """Rows of a CSV file written by `to_csv`, as text by column name; none where there is no file."""
+def read_csv(path: str | Path, *, columns: Callable[[dict[str, str]], Iterable[str]] = tuple) -> list[dict[str, str]]:
+    """Rows of a CSV file written by `to_csv`, as text by column name; none where there is no file.
+
+    Args:
+        columns: the names of those of a row to keep, of which it may have no such column; all without it.
+    """
     path = Path(path)
     if not path.exists():
         return []
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return list(csv.DictReader(file))
+        return [{name: row[name] for name in columns(row) if name in row} for row in csv.DictReader(file)]
 
 
 def environment() -> dict[str, Any]:

@@ -6,7 +6,8 @@ Bars and spoken lines go to stderr, so that stdout holds nothing but results. Ne
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from types import TracebackType
 from typing import Any, Self
 
@@ -179,19 +180,16 @@ def closing_table(metrics: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def predictions_table(rows: Sequence[Mapping[str, Any]], *, top: int = 1) -> str:
+def predictions_table(rows: Iterable[Mapping[str, Any]], *, top: int = 1) -> str:
     """One row per picture with its `top` most probable classes and their probabilities.
 
     Args:
         rows: what `predict_files` returns.
     """
-    ranked = [ranking(row, top) for row in rows]
-    places = max((len(place) for place in ranked), default=1)
+    ranked = [(str(row["path"]), ranking(row, top)) for row in rows]
+    places = max((len(place) for _, place in ranked), default=1)
     header = ["picture", *(name for n in range(1, places + 1) for name in (f"{n}.", "prob"))]
-    cells = [
-        [str(row["path"]), *(cell for name, prob in place for cell in (name, figure(prob)))]
-        for row, place in zip(rows, ranked, strict=True)
-    ]
+    cells = [[path, *(cell for name, prob in place for cell in (name, figure(prob)))] for path, place in ranked]
     return format_table(header, cells, left=1 + 2 * places)
 
 
@@ -200,7 +198,7 @@ def ranking(row: Mapping[str, Any], top: int) -> list[tuple[str, float]]:
     return sorted(row["probs"].items(), key=lambda item: -item[1])[:top]
 
 
-def predictions_json(rows: Sequence[Mapping[str, Any]], *, top: int | None = None) -> list[dict[str, Any]]:
+def predictions_json(rows: Iterable[Mapping[str, Any]], *, top: int | None = None) -> list[dict[str, Any]]:
     """One object per picture: all classes' probabilities, or with `top` the most probable ones in order."""
     if top is None:
         return [dict(row) for row in rows]
@@ -211,19 +209,23 @@ def predictions_json(rows: Sequence[Mapping[str, Any]], *, top: int | None = Non
     ]
 
 
-def predictions_csv(rows: Sequence[Mapping[str, Any]], *, top: int | None = None) -> tuple[list[str], list[list[str]]]:
+def predictions_csv(
+    rows: Iterable[Mapping[str, Any]], *, top: int | None = None
+) -> tuple[list[str], Iterator[list[str]]]:
     """Header and rows: a column per class as in a run's predictions.csv, or with `top` the 2nd, 3rd, ... class."""
-    names = list(rows[0]["probs"]) if rows else []
-    header = ["path", "pred", "prob"]
+    rows = iter(rows)
+    first = list(islice(rows, 1))
+    names = [name for row in first for name in row["probs"]]
+    rows, header = chain(first, rows), ["path", "pred", "prob"]
     if top is None:
         header += [f"p:{name}" for name in names]
-        return header, [
-            [row["path"], row["pred"], repr(row["prob"]), *(repr(row["probs"][name]) for name in names)] for row in rows
-        ]
+        return header, (
+            [row["path"], row["pred"], repr(row["prob"]), *map(repr, row["probs"].values())] for row in rows
+        )
     header += [f"{word}_{n}" for n in range(2, min(top, len(names)) + 1) for word in ("pred", "prob")]
-    return header, [
+    return header, (
         [row["path"], *(cell for name, prob in ranking(row, top) for cell in (name, repr(prob)))] for row in rows
-    ]
+    )
 
 
 def comparison_tables(results: Mapping[str, Any]) -> str:
