@@ -89,7 +89,7 @@ def test_another_size_where_it_does_not() -> None:
 
 
 def test_class_names_are_two_or_more_different_ones() -> None:
-    for names in ((), ("cat",), ("cat", "cat"), "cat"):
+    for names in ((), ("cat",), ("cat", "cat"), "cat", 5):
         with pytest.raises(ModelError, match="two or more different names"):
             create_classifier(TinyNet(), names, data_spec=SPEC)
 

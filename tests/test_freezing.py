@@ -353,6 +353,7 @@ def test_where_the_line_stands(where: str, first: str) -> None:
     ("last:", r"nothing is not a number"),
     ("last:two", r"two is not a number"),
     ("", "selects nothing"),
+    (3, "3; it takes a name: head, all, last:N or a block"),
 ])  # fmt: skip
 def test_lines_that_select_nothing(where: str, message: str) -> None:
     model = shapes_only("resnet18")

@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn import metrics as sk
 
 import headstart
@@ -31,6 +32,7 @@ from headstart import (
     set_freeze_line,
     split,
 )
+from headstart.closing import trained_on
 from headstart.recipe import RECIPES
 from headstart.runtime import Runtime
 from tiny import SPEC, TinyNet
@@ -333,8 +335,94 @@ def test_training_from_scratch_learns_batchnorm_statistics_and_fine_tuning_does_
         plan = replace(plan, stages=tuple(replace(s, epochs=1, batch_size=8) for s in plan.stages))
         net = TinyNet()
         before = net.norm.running_mean.clone()
-        fine_tune(photos, backbone=net, data_spec=SPEC, recipe=plan, weights="none", precision="fp32")
-        assert torch.equal(before, net.norm.running_mean) != moves
+        result = fine_tune(photos, backbone=net, data_spec=SPEC, recipe=plan, weights="none", precision="fp32")
+        assert torch.equal(before, result.model.backbone.norm.running_mean) != moves
+
+
+@pytest.mark.parametrize("head", [[torch.nn.Linear(8, 3)], "linear", 64, {"hidden": 64}, torch.nn.Linear, (256,)])
+def test_what_is_no_head_is_refused(head: object, photos: Path) -> None:
+    with pytest.raises(ModelError, match=r"it takes a HeadSpec.*nn\.Sequential"):
+        fine_tune(photos, head=head, recipe=SHORT, **TINY)
+    with pytest.raises(ModelError, match=r"it takes a HeadSpec.*nn\.Sequential"):
+        create_classifier(TinyNet(), ("a", "b"), data_spec=SPEC, head=head)
+
+
+def test_a_head_that_gives_probabilities_is_refused() -> None:
+    head = torch.nn.Sequential(torch.nn.Linear(8, 3), torch.nn.Softmax(1))
+    with pytest.raises(ModelError, match="Leave the softmax at its end out"):
+        create_classifier(TinyNet(), ("a", "b", "c"), data_spec=SPEC, head=head)
+    create_classifier(TinyNet(), ("a", "b", "c"), data_spec=SPEC, head=head[:1])
+
+
+def test_the_caller_s_modules_and_models_stay_as_they_are(photos: Path) -> None:
+    net, head = TinyNet(), torch.nn.Linear(8, 3)
+    given = {"data_spec": SPEC, "weights": "none", "precision": "fp32", "device": "cpu", "recipe": SHORT}
+    runs = [fine_tune(photos, backbone=net, head=head, **given) for _ in range(2)]
+    assert runs[0].metrics["test"] == runs[1].metrics["test"]
+    before = [p.detach().clone() for p in runs[0].model.parameters()]
+    again = fine_tune(photos, from_run=runs[0].model, recipe=SHORT, precision="fp32", device="cpu")
+    assert again.model is not runs[0].model
+    assert all(map(torch.equal, before, runs[0].model.parameters()))
+
+
+def test_what_is_returned_answers_the_same_each_time_it_is_asked(photos: Path) -> None:
+    head = torch.nn.Sequential(torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 3))
+    given = {"data_spec": SPEC, "weights": "none", "precision": "fp32", "device": "cpu", "recipe": SHORT}
+    result = fine_tune(photos, backbone=TinyNet(), head=head, **given)
+    stage = Stage(freeze_line="head", epochs=1, batch_size=8)
+    set_freeze_line(result.model, "head")
+    for _ in range(2):
+        assert not any(module.training for module in result.model.modules())
+        pixels = torch.randint(0, 256, (4, 3, 16, 16)).float()
+        assert torch.equal(result.model(pixels), result.model(pixels))
+        fit(result.model, result.splits, stage, runtime=headstart.make_runtime(device="cpu", precision="fp32"))
+
+
+def test_fit_refuses_other_classes_and_a_freeze_by_hand(photos: Path) -> None:
+    splits = split(load_images(photos), seed=1)
+    turned = create_classifier(TinyNet(), splits.class_names[::-1], data_spec=SPEC)
+    with pytest.raises(DataError, match="not the model's"):
+        fit(turned, splits)
+    model = create_classifier(TinyNet(), splits.class_names, data_spec=SPEC)
+    for parameter in model.backbone.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ModelError, match=r"6 parameters.*by hand.*set_freeze_line\(model, 'head'\)"):
+        fit(model, splits)
+    with pytest.raises(RecipeError, match="it takes a Stage"):
+        fit(model, splits, "head")
+
+
+def test_going_on_from_a_run_refuses_another_backbone(run: headstart.FitResult, photos: Path) -> None:
+    with pytest.raises(RecipeError, match="backbone: without effect beside from_run"):
+        fine_tune(photos, from_run=run.run_path, backbone="resnet18", recipe=SHORT)
+
+
+def test_pictures_are_predicted_however_they_are_given(run: headstart.FitResult, photos: Path) -> None:
+    paths = sorted(photos.rglob("*.jpg"))[:3]
+    rows = predict_files(run.model, paths)
+    assert predict_files(run.model, iter(paths)) == rows
+    assert predict_files(run.model, str(paths[0]))[0]["probs"] == pytest.approx(rows[0]["probs"], abs=1e-6)
+    pictures = [Image.open(path) for path in paths]
+    for given in (pictures, np.stack([np.asarray(picture) for picture in pictures])):
+        told = predict_files(run.model, given)
+        assert [row["path"] for row in told] == ["0", "1", "2"]
+        assert [row["probs"] for row in told] == [pytest.approx(row["probs"], abs=1e-6) for row in rows]
+    with pytest.raises(DataError, match="no picture to predict"):
+        predict_files(run.model, [])
+    with pytest.raises(DataError, match="picture 0"):
+        predict_files(run.model, [paths[0].read_bytes()])
+
+
+def test_evaluate_takes_tables_alone(run: headstart.FitResult, photos: Path) -> None:
+    for given in (str(photos), run.splits):
+        with pytest.raises(DataError, match="evaluate takes an ImageTable"):
+            headstart.evaluate(run.model, given)
+
+
+def test_test_pictures_are_known_again_through_a_link(run: headstart.FitResult, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(photos, target_is_directory=True)
+    found = trained_on(run.run_path, load_images(tmp_path / "link"))
+    assert found.sum() == len(run.splits.train) + len(run.splits.val)
 
 
 def test_the_public_names_are_sorted_and_none_is_shadowed_by_a_room() -> None:

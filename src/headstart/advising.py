@@ -23,10 +23,11 @@ from .errors import ModelError, RecipeError
 from .metrics import holm, paired_difference
 from .pixels import Pixels
 from .probing import FINAL, Probe, blocks_to_probe, pooled_features, probe
-from .recipe import FINE_TUNE_STAGE, HEAD_STAGE, POLICIES, RECIPES, HeadSpec, Recipe
+from .recipe import DEFAULT_BACKBONE, FINE_TUNE_STAGE, HEAD_STAGE, POLICIES, RECIPES, HeadSpec, Recipe
 from .recipes import weights_of
 from .run import to_json, write_atomic
 from .runtime import make_runtime
+from .settings import own_settings
 from .sizes import picture_sizes
 from .terminal import ProgressBar
 from .tracing import evaluation_mode
@@ -139,10 +140,11 @@ class Advice:
         write_atomic(Path(run) / "advice.json", to_json(self.to_dict(), indent=1) + b"\n")
 
 
+@own_settings()
 def advise(
     data: Any,
     *,
-    backbone: str = "mobilenetv2_100",
+    backbone: str = DEFAULT_BACKBONE,
     weights: str | Path | None = None,
     spec_overrides: Mapping[str, Any] | None = None,
     seed: int = 0,

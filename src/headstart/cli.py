@@ -20,7 +20,6 @@ from . import cli_advise, cli_compare, cli_shootout, cli_tuning, terminal
 from .cli_audit import AUDIT
 from .cli_cache import add_cache_options, run_cache
 from .cli_options import (
-    DEFAULT_BACKBONE,
     DEFAULT_RECIPE,
     EXIT_BAD_INPUT,
     PHOTOS_HELP,
@@ -48,7 +47,7 @@ from .cli_predict import EVALUATE, PREDICT
 from .cli_recipe import follow_tuned
 from .errors import HeadstartError, Interrupted, RecipeError, SetupError, in_words, near_matches
 from .owners import launched
-from .recipe import HeadSpec, load_recipe
+from .recipe import DEFAULT_BACKBONE, HeadSpec, load_recipe
 
 EXIT_INTERRUPTED = 130
 HELP_WIDTH = 100

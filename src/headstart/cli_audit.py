@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from .cli_options import (
-    DEFAULT_BACKBONE,
     PHOTOS_HELP,
     Command,
     add_cache_option,
@@ -20,6 +19,7 @@ from .cli_options import (
 )
 from .cli_overrides import picture_overrides
 from .errors import DataError, RecipeError
+from .recipe import DEFAULT_BACKBONE
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from . import terminal
 from .cli_options import (
-    DEFAULT_BACKBONE,
     PHOTOS_HELP,
     RECIPE_OPTIONS,
     Command,
@@ -27,7 +26,7 @@ from .cli_options import (
 from .cli_overrides import apply_overrides, picture_overrides
 from .cli_recipe import follow_tuned
 from .errors import RecipeError
-from .recipe import RECIPES
+from .recipe import DEFAULT_BACKBONE, RECIPES
 
 DEFAULT_RECIPES = "scratch,head,fine-tune"
 

@@ -18,7 +18,6 @@ from .recipe import POLICIES, RECIPES, Recipe
 from .sources import source_name
 
 EXIT_BAD_INPUT = 2
-DEFAULT_BACKBONE = "mobilenetv2_100"
 DEFAULT_RECIPE = "fine-tune"
 PHOTOS_HELP = (
     "folder of class folders (or of train/val/test), .zip or .tar.gz of one, URL#sha256=HEX, manifest (.csv, "

@@ -9,7 +9,6 @@ from typing import Any
 
 from . import terminal
 from .cli_options import (
-    DEFAULT_BACKBONE,
     PHOTOS_HELP,
     Command,
     add_cache_option,
@@ -26,7 +25,7 @@ from .cli_options import (
 from .cli_overrides import apply_overrides, picture_overrides
 from .cli_recipe import follow_tuned
 from .errors import RecipeError
-from .recipe import Recipe, load_recipe
+from .recipe import DEFAULT_BACKBONE, Recipe, load_recipe
 
 COURSE_EPOCHS = "10"  # of the notebook whose table the preset repeats
 

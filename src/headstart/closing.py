@@ -47,10 +47,12 @@ def trained_on(run: Path, table: ImageTable) -> NDArray[np.bool_]:
     """Mask of the files that stand in the run's train or validation split, in the folder it was trained on."""
     try:
         root = json.loads((run / "metrics.json").read_bytes())["data"]["root"]
-        used = {str(Path(root) / row["path"]) for row in read_csv(run / "splits.csv") if row["split"] != "test"}
+        here = Path(root).resolve()  # the same folder under another name, too
+        used = {str(here / row["path"]) for row in read_csv(run / "splits.csv") if row["split"] != "test"}
     except (OSError, ValueError, KeyError, TypeError, HeadstartError):
         used = set()  # a folder `save` wrote holds the model alone
-    return np.array([str(path) in used for path in table.paths], dtype=bool)
+    here = table.root.resolve()
+    return np.array([str(here / path) in used for path in table.relative_paths], dtype=bool)
 
 
 def leaked_rows(diary: Diary, splits: Splits) -> NDArray[np.bool_]:
@@ -78,6 +80,7 @@ def _tables(splits: Splits) -> tuple[tuple[str, ImageTable], ...]:
 def finish(model: Classifier, bench: Bench, plan: Recipe, diary: Diary, last: StageData) -> FitResult:
     """Score validation and test once with the final model, in float32, and write the run folder."""
     splits, exact = bench.splits, replace(bench.runtime, dtype=torch.float32)
+    model.eval()  # in training mode a mere look at what it says would change a head's BatchNorm
     results: dict[str, Evaluation] = {}
     with diary.phase("evaluate"), ProgressBar(len(splits.test), "  evaluating", enabled=diary.show) as bar:
         if isinstance(last.val, PixelSource):
@@ -147,6 +150,7 @@ def leave_usable(model: Classifier, diary: Diary, splits: Splits) -> str:
         return "The model is in its best state so far; it is the exception's `model`."
     from .report import write_report
 
+    model.eval()
     with _not_interrupted():
         save(model, run.path)
         run.write_json("metrics.json", _facts(model, diary, splits, interrupted=True))

@@ -22,10 +22,11 @@ from .dataset import ImageTable, Splits
 from .errors import HeadstartError, Interrupted, RecipeError
 from .freezing import set_freeze_line
 from .metrics import judge_pairs, paired_difference, wilson_interval
-from .recipe import RECIPES, Recipe, load_recipe
+from .recipe import DEFAULT_BACKBONE, RECIPES, Recipe, load_recipe
 from .recipes import fine_tune, weights_of
 from .run import RunRecord, read_run, to_json, write_atomic
 from .runtime import make_runtime
+from .settings import own_settings
 from .terminal import say
 from .verdicts import verdicts
 
@@ -85,13 +86,14 @@ def named_recipe(name: str) -> Recipe:
     return replace(base, name=name, stages=(*base.stages[:-1], replace(base.stages[-1], freeze_line=name)))
 
 
+@own_settings()
 def compare(
     data: str | Path | ImageTable | Splits | Bench,
     *,
     recipes: Sequence[str | Recipe] = DEFAULT_RECIPES,
     seeds: Sequence[int] = (0,),
     budgets: Mapping[str, Budget] | None = None,
-    backbone: str = "mobilenetv2_100",
+    backbone: str = DEFAULT_BACKBONE,
     weights: str | Path | None = None,
     out: str | Path = "runs/compare",
     overwrite: bool = False,

@@ -37,6 +37,7 @@ from .recipe import Recipe, load_recipe
 from .recipes import weights_of
 from .run import RunRecord, is_run, read_run, to_json, write_atomic
 from .runtime import Runtime, make_runtime
+from .settings import own_settings
 from .shootout_page import seen_words, write_shootout
 from .terminal import ProgressBar, duration, say
 from .tracing import evaluation_mode
@@ -92,6 +93,7 @@ class Shootout:
     page_path: Path
 
 
+@own_settings()
 def shootout(
     data: Any,
     *,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arrays import Pictures, images_from_arrays
 from .checkpoint import load
 from .classifier import Classifier
 from .dataset import ImageTable
@@ -22,8 +23,10 @@ from .once import Advance, fast_kernels
 from .pixels import Pixels
 from .recipe import POLICIES
 from .runtime import Runtime, make_runtime
+from .settings import own_settings
 from .stock import is_stock
 from .terminal import ProgressBar
+from .threads import alone_with
 from .tracing import evaluation_mode
 
 MOST_VIEWS = 100
@@ -59,6 +62,7 @@ class Evaluation:
         return np.asarray(self.probs.argmax(axis=1))
 
 
+@own_settings()
 def predict_logits(
     model: Classifier,
     pixels: Pixels,
@@ -77,19 +81,21 @@ def predict_logits(
     runtime = runtime or make_runtime(precision="fp32")
     mine = runtime.share(torch.arange(len(pixels)))
     rows, fills = [], is_stock(model)
-    model.to(runtime.device)
 
     def compute(batch: Tensor) -> Tensor:
         batch = batch.to(runtime.device)
         logits: Tensor = model(batch.flip(-1) if mirrored else batch)
         return logits.float()
 
-    with evaluation_mode(model), fast_kernels(model, runtime), torch.inference_mode(), runtime.autocast():
-        for part in mine.split(runtime.batch_size):
-            batch = pixels.batch(part.tolist(), [view] * len(part))
-            rows.append(_scored(compute, batch, runtime, fills=fills))
-            if advance:
-                advance(len(part))
+    # In several threads one model is used by one after the other: kernels and modes are changed in it.
+    with alone_with(model):
+        model.to(runtime.device)
+        with evaluation_mode(model), fast_kernels(model, runtime), torch.inference_mode(), runtime.autocast():
+            for part in mine.split(runtime.batch_size):
+                batch = pixels.batch(part.tolist(), [view] * len(part))
+                rows.append(_scored(compute, batch, runtime, fills=fills))
+                if advance:
+                    advance(len(part))
     logits = torch.cat(rows) if rows else torch.zeros(0, len(model.class_names), device=runtime.device)
     return runtime.gather(logits, len(pixels)).cpu()
 
@@ -137,6 +143,7 @@ def predict_probs(
     return np.asarray(sums / len(views))
 
 
+@own_settings()
 def evaluate(
     model: Classifier,
     table: ImageTable,
@@ -151,20 +158,33 @@ def evaluate(
         DataError: the table's classes are not the model's; a file cannot be read.
         RecipeError: `tta` is not what `tta_views` takes.
     """
-    if table.class_names != model.class_names:
+    if not isinstance(table, ImageTable):
         raise DataError(
-            f"The pictures' classes ({', '.join(table.class_names)}) are not the model's"
-            f" ({', '.join(model.class_names)})."
-            " Load them with load_images(folder, class_names=model.class_names)."
+            f"evaluate takes an ImageTable, such as load_images(folder) or splits.test; this is {type(table).__name__}."
+            " evaluate_run scores a folder."
         )
+    require_classes(model, table.class_names)
     runtime = runtime or make_runtime(precision="fp32")
     pixels = Pixels(table, model.spec, workers=runtime.workers, cache_bytes=0)
     return Evaluation.from_probs(predict_probs(model, pixels, tta=tta, runtime=runtime, advance=advance), table)
 
 
+def require_classes(model: Classifier, class_names: Sequence[str]) -> None:
+    """Refuse pictures whose classes are not the model's, in its order.
+
+    Raises:
+        DataError: they are not.
+    """
+    if tuple(class_names) != model.class_names:
+        raise DataError(
+            f"The pictures' classes ({', '.join(class_names)}) are not the model's ({', '.join(model.class_names)})."
+            " Load them with load_images(folder, class_names=model.class_names)."
+        )
+
+
 def predict_files(
     run: str | Path | Classifier,
-    paths: Sequence[str | Path],
+    paths: str | Path | Iterable[str | Path] | Pictures,
     *,
     tta: str | int = "none",
     device: str = "auto",
@@ -175,45 +195,66 @@ def predict_files(
     """Predict pictures with a saved model.
 
     Args:
+        paths: files, or pictures in memory as `images_from_arrays` takes them, whose `path` is then their number.
         tta: average over several views of each picture; see `tta_views`.
 
     Returns:
         One dict per picture in the order given: `path`, `pred`, `prob`, and `probs` {class name: probability}.
     Raises:
-        DataError: a file cannot be read.
+        DataError: a file cannot be read; there is none.
     """
     tta_views(tta)  # a wrong one is told before the machine is looked at
     runtime = make_runtime(device=device, precision=precision, workers=workers)
     return list(predictions(run, paths, tta=tta, runtime=runtime, progress=progress))
 
 
+@own_settings()
 def predictions(
-    run: str | Path | Classifier, paths: Sequence[str | Path], *, tta: str | int, runtime: Runtime, progress: bool
+    run: str | Path | Classifier,
+    paths: str | Path | Iterable[str | Path] | Pictures,
+    *,
+    tta: str | int,
+    runtime: Runtime,
+    progress: bool,
 ) -> Iterator[dict[str, Any]]:
     """What `predict_files` returns, computed now; but each dict is made as it is taken, since with many classes they
     are far larger than the probabilities [N, C]."""
     views = len(tta_views(tta))
     model = run.to(runtime.device) if isinstance(run, Classifier) else load(run, device=runtime.device)
-    files = tuple(Path(path) for path in paths)
-    table = ImageTable(
-        root=Path.cwd(),
-        paths=files,
-        labels=np.zeros(len(files), dtype=np.int64),
-        class_names=model.class_names,
-        split_names=("",) * len(files),
-    )
+    names, table = _listed(paths, model.class_names)
     pixels = Pixels(table, model.spec, workers=runtime.workers, cache_bytes=0)
-    with ProgressBar(len(files) * views, "Predicting", enabled=progress) as bar:
+    with ProgressBar(len(names) * views, "Predicting", enabled=progress) as bar:
         probs = predict_probs(model, pixels, tta=tta, runtime=runtime, advance=bar.advance)
     return (
         {
-            "path": str(path),
+            "path": name,
             "pred": model.class_names[row.argmax()],
             "prob": float(row.max()),
             "probs": dict(zip(model.class_names, row.tolist(), strict=True)),
         }
-        for path, row in zip(paths, probs, strict=True)
+        for name, row in zip(names, probs, strict=True)
     )
+
+
+def _listed(
+    paths: str | Path | Iterable[str | Path] | Pictures, class_names: tuple[str, ...]
+) -> tuple[list[str], ImageTable]:
+    """What pictures are called in the answer, and a table of them, without labels of their own."""
+    items = [paths] if isinstance(paths, (str, Path)) else paths if isinstance(paths, np.ndarray) else list(paths)
+    if not len(items):
+        raise DataError("There is no picture to predict: the list is empty.")
+    if isinstance(items, np.ndarray) or not all(isinstance(item, (str, Path)) for item in items):
+        table = images_from_arrays(items, [class_names[0]] * len(items), class_names=class_names)  # type: ignore[arg-type]
+        return list(map(str, range(len(items)))), table
+    files = tuple(Path(str(item)) for item in items)
+    table = ImageTable(
+        root=Path.cwd(),
+        paths=files,
+        labels=np.zeros(len(files), dtype=np.int64),
+        class_names=class_names,
+        split_names=("",) * len(files),
+    )
+    return list(map(str, items)), table
 
 
 def _scored(compute: Callable[[Tensor], Tensor], batch: Tensor, runtime: Runtime, *, fills: bool) -> Tensor:

@@ -204,6 +204,8 @@ def place_line(model: Classifier, where: str, *, batchnorm: str = "fixed") -> Fr
             f"batchnorm is {batchnorm!r}; allowed: {', '.join(BATCHNORM_MODES)}."
             f"{near_matches(batchnorm, BATCHNORM_MODES)}"
         )
+    if not isinstance(where, str):
+        raise ModelError(f"The freeze line is {where!r}; it takes a name: head, all, last:N or a block's.")
     net, seen = model.backbone, model.backbone_trace()
     layers = layers_in_order(net, seen)
     position = _line_position(model, layers, where)

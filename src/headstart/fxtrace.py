@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,8 +69,15 @@ for _operation in IN_PLACE:
     setattr(_InPlace, f"__{_operation.__name__}__", _recorded(_operation))
 
 
+# torch.fx exchanges `nn.Module.__call__` for all threads: one traces at a time.
+_tracing = threading.RLock()
+
+
 class _Tracer(fx.Tracer):
+    """Records what its own thread does; modules that run in others meanwhile run as ever."""
+
     def __init__(self, *, in_place: bool) -> None:
+        self._thread = threading.get_ident()
         self._proxy = _InPlace if in_place else fx.Proxy
         functions = [function for function in get_notrace_functions() if callable(function)]
         super().__init__(autowrap_modules=(math,), autowrap_functions=tuple(functions))
@@ -77,6 +85,14 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, self._leaves) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        ours = threading.get_ident() == self._thread
+        return super().call_module(m, forward, args, kwargs) if ours else forward(*args, **kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        ours = threading.get_ident() == self._thread
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if ours else attr_val
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return self._proxy(node, self)
@@ -94,7 +110,7 @@ def trace(net: nn.Module, forward: Forward, *, in_place: bool = False) -> tuple[
         Uncuttable: the forward changes a buffer itself, which a recording would not do, or with numbers of its own.
     """
     whole = Whole(net, forward)
-    with _undisturbed(net):
+    with _tracing, _undisturbed(net):
         return whole, _Tracer(in_place=in_place).trace(whole)
 
 

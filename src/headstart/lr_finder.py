@@ -26,11 +26,12 @@ from .errors import ModelError, RecipeError
 from .features import StageData, place_source
 from .freezing import set_freeze_line
 from .plots import plot_rates
-from .recipe import Recipe, Stage, load_recipe
+from .recipe import DEFAULT_BACKBONE, Recipe, Stage, load_recipe
 from .recipes import fine_tune, weights_of
 from .run import read_run
 from .runtime import Runtime, make_runtime
 from .schedule import batches_of_epoch, make_optimizer, views_of_epoch
+from .settings import own_settings
 from .terminal import ProgressBar
 
 SMOOTHING = 0.95
@@ -64,12 +65,13 @@ class RateCurve:
         return self.valley
 
 
+@own_settings()
 def find_lr(
     data: Any,
     *,
     run: str | Path | None = None,
     after_head: bool = False,
-    backbone: str = "mobilenetv2_100",
+    backbone: str = DEFAULT_BACKBONE,
     weights: str | Path | None = None,
     recipe: str | Path | Recipe = "fine-tune",
     spec_overrides: Mapping[str, Any] | None = None,
@@ -152,6 +154,7 @@ def _source(model: Classifier, stage: Stage, plan: Recipe, bench: Bench, show: b
         return bench.source(train, val, model, place, advance=bar.advance)[0]
 
 
+@own_settings()
 def range_test(
     model: Classifier,
     data: StageData,

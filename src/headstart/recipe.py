@@ -14,6 +14,7 @@ from typing import Any
 from .errors import RecipeError, near_matches
 from .fields import Spec, check_choice, check_flag, check_number
 
+DEFAULT_BACKBONE = "mobilenetv2_100"
 ACTIVATIONS = ("none", "relu", "gelu")
 POOLS = ("backbone", "avg", "max", "flatten")
 OUTPUTS = ("softmax", "sigmoid")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,30 +12,43 @@ from torch import nn
 
 from .bench import Bench, Data, find_data, make_bench, require_validation, say_left_out
 from .checkpoint import load
-from .classifier import Classifier, create_classifier
+from .classifier import Classifier, check_head_kind, create_classifier
 from .closing import FitResult, finish, leaked_rows, leave_usable, trained_on, write_plan
 from .dataset import ImageTable, Splits, check_images, load_images
 from .dataspec import DataSpec
 from .diary import Diary
-from .errors import CheckpointError, HeadstartError, Interrupted, ModelError, RecipeError, SetupError
-from .evaluation import evaluate, tta_views
+from .errors import CheckpointError, HeadstartError, Interrupted, ModelError, RecipeError, SetupError, in_words
+from .evaluation import evaluate, require_classes, tta_views
 from .freezing import set_freeze_line
 from .handover import change_classes
 from .harm import single_changes, transform_costs
 from .mixing import check_mixing
 from .pixels import Augment
-from .recipe import FINE_TUNE_STAGE, POLICIES, RECIPES, AugmentSpec, HeadSpec, Recipe, Stage, load_recipe
+from .recipe import (
+    DEFAULT_BACKBONE,
+    FINE_TUNE_STAGE,
+    POLICIES,
+    RECIPES,
+    AugmentSpec,
+    HeadSpec,
+    Recipe,
+    Stage,
+    load_recipe,
+)
 from .run import check_run_path, open_run
 from .runtime import Runtime, make_runtime
+from .settings import own_settings
 from .stage_result import Log, StageResult
 from .stage_run import look_at_stored_labels, run_stage, train_stage
 from .terminal import ProgressBar, say
+from .threads import alone_with
 
 
+@own_settings()
 def fine_tune(
     data: Data | Bench,
     *,
-    backbone: str | nn.Module = "mobilenetv2_100",
+    backbone: str | nn.Module = DEFAULT_BACKBONE,
     weights: str | Path | None = None,
     from_run: str | Path | Classifier | None = None,
     out: str | Path | None = None,
@@ -78,7 +92,7 @@ def fine_tune(
         out: the run folder to write; None writes nothing.
         recipe: a recipe's name, a JSON file, or a `Recipe`.
         head, augment: replace the recipe's; a head module or a torchvision v2 transform of your own is not saved
-            in the recipe.
+            in the recipe. Modules and models given here (backbone, head, from_run) are copied, and stay as they are.
         spec_overrides: image_size, mean, std, interpolation, crop_pct, fit in place of the backbone's own.
         val, test: shares held out where the data bring no such split.
         root: the folder that a manifest's relative paths start from.
@@ -99,10 +113,15 @@ def fine_tune(
     else:
         runtime = make_runtime(device=device, precision=precision, workers=workers, compile=compile)
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if head is not None:
+        check_head_kind(head)
     if isinstance(head, HeadSpec):
         plan = replace(plan, head=head)
     if from_run is not None:
-        _refuse_beside_from_run(plan, weights=weights, head=head, data_spec=data_spec, spec_overrides=spec_overrides)
+        _refuse_beside_from_run(
+            plan, backbone=None if backbone == DEFAULT_BACKBONE else backbone, weights=weights, head=head,
+            data_spec=data_spec, spec_overrides=spec_overrides,
+        )  # fmt: skip
     else:
         weights = weights_of(plan, weights)
     _by_main(runtime, lambda: out is None or check_run_path(out, overwrite=overwrite))
@@ -119,7 +138,8 @@ def fine_tune(
             else:
                 try:
                     model = create_classifier(
-                        backbone, found.class_names, head=plan.head if not isinstance(head, nn.Module) else head,
+                        _own(backbone), found.class_names,
+                        head=_own(head) if isinstance(head, nn.Module) else plan.head,
                         weights=str(weights), data_spec=data_spec, drop_rate=plan.drop_rate,
                         drop_path_rate=plan.drop_path_rate, seed=plan.seed, **(spec_overrides or {}),
                     )  # fmt: skip
@@ -171,6 +191,7 @@ def fine_tune(
         raise
 
 
+@own_settings()
 def fit(
     model: Classifier,
     splits: Splits,
@@ -200,10 +221,14 @@ def fit(
     runtime = runtime or make_runtime()
     line = model.freeze_line
     require_validation(splits)
+    require_classes(model, splits.class_names)
+    if not isinstance(stage, (Stage, type(None))):
+        raise RecipeError(f"stage is {stage!r}; it takes a Stage, such as Stage(epochs=5, freeze_line='head').")
     if stage is None:  # the head's own stage, or the careful one where the backbone is trained too
         where, batchnorm = (line.where, line.batchnorm) if line else ("all", "fixed")
         stage = replace(Stage() if where == "head" else FINE_TUNE_STAGE, freeze_line=where, batchnorm=batchnorm)
     if line is None:
+        _refuse_frozen_by_hand(model)
         line = set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
     if (stage.freeze_line, stage.batchnorm) != (line.where, line.batchnorm):
         raise ModelError(
@@ -214,13 +239,18 @@ def fit(
     model.to(runtime.device)
     policy = POLICIES[augment] if isinstance(augment, str) else augment
     bench = Bench(splits, runtime, cache=cache, progress=progress and runtime.is_main)
-    return train_stage(
-        model, bench.pixels("train", model.spec, augment=policy, seed=seed), bench.pixels("val", model.spec), stage,
-        bench=bench, show=progress, plan=Recipe(seed=seed), starts_trained=starts_trained,
-        lr=lr if lr is not None else RECIPES["fine-tune"].lr * stage.lr_scale, log=log,
-    ).result  # fmt: skip
+    try:
+        with alone_with(model):
+            return train_stage(
+                model, bench.pixels("train", model.spec, augment=policy, seed=seed), bench.pixels("val", model.spec),
+                stage, bench=bench, show=progress, plan=Recipe(seed=seed), starts_trained=starts_trained,
+                lr=lr if lr is not None else RECIPES["fine-tune"].lr * stage.lr_scale, log=log,
+            ).result  # fmt: skip
+    finally:
+        model.eval()  # in training mode a mere look at what it says would change a head's BatchNorm
 
 
+@own_settings()
 def evaluate_run(
     run: str | Path,
     folder: str | Path,
@@ -325,7 +355,7 @@ def _go_on_from(
     earlier: str | Path | Classifier, class_names: Sequence[str], plan: Recipe, diary: Diary
 ) -> tuple[Classifier, Recipe]:
     """The earlier model for these classes, and the recipe as it is then: with that model's head and dropout."""
-    model = earlier if isinstance(earlier, Classifier) else load(earlier)
+    model = _own(earlier) if isinstance(earlier, Classifier) else load(earlier)
     model, diary.handover = change_classes(model, class_names, seed=plan.seed)
     own: dict[str, Any] = {"head": model.head_spec or HeadSpec()}
     own |= {name: model.backbone_args.get(name, 0.0) for name in ("drop_rate", "drop_path_rate")}
@@ -336,6 +366,29 @@ def _go_on_from(
     where = "the model given" if isinstance(earlier, Classifier) else str(earlier)
     say(f"Going on from {where}: {diary.handover.describe()}.", enabled=diary.show)
     return model, replace(plan, **own)
+
+
+def _own(part: Any) -> Any:
+    """A module of the caller's to train, which stays as it is; a backbone's name as it is."""
+    if not isinstance(part, nn.Module):
+        return part
+    try:
+        return deepcopy(part)
+    except Exception as error:  # what a module of the caller's keeps may be anything
+        raise ModelError(
+            f"{type(part).__name__} cannot be copied ({in_words(error)}), and is not trained itself lest it be another"
+            " one in the next run. Put it on with create_classifier and train that with fit."
+        ) from error
+
+
+def _refuse_frozen_by_hand(model: Classifier) -> None:
+    frozen = [name for name, parameter in model.backbone.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        raise ModelError(
+            f"{len(frozen):,} parameters of the backbone ({frozen[0]} first) are frozen by hand, and the model has no"
+            " freeze line: all would be trained. Call set_freeze_line(model, 'head'), or wherever the line is to be; it"
+            " fixes BatchNorm's statistics and dropout in front of it, too."
+        )
 
 
 def weights_of(plan: Recipe, weights: str | Path | None) -> str | Path:

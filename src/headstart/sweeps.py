@@ -21,10 +21,11 @@ from .comparison import check_lines
 from .errors import HeadstartError, Interrupted, RecipeError, SetupError
 from .owners import is_gone, this_process
 from .plots import plot_parallel
-from .recipe import Recipe, load_recipe
+from .recipe import DEFAULT_BACKBONE, Recipe, load_recipe
 from .recipes import fine_tune, weights_of
 from .run import to_json, write_atomic
 from .runtime import make_runtime
+from .settings import own_settings
 from .terminal import say
 from .tuned import write_tuned
 
@@ -86,6 +87,7 @@ class Sweep:
     best: Recipe | None
 
 
+@own_settings()
 def sweep(
     data: Any,
     *,
@@ -95,7 +97,7 @@ def sweep(
     minutes: float | None = None,
     recipe: str | Path | Recipe = "head",
     epochs: int | None = None,
-    backbone: str = "mobilenetv2_100",
+    backbone: str = DEFAULT_BACKBONE,
     weights: str | Path | None = None,
     spec_overrides: Mapping[str, Any] | None = None,
     storage: str | None = None,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
+_turns: WeakKeyDictionary[object, threading.RLock] = WeakKeyDictionary()
+_making_turns = threading.Lock()
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -14,6 +18,12 @@ _Result = TypeVar("_Result")
 def available_cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def alone_with(thing: object) -> threading.RLock:
+    """A lock to be held while `thing` is worked on in place; the thread that holds it may take it again."""
+    with _making_turns:
+        return _turns.setdefault(thing, threading.RLock())
 
 
 def map_threads(
