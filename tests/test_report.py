@@ -18,6 +18,7 @@ from headstart.recipe import Recipe
 from headstart.report import write_report
 from headstart.report_charts import curves, freeze_strip, interval_scale, log_shades, nice_ticks
 from headstart.report_page import duration
+from headstart.report_results import confusion_section
 from headstart.run import Run, environment, open_run
 from headstart.verdicts import verdicts
 
@@ -248,6 +249,19 @@ def test_no_picture_from_outside_the_data_folder(tmp_path: Path, photos: Path) -
     page, words = read(write_report(make_run(tmp_path / "run", root=inside, files=files)))
     assert not [t for t, _ in page.tags if t == "img"]
     assert "picture not found" in words
+
+
+def test_of_very_many_classes_those_with_the_most_mistakes_are_drawn() -> None:
+    classes = 130
+    names = tuple(f"class {i}" for i in range(classes))
+    labels = np.repeat(np.arange(classes), 3)
+    answers = np.where((labels % 3 == 1) & (labels < 30), labels + 1, labels)  # ten classes are taken for their next
+    scored = evaluate_probs(np.eye(classes)[answers] * 0.9 + 0.1 / classes, labels, names)
+    page = confusion_section(scored, "test")
+    drawn = set(re.findall(r">(class \d+)</text>", page))
+    assert len(drawn) == 60
+    assert {name for i in range(1, 30, 3) for name in (names[i], names[i + 1])} <= drawn
+    assert "Of 130 classes the 60 with the most mistakes" in page
 
 
 def test_no_mistakes_is_said(tmp_path: Path) -> None:

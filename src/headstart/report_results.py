@@ -20,6 +20,7 @@ from .sizes import small_pictures_sentence
 MISTAKES = 24
 THUMBNAIL_PX = 180
 MANY_CLASSES = 30  # beyond this, long tables open on a click
+DRAWN_CLASSES, DRAWN_OF_MORE = 100, 60  # a map of a thousand classes is nearly all white, and metres wide
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -30,6 +31,14 @@ def confusion_section(scored: Mapping[str, Any], split: str) -> str:
     confusion, names = np.array(scored["confusion"], dtype=np.int64), [row["name"] for row in scored["per_class"]]
     pairs = [(int(confusion[r, c]), names[r], names[c]) for r, c in zip(*np.nonzero(confusion), strict=True) if r != c]
     pairs.sort(key=lambda pair: -pair[0])
+    left_out = ""
+    if len(names) > DRAWN_CLASSES:
+        mistakes = confusion.sum(0) + confusion.sum(1) - 2 * confusion.diagonal()
+        drawn = np.sort(np.argsort(-mistakes, kind="stable")[:DRAWN_OF_MORE])
+        left_out = (
+            f" Of {len(names):,} classes the {len(drawn)} with the most mistakes; <code>metrics.json</code> has all."
+        )
+        confusion, names = confusion[np.ix_(drawn, drawn)], [names[i] for i in drawn]
     legend = shade_legend(confusion, wrong=False) + (shade_legend(confusion, wrong=True) if pairs else "")
     rows = [(esc(true), esc(pred), f"{n:,}") for n, true, pred in pairs[:10]]
     chart = wide(f"<figure>{confusion_map(confusion, names)}</figure>", label="confusion matrix")
@@ -44,7 +53,8 @@ def confusion_section(scored: Mapping[str, Any], split: str) -> str:
     return section(
         "What is taken for what",
         f'<p class="note">Pictures of the {SPLITS[split]} split: a row for each true class, a column for each '
-        "answer. The shade grows with the logarithm of the count, so that single mistakes stay visible.</p>",
+        "answer. The shade grows with the logarithm of the count, so that single mistakes stay visible."
+        f"{left_out}</p>",
         f'<div class="pair"><div>{chart}</div><div>{often}</div></div>' if side_by_side else chart + often,
     )
 
