@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from headstart import Recipe, Stage, fine_tune, load_images, split
+from headstart import Recipe, RecipeError, Stage, create_classifier, fine_tune, fit, load_images, split
 from headstart.bench import Bench
+from headstart.recipe import POLICIES
 from headstart.runtime import make_runtime
+from tiny import SPEC, TinyNet
 
 TINY: dict[str, Any] = {"backbone": "test_resnet", "weights": "none", "spec_overrides": {"image_size": 32}}
 HEAD = Stage(epochs=2, views=2, batch_size=8)
@@ -76,3 +79,14 @@ def test_shared_activations_train_the_later_runs_own_layers(photos: Path) -> Non
     assert all(torch.equal(mine, weights(alone)[name]) for name, mine in weights(shared).items())
     assert all(torch.equal(mine, kept[name]) for name, mine in weights(first).items())
     assert any(not torch.equal(mine, kept[name]) for name, mine in weights(shared).items())
+
+
+def test_an_augmentation_is_a_policys_name_ranges_or_one_transform(photos: Path) -> None:
+    bench = bench_of(photos, share=False)
+    assert bench.pixels("train", SPEC, augment="strong").augment == POLICIES["strong"]
+    for wrong, message in (("stong", "Did you mean: strong"), ([torch.flip], "one transform"), ({}, "one transform")):
+        with pytest.raises(RecipeError, match=rf"augment is .*{message}"):
+            bench.pixels("train", SPEC, augment=wrong)  # type: ignore[arg-type]
+    model = create_classifier(TinyNet(), bench.splits.class_names, data_spec=SPEC)
+    with pytest.raises(RecipeError, match="Did you mean: photo"):
+        fit(model, bench.splits, augment="foto", runtime=bench.runtime)

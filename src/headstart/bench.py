@@ -22,6 +22,7 @@ from .audit_copies import is_copies
 from .audit_kept import audit_key, keep_audit, kept_audit
 from .audit_quick import quick_audit
 from .audit_sheet import finding_line
+from .augment import as_augment
 from .averaging import restore, snapshot
 from .classifier import Classifier
 from .contract import tensors_digest
@@ -80,8 +81,13 @@ class Bench:
         """The same bench with an empty test split: nothing that runs on it can look at a test picture."""
         return replace(self, splits=replace(self.splits, test=self.splits.test.select([])))
 
-    def pixels(self, name: str, spec: DataSpec, *, augment: Augment | None = None, seed: int = 0) -> Pixels:
-        """The pictures of split `name` in this preprocessing; decoded ones are shared, views are the caller's own."""
+    def pixels(self, name: str, spec: DataSpec, *, augment: str | Augment | None = None, seed: int = 0) -> Pixels:
+        """The pictures of split `name` in this preprocessing; decoded ones are shared, views are the caller's own.
+
+        Raises:
+            RecipeError: `augment` is no augmentation; see `as_augment`.
+        """
+        augment = None if augment is None else as_augment(augment)
         table, store = getattr(self.splits, name), self._store(spec)
         if store:
             _fill(

@@ -212,7 +212,7 @@ def fit(
             f" {stage.freeze_line!r}, batchnorm={stage.batchnorm!r}) first."
         )
     model.to(runtime.device)
-    policy = POLICIES[augment] if isinstance(augment, str) else augment
+    policy = POLICIES.get(augment, augment) if isinstance(augment, str) else augment
     bench = Bench(splits, runtime, cache=cache, progress=progress and runtime.is_main)
     return train_stage(
         model, bench.pixels("train", model.spec, augment=policy, seed=seed), bench.pixels("val", model.spec), stage,
