@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,11 @@ def _pictures(images: Pictures) -> Iterator[Image.Image]:
                 picture.convert("RGBA" if picture.has_transparency_data else "RGB") if picture.mode == "P" else picture
             )
             continue
+        if isinstance(item, (str, os.PathLike)):
+            raise DataError(
+                f"picture {number} is a path ({item}), but beside labels pictures are in memory. Of paths and labels"
+                " make a manifest, write_manifest([ManifestRow(Path(path), label), ...], 'photos.csv'), and give that."
+            )
         array = np.asarray(item)
         if array.ndim == 3 and array.shape[2] == 1:
             array = array[..., 0]
