@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import headstart
 from headstart import DataError, images_from_arrays, open_image
+from headstart.prepared import PictureWriter
 from headstart.sizes import input_sizes, picture_sizes, small_pictures_sentence
 
 
@@ -67,6 +69,32 @@ def test_pil_pictures_of_any_mode_and_size_look_as_their_files_do(tmp_path: Path
         image.close()
 
 
+@pytest.mark.parametrize("mode", ["F", "LAB", "HSV"])
+def test_pictures_without_an_agreed_white_are_refused_as_their_files_are(mode: str, cache: Path) -> None:
+    good = Image.fromarray(noise(8, 8, 3))
+    with pytest.raises(DataError, match=f"picture 1: {mode} pixels, which have no agreed white"):
+        images_from_arrays([good, Image.new(mode, (8, 8))], ["a", "b"])
+    with pytest.raises(DataError, match=rf"Picture 0 \(a\): {mode} pixels"):
+        PictureWriter(cache).add(Image.new(mode, (8, 8)), "a")
+
+
+def test_sixteen_bit_pictures_are_scaled_in_memory_as_in_files(tmp_path: Path) -> None:
+    wide = np.arange(80, dtype=np.int32).reshape(8, 10) * 800
+    Image.fromarray(wide.astype(np.uint16)).save(tmp_path / "wide.png")
+    table = images_from_arrays([Image.fromarray(wide), Image.new("RGB", (8, 8))], ["a", "b"])
+    assert np.array_equal(np.asarray(open_image(table.paths[0])), np.asarray(open_image(tmp_path / "wide.png")))
+
+
+def test_labels_of_any_kind_are_named_as_in_a_manifest() -> None:
+    pixels = noise(4, 8, 8)
+    for labels in (list(torch.tensor([3, 1, 3, 1])), list(np.array([3.0, 1.0, 3.0, 1.0])), torch.tensor([3, 1, 3, 1])):
+        assert images_from_arrays(pixels, labels).class_names == ("1", "3")
+    assert images_from_arrays(pixels, [1.0, 0, 1, 1], class_names=("a", "b")).labels.tolist() == [0, 1, 1, 1]
+    for missing in (float("nan"), None, np.float32("nan")):
+        with pytest.raises(DataError, match=r"label 2 is (nan|None)"):
+            images_from_arrays(pixels, [0, 1, missing, 1])
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
@@ -74,6 +102,7 @@ def test_pil_pictures_of_any_mode_and_size_look_as_their_files_do(tmp_path: Path
         (noise(2, 3, 8, 8), [0, 1], r"uint8 \[3, 8, 8\].*transpose"),
         (noise(2, 8, 8, 3), [0, 1, 1], r"2 pictures, 3 labels"),
         (noise(2, 8, 8, 3), np.eye(2), r"labels have shape \(2, 2\).*argmax"),
+        (noise(2, 8, 8, 3), [0, 0.2], r"label 1 is 0.2; with class_names"),
         (noise(2, 8, 8, 3), [0, 5], r"label 5 has no name: class_names has 2"),
     ],
 )

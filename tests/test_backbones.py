@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from headstart.backbones import backbone_features, backbone_map, block_aliases, create_backbone, override_spec
+from headstart.backbones import backbone_features, backbone_map, block_aliases, create_backbone, override_spec, spec_of
 from headstart.checkpoint import save
 from headstart.classifier import create_classifier
 from headstart.dataspec import DataSpec
-from headstart.errors import CheckpointError, ModelError, SetupError
+from headstart.errors import CheckpointError, ModelError, RecipeError, SetupError
 from headstart.freezing import count_statistics
 from headstart.recipe import HeadSpec
 from headstart.tracing import evaluation_mode
@@ -108,6 +108,9 @@ def test_override_spec() -> None:
     assert changed == DataSpec(180, mean=(0.5, 0.5, 0.5), interpolation="bilinear", fit="squash")
     with pytest.raises(ModelError, match="crop_pct is 2"):
         override_spec(spec, crop_pct=2)
+    assert spec_of("resnet18", "none", image_size=96).image_size == 96
+    with pytest.raises(RecipeError, match=r"spec_overrides: unknown key 'size'.*Did you mean: image_size"):
+        spec_of("resnet18", "none", size=96)
 
 
 # ---------------------------------------------------------------- options

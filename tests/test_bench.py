@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
-from headstart import Recipe, Stage, fine_tune, load_images, split
-from headstart.bench import Bench
+from headstart import DataError, Recipe, RecipeError, Stage, create_classifier, fine_tune, fit, load_images, split
+from headstart.bench import Bench, make_bench
+from headstart.recipe import POLICIES
 from headstart.runtime import make_runtime
+from tiny import SPEC, TinyNet
 
 TINY: dict[str, Any] = {"backbone": "test_resnet", "weights": "none", "spec_overrides": {"image_size": 32}}
 HEAD = Stage(epochs=2, views=2, batch_size=8)
@@ -76,3 +80,53 @@ def test_shared_activations_train_the_later_runs_own_layers(photos: Path) -> Non
     assert all(torch.equal(mine, weights(alone)[name]) for name, mine in weights(shared).items())
     assert all(torch.equal(mine, kept[name]) for name, mine in weights(first).items())
     assert any(not torch.equal(mine, kept[name]) for name, mine in weights(shared).items())
+
+
+def test_an_augmentation_is_a_policys_name_ranges_or_one_transform(photos: Path) -> None:
+    bench = bench_of(photos, share=False)
+    assert bench.pixels("train", SPEC, augment="strong").augment == POLICIES["strong"]
+    for wrong, message in (("stong", "Did you mean: strong"), ([torch.flip], "one transform"), ({}, "one transform")):
+        with pytest.raises(RecipeError, match=rf"augment is .*{message}"):
+            bench.pixels("train", SPEC, augment=wrong)  # type: ignore[arg-type]
+    model = create_classifier(TinyNet(), bench.splits.class_names, data_spec=SPEC)
+    with pytest.raises(RecipeError, match="Did you mean: photo"):
+        fit(model, bench.splits, augment="foto", runtime=bench.runtime)
+
+
+def test_what_data_cannot_be_is_told_with_what_to_do(photos: Path) -> None:
+    class DataFrame:
+        pass
+
+    folder = SimpleNamespace(root=str(photos))
+    files = [str(path) for path in sorted(photos.rglob("*.jpg"))]
+    for data, words in (
+        (DataFrame(), "given as a DataFrame; it takes a folder, .* CSV file with columns path and label"),
+        (files, "given as a list; .*ImageTable.*write_manifest"),
+        ({"red": files}, "given as a dict; .*write_manifest"),
+        (folder, f"Give the folder that it reads: '{photos}'"),
+        (SimpleNamespace(dataset=folder), f"Give the folder that it reads: '{photos}'"),
+        ((files, ["red"] * len(files)), "picture 0 is a path .*write_manifest"),
+        ((files,), "a tuple of 1; it takes two"),
+    ):
+        with pytest.raises(DataError, match=words):
+            fine_tune(data, **TINY)  # type: ignore[arg-type]
+
+
+def test_bad_files_of_a_table_are_left_out_and_of_splits_refused(photos: Path) -> None:
+    (photos / "red" / "bad.jpg").write_bytes(b"no picture")
+    machine = make_runtime(device="cpu", workers=1)
+    table = load_images(photos, check=False)
+    for cache in (True, False):
+        bench = make_bench(table, runtime=machine, bad_files="skip", check=False, cache=cache, audit=False, spec=SPEC)
+        assert [path.name for path, _ in bench.splits.train.bad_files] == ["bad.jpg"]
+        assert sum(map(len, bench.splits.named().values())) == len(table) - 1
+    with pytest.raises(DataError, match="bad_files is 'skp'"):
+        make_bench(table, runtime=machine, bad_files="skp", cache=False)
+    with pytest.raises(RecipeError, match="bad_files: without effect on a Splits"):
+        make_bench(split(table), runtime=machine, bad_files="skip")
+
+
+def test_too_few_pictures_for_a_limit_name_it(photos: Path) -> None:
+    for given, words in ((photos, "Raise the limit, 7"), (load_images(photos).select([0, 1, 12, 24]), "Add pictures")):
+        with pytest.raises(DataError, match=f"has [12][;,].* {words}"):
+            make_bench(given, runtime=make_runtime(device="cpu", workers=1), limit=7, cache=False, audit=False)

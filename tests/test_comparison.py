@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import binomtest
 
 from conftest import make_photos
-from headstart import Budget, CheckpointError, Interrupted, ModelError, RecipeError, compare, read_run
+from headstart import Budget, CheckpointError, Interrupted, ModelError, Recipe, RecipeError, compare, read_run
 from headstart.bench import make_bench
 from headstart.cli import main
 from headstart.comparison import _pair_sentence, named_recipe, run_name
@@ -196,10 +196,13 @@ def test_a_comparison_that_is_stopped_says_that_the_same_command_goes_on(
     ("call", "error", "words"),
     [
         ({"recipes": ("head", "head")}, RecipeError, "a name of its own"),
-        ({"recipes": ("head", "last:900")}, ModelError, "900"),
         ({"recipes": ("head",), "budgets": {"scratch": Budget((1,))}}, RecipeError, "not compared"),
         ({"recipes": ("head",), "budgets": {"head": Budget((1, 2))}}, RecipeError, "2 numbers of epochs for 1"),
+        ({"recipes": "head", "budgets": {"head": 1}}, RecipeError, r"Budget of 'head' is 1; it takes a Budget"),
         ({"recipes": ("head",), "seeds": (1, 1)}, RecipeError, "different"),
+        ({"recipes": "head", "seeds": 1}, RecipeError, "seeds are 1; give one or more"),
+        ({"recipes": Recipe(seed=7), "seeds": (1, 2)}, RecipeError, r"has seed 7, but .* 1, 2\. Give seeds=\(7,\)"),
+        ({"recipes": "last:900"}, ModelError, "900"),
         ({"recipes": ("head",), "test": 0.0}, RecipeError, "--test"),
     ],
 )
@@ -209,6 +212,11 @@ def test_what_cannot_be_compared_is_told_before_training(
     with pytest.raises(error, match=words):
         compare(folder, out=tmp_path / "out", **call, **MACHINE)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_seed_in_a_file_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "found.json").write_text(json.dumps(Recipe(seed=7).to_dict()))
+    assert named_recipe(str(tmp_path / "found.json")) == Recipe(name="found")
 
 
 def test_a_word_that_is_no_recipe_is_a_freeze_line() -> None:
@@ -223,6 +231,8 @@ def test_a_word_that_is_no_recipe_is_a_freeze_line() -> None:
 )
 def test_budgets_are_read(text: str, epochs: tuple[int, ...], size: int | None) -> None:
     assert Budget.parse(text) == Budget(epochs, size)
+    with pytest.raises(RecipeError, match="epochs is 10; it takes whole numbers"):
+        Budget(10)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="takes epochs"):
         Budget.parse(text + "x")
 

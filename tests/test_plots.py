@@ -15,7 +15,7 @@ from PIL import Image
 
 from headstart.dataset import ImageTable, load_images
 from headstart.dataspec import DataSpec
-from headstart.errors import DataError
+from headstart.errors import DataError, RecipeError
 from headstart.metrics import evaluate_probs
 from headstart.plots import _column, plot_confusion, plot_history, preview_sheet, show_batch, spread_indices
 from headstart.recipe import AugmentSpec, Recipe
@@ -107,6 +107,13 @@ def test_confusion_shows_counts_where_they_are() -> None:
     assert isinstance(ax.images[0].norm, LogNorm)
 
 
+def test_a_normalised_confusion_shows_its_shares() -> None:
+    ax = plot_confusion(np.array([[0.9, 0.1], [0.25, 0.75]]))
+    assert [t.get_text() for t in ax.texts] == ["0.90", "0.10", "0.25", "0.75"]
+    assert np.ma.filled(ax.images[0].get_array(), 0).tolist() == [[0.9, 0], [0, 0.75]]
+    assert [t.get_text() for t in plot_confusion(np.eye(2)).texts] == ["1", "1"]
+
+
 def test_confusion_from_whatever_holds_it(tmp_path: Path) -> None:
     labels = np.repeat([0, 1], 5)
     scored = evaluate_probs(np.eye(2)[[0, 0, 0, 0, 1, 1, 1, 1, 1, 0]], labels, ("cat", "dog"))
@@ -132,6 +139,9 @@ def test_many_classes_are_drawn_without_counts() -> None:
 def test_confusion_refuses_what_does_not_fit() -> None:
     with pytest.raises(DataError, match="square"):
         plot_confusion(np.zeros((2, 3), dtype=int))
+    for wrong in (COUNTS - 10, COUNTS / 2, np.full((2, 2), np.nan)):
+        with pytest.raises(DataError, match="a value is no count"):
+            plot_confusion(wrong)
     with pytest.raises(DataError, match="2 class names for 3"):
         plot_confusion(COUNTS, ("a", "b"))
     with pytest.raises(DataError, match="Evaluate"):
@@ -239,6 +249,8 @@ def test_preview_takes_a_transform_of_the_users_own(table: ImageTable, tmp_path:
 def test_preview_refuses_unknown_endings_and_empty_tables(table: ImageTable, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'\.pgn'.*Did you mean: png"):
         preview_sheet(table, SPEC, "none", tmp_path / "sheet.pgn")
+    with pytest.raises(RecipeError, match=r"augment is 'foto'.*Did you mean: photo"):
+        preview_sheet(table, SPEC, "foto", tmp_path / "sheet.png")
     with pytest.raises(DataError, match="no picture"):
         preview_sheet(table.select([]), SPEC, "none", tmp_path / "sheet.png")
     assert not list(tmp_path.glob("sheet*"))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from headstart import AugmentSpec, HeadSpec, HiddenLayer, Recipe, RecipeError, Stage, load_recipe
 from headstart.recipe import POLICIES, RECIPES
@@ -63,6 +66,32 @@ def test_a_recipe_survives_json(name: str, tmp_path: Path) -> None:
 def test_what_a_recipe_does_not_take_is_named(data: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Recipe.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Stage(lr=-1), "Stage: unknown key 'lr'.*lr_scale"),  # type: ignore[call-arg]
+        (lambda: replace(Recipe(), stage=()), r"Recipe: unknown key 'stage'.*Did you mean: stages"),
+        (lambda: HeadSpec(hidden=(64,)), r"hidden\[0\] is 64; it takes HiddenLayers"),  # type: ignore[arg-type]
+        (lambda: HeadSpec(hidden=64), "hidden is 64; it takes HiddenLayers"),  # type: ignore[arg-type]
+        (lambda: Recipe(head="linear"), "head is 'linear'; it takes a HeadSpec"),  # type: ignore[arg-type]
+        (lambda: Recipe(stages=Stage()), "stages is Stage.*it takes a tuple"),  # type: ignore[arg-type]
+        (lambda: Stage(class_weights={0: 1.0}), r"class_weights is \{0: 1.0\}.*in the order of the class names"),  # type: ignore[arg-type]
+        (lambda: Stage(class_weights=np.ones((2, 2))), r"class_weights is \[1.0, 1.0\]; it takes a number"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_cannot_be_built_is_told_at_once(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        build()
+
+
+def test_lists_and_arrays_are_taken_as_tuples() -> None:
+    for weights in ([1, 2], np.array([1, 2]), torch.tensor([1, 2]), [np.float32(1), np.float32(2)]):
+        stage = Stage(class_weights=weights)  # type: ignore[arg-type]
+        assert stage == Stage(class_weights=(1, 2))
+        assert Recipe(stages=[stage]) == Recipe.from_dict(Recipe(stages=(stage,)).to_dict())  # type: ignore[arg-type]
+    assert hash(HeadSpec(hidden=[HiddenLayer(8)])) == hash(HeadSpec(hidden=(HiddenLayer(8),)))  # type: ignore[arg-type]
 
 
 def test_a_recipe_file_that_is_none_is_told(tmp_path: Path) -> None:

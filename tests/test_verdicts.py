@@ -123,6 +123,12 @@ def test_only_the_last_attempt_of_the_last_stage_counts() -> None:
     assert still_learning(history).answer == "yes"
 
 
+def test_joined_histories_of_single_fits_are_told_apart_by_their_stages_names() -> None:
+    history = made_history(FALLING, stage="head") + made_history(FLAT)
+    history = [{k: v for k, v in record.items() if k != "stage_index"} for record in history]
+    assert [len(attempts) for attempts in stage_attempts(history)] == [1, 1]
+
+
 def test_flat_but_noisy_losses_rarely_pass_for_learning() -> None:
     rng = np.random.default_rng(0)
     answers = [still_learning(made_history(rng.normal(0.5, 0.03, 13))).answer for _ in range(500)]

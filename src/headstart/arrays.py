@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .dataset import ImageTable, load_images
+from .decode import png_picture
 from .errors import DataError
 from .prepared import PictureWriter, prepared_folder
 
@@ -37,7 +39,8 @@ def images_from_arrays(
         class_names: the class map; None makes one of the labels, naturally sorted.
         groups: per picture the group that stays on one side of every split, '' for a picture by itself.
     Raises:
-        DataError: other numbers than uint8, another shape, not one label per picture, a label without a name.
+        DataError: other numbers than uint8, another shape, not one label per picture, a label
+            that is missing or has no name; modes of PIL pictures that are refused in files, too.
     """
     words = _words(labels, class_names)
     belong = [str(group) for group in groups] if groups is not None else [""] * len(words)
@@ -66,26 +69,43 @@ def _words(labels: Labels, class_names: Sequence[str] | None) -> list[str]:
             f"labels have shape {shape}; it takes one per picture, [N]. Of one-hot labels take labels.argmax(axis=1); "
             "several labels per picture (multi-label) are not supported."
         )
-    words = []
-    for label in labels:
-        if isinstance(label, str) or class_names is None:
-            words.append(str(label))
-        elif 0 <= int(label) < len(class_names):
-            words.append(str(class_names[int(label)]))
-        else:
-            raise DataError(f"label {label} has no name: class_names has {len(class_names)}, from 0.")
-    return words
+    return [_word(label, number, class_names) for number, label in enumerate(labels)]
+
+
+def _word(label: Any, number: int, class_names: Sequence[str] | None) -> str:
+    """One label as a class name: 3 and 3.0 are '3', as in a manifest."""
+    if hasattr(label, "item"):  # a scalar of NumPy or PyTorch
+        label = label.item()
+    if label is None or label != label:
+        raise DataError(f"label {number} is {label}; it takes one per picture. Leave out the pictures without one.")
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if isinstance(label, str) or class_names is None:
+        return str(label)
+    if not isinstance(label, int):
+        raise DataError(f"label {number} is {label}; with class_names it takes a name, or a whole number from 0.")
+    if not 0 <= label < len(class_names):
+        raise DataError(f"label {label} has no name: class_names has {len(class_names)}, from 0.")
+    return str(class_names[label])
 
 
 def _pictures(images: Pictures) -> Iterator[Image.Image]:
     """Each as a PIL picture whose bytes are its pixels: upright, without a palette."""
     for number, item in enumerate(images):
         if isinstance(item, Image.Image):
-            picture = ImageOps.exif_transpose(item)
+            try:
+                picture = png_picture(item)
+            except DataError as error:
+                raise DataError(f"picture {number}: {error}.") from None
             yield (
                 picture.convert("RGBA" if picture.has_transparency_data else "RGB") if picture.mode == "P" else picture
             )
             continue
+        if isinstance(item, (str, os.PathLike)):
+            raise DataError(
+                f"picture {number} is a path ({item}), but beside labels pictures are in memory. Of paths and labels"
+                " make a manifest, write_manifest([ManifestRow(Path(path), label), ...], 'photos.csv'), and give that."
+            )
         array = np.asarray(item)
         if array.ndim == 3 and array.shape[2] == 1:
             array = array[..., 0]

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from .autoaugment import auto_augment
 from .dataspec import RESAMPLING, DataSpec, evaluation_view, shown_box
-from .errors import RecipeError
+from .errors import RecipeError, near_matches
 from .memory import sent
 from .order import begin_again, random_stream
-from .recipe import AugmentSpec
+from .recipe import POLICIES, AugmentSpec
 from .threads import map_threads
 from .transforms import as_tensor
 
@@ -48,6 +48,22 @@ _GREY = (0.299, 0.587, 0.114)  # of red, green and blue
 MOST_STEP = 1.5
 _VIEW_PURPOSE, _AUTO_PURPOSE, _ERASE_PURPOSE = 4, 5, 6
 _rng_lock = threading.Lock()
+
+
+def as_augment(given: str | Augment) -> Augment:
+    """What an augmentation is meant by: a policy's name, ranges, or any callable.
+
+    Raises:
+        RecipeError: an unknown name, or something else: several transforms are not one.
+    """
+    if isinstance(given, AugmentSpec) or (callable(given) and not isinstance(given, str)):
+        return given
+    if isinstance(given, str) and given in POLICIES:
+        return POLICIES[given]
+    raise RecipeError(
+        f"augment is {given!r}; it takes a policy's name ({', '.join(POLICIES)}), an AugmentSpec, or one transform,"
+        f" such as torchvision's v2.Compose of several.{near_matches(str(given), tuple(POLICIES))}"
+    )
 
 
 def augmented_view(image: _Pixels, spec: DataSpec, augment: Augment, *, seed: int, index: int, view: int) -> Tensor:

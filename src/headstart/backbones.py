@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 from .dataspec import DataSpec
-from .errors import CheckpointError, ModelError, SetupError, near_matches
+from .errors import CheckpointError, ModelError, RecipeError, SetupError, near_matches
 from .recipe import POOLS
 from .tracing import evaluation_mode, trace
 from .weights import Adapt, adapted, find_weights, fits, from_hub_cache, load_strictly, reach_hub
 
 _FIT_OF_CROP_MODE = {"center": "crop", "squash": "squash", "border": "letterbox"}
+OVERRIDES = tuple(f.name for f in fields(DataSpec))
 _LOCK = threading.Lock()
 
 
@@ -92,15 +93,29 @@ def create_backbone(
 def spec_of(name: str, weights: str | Path = "hub", *, data_spec: DataSpec | None = None, **changes: Any) -> DataSpec:
     """The preprocessing that `create_classifier` would give, which takes the same `data_spec` and changes.
 
-    Nothing is built, and what else it takes is left out of account.
+    Nothing is built.
 
     Raises:
-        ModelError, CheckpointError: as there.
+        ModelError, CheckpointError: as there. RecipeError: a change of something else.
     """
+    check_overrides(changes)
     _check_name(name)
     stored = find_weights(weights, name) if Path(weights).is_dir() else None
     spec = data_spec or (stored.spec if stored and stored.spec else _timm_spec(name))
-    return override_spec(spec, **{key: value for key, value in changes.items() if key in spec.to_dict()})
+    return override_spec(spec, **changes)
+
+
+def check_overrides(changes: Mapping[str, Any]) -> None:
+    """Whether `override_spec` takes all of these names.
+
+    Raises:
+        RecipeError: a name that it does not know.
+    """
+    for name in changes:
+        if name not in OVERRIDES:
+            raise RecipeError(
+                f"spec_overrides: unknown key {name!r}. Known: {', '.join(OVERRIDES)}.{near_matches(name, OVERRIDES)}"
+            )
 
 
 def override_spec(

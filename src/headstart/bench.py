@@ -22,6 +22,7 @@ from .audit_copies import is_copies
 from .audit_kept import audit_key, keep_audit, kept_audit
 from .audit_quick import quick_audit
 from .audit_sheet import finding_line
+from .augment import as_augment
 from .averaging import restore, snapshot
 from .classifier import Classifier
 from .contract import tensors_digest
@@ -80,8 +81,13 @@ class Bench:
         """The same bench with an empty test split: nothing that runs on it can look at a test picture."""
         return replace(self, splits=replace(self.splits, test=self.splits.test.select([])))
 
-    def pixels(self, name: str, spec: DataSpec, *, augment: Augment | None = None, seed: int = 0) -> Pixels:
-        """The pictures of split `name` in this preprocessing; decoded ones are shared, views are the caller's own."""
+    def pixels(self, name: str, spec: DataSpec, *, augment: str | Augment | None = None, seed: int = 0) -> Pixels:
+        """The pictures of split `name` in this preprocessing; decoded ones are shared, views are the caller's own.
+
+        Raises:
+            RecipeError: `augment` is no augmentation; see `as_augment`.
+        """
+        augment = None if augment is None else as_augment(augment)
         table, store = getattr(self.splits, name), self._store(spec)
         if store:
             _fill(
@@ -206,7 +212,8 @@ def make_bench(
             and labels in memory as `images_from_arrays` takes them.
         seed: of the split.
         val, test, val_folder, test_folder, root, bad_files, limit: as in `fine_tune`.
-        check: decode every picture, to see whether it does; None is for folders alone.
+        check: decode every picture, to see whether it does; None is for folders alone, and wherever `bad_files` is
+            `skip`.
         spec: the preprocessing, where it is known already: the check then decodes what the runs need.
         share: keep what one run makes for the next.
         cache: keep decoded pictures in the cache folder and use those kept before.
@@ -216,11 +223,16 @@ def make_bench(
         DataError: pictures that cannot be used. RecipeError: options without effect on what was given.
     """
     show = progress and runtime.is_main
+    if isinstance(data, Splits) and bad_files != "error":
+        raise RecipeError(
+            "bad_files: without effect on a Splits; leave it out, or load the pictures so, before they are split:"
+            ' load_images(..., bad_files="skip").'
+        )
     found = find_data(data, seed=seed, val_folder=val_folder, test_folder=test_folder, root=root, limit=limit)
     stores = {spec: _open_store(spec, show=show)} if cache else {}
     is_new = not isinstance(data, (ImageTable, Splits))  # else whoever made the table has checked it
     how: dict[str, Any] = {"workers": runtime.workers, "show": show}
-    if isinstance(found, ImageTable) and (is_new if check is None else check):
+    if isinstance(found, ImageTable) and (bad_files != "error" or (is_new if check is None else check)):
         found = _checked(found, stores.get(spec), bad_files=bad_files, look=audit, **how)
     elif audit and cache:
         _fill_unchecked(found, stores[spec], **how)
@@ -258,6 +270,10 @@ def find_data(
     if isinstance(data, Splits):
         return data
     if isinstance(data, tuple):
+        if len(data) != 2:
+            raise DataError(
+                f"Pictures are given as a tuple of {len(data)}; it takes two: the pictures and their labels."
+            )
         data = images_from_arrays(*data)
     if not isinstance(data, ImageTable):
         data = load_images(data, val_folder=val_folder, test_folder=test_folder, root=root, check=False)

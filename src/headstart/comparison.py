@@ -20,6 +20,7 @@ from .classifier import create_classifier
 from .comparison_page import write_comparison
 from .dataset import ImageTable, Splits
 from .errors import HeadstartError, Interrupted, RecipeError
+from .fields import as_tuple
 from .freezing import set_freeze_line
 from .metrics import judge_pairs, paired_difference, wilson_interval
 from .recipe import DEFAULT_BACKBONE, RECIPES, Recipe, load_recipe
@@ -41,6 +42,11 @@ class Budget:
 
     epochs: tuple[int, ...] = ()
     image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "epochs", as_tuple("budget", "epochs", self.epochs, int, "whole numbers, such as (10,)")
+        )
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -79,9 +85,13 @@ class Comparison:
 
 
 def named_recipe(name: str) -> Recipe:
-    """A recipe by name or JSON file; any other word is a freeze line: the default recipe, fine-tuned there."""
+    """A recipe by name or JSON file; any other word is a freeze line: the default recipe, fine-tuned there.
+
+    The seed in a file, that of the run or sweep which wrote it, is left out.
+    """
     if name in RECIPES or name.endswith(".json"):
-        return replace(load_recipe(name), name=Path(name).stem if name.endswith(".json") else name)
+        is_file = name.endswith(".json")
+        return replace(load_recipe(name), name=Path(name).stem if is_file else name, seed=Recipe.seed)
     base = RECIPES["fine-tune"]
     return replace(base, name=name, stages=(*base.stages[:-1], replace(base.stages[-1], freeze_line=name)))
 
@@ -90,7 +100,7 @@ def named_recipe(name: str) -> Recipe:
 def compare(
     data: str | Path | ImageTable | Splits | Bench,
     *,
-    recipes: Sequence[str | Recipe] = DEFAULT_RECIPES,
+    recipes: str | Recipe | Sequence[str | Recipe] = DEFAULT_RECIPES,
     seeds: Sequence[int] = (0,),
     budgets: Mapping[str, Budget] | None = None,
     backbone: str = DEFAULT_BACKBONE,
@@ -121,7 +131,8 @@ def compare(
     Args:
         recipes: names, JSON files, `Recipe`s, or freeze lines (`last:3`, `layer4`): the default recipe, fine-tuned
             there.
-        seeds: of first weights, order and augmentation; the first one also of the split, which all runs share.
+        seeds: of first weights, order and augmentation; the first one also of the split, which all runs share. A
+            recipe's own seed is not used: one that has another is refused, a file's is left out.
         budgets: by recipe name, epochs and picture size in place of the recipe's own.
         backbone, weights: of every recipe; one that starts from random weights leaves `weights` out.
         out: folder of compare.json, compare.html and the runs, one per recipe and seed.
@@ -130,9 +141,9 @@ def compare(
     Raises:
         RecipeError: recipes or budgets that cannot be used. CheckpointError: `out` holds something else.
     """
-    plans = _plans(recipes, budgets or {})
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise RecipeError(f"seeds are {list(seeds)!r}; give one or more different whole numbers.")
+    if not isinstance(seeds, Sequence) or not seeds or len(set(seeds)) != len(seeds):
+        raise RecipeError(f"seeds are {seeds!r}; give one or more different whole numbers, such as (0, 1).")
+    plans = _plans(recipes, budgets or {}, seeds)
     overrides = {p.name: _overrides(spec_overrides or {}, (budgets or {}).get(p.name)) for p in plans}
     bench = data if isinstance(data, Bench) else make_bench(
         data, runtime=make_runtime(device=device, precision=precision, workers=workers, compile=compile),
@@ -178,12 +189,23 @@ def run_name(recipe: str, seed: int) -> str:
     return "".join(c if c.isalnum() or c in ".-_" else "-" for c in recipe).strip("-.") + f"-seed{seed}"
 
 
-def _plans(recipes: Sequence[str | Recipe], budgets: Mapping[str, Budget]) -> list[Recipe]:
-    plans = [recipe if isinstance(recipe, Recipe) else named_recipe(recipe) for recipe in recipes]
+def _plans(
+    recipes: str | Recipe | Sequence[str | Recipe], budgets: Mapping[str, Budget], seeds: Sequence[int]
+) -> list[Recipe]:
+    given = [recipes] if isinstance(recipes, (str, Path, Recipe)) else recipes
+    plans = [recipe if isinstance(recipe, Recipe) else named_recipe(str(recipe)) for recipe in given]
+    for plan in plans:
+        if plan.seed not in (Recipe.seed, *seeds):
+            raise RecipeError(
+                f"Recipe {plan.name!r} has seed {plan.seed}, but a comparison runs every recipe with its own seeds,"
+                f" {', '.join(map(str, seeds))}. Give seeds=({plan.seed},), or a recipe without a seed."
+            )
     names = [plan.name for plan in plans]
     if len({run_name(name, 0) for name in names}) != len(names) or not names:
         raise RecipeError(f"Recipes {', '.join(names) or '(none)'}: give one or more, each with a name of its own.")
-    for name in budgets:
+    for name, budget in budgets.items():
+        if not isinstance(budget, Budget):
+            raise RecipeError(f"Budget of {name!r} is {budget!r}; it takes a Budget, such as Budget((10,)).")
         if name not in names:
             raise RecipeError(f"Budget for {name!r}, which is not compared. Recipes: {', '.join(names)}.")
     return [budgets[plan.name].apply(plan) if plan.name in budgets else plan for plan in plans]

@@ -49,6 +49,7 @@ class ImageTable:
     ignored: (extension, count) of files in the class folders that are no pictures. dropped: (file, reason) of those
     that a manifest leaves out. The three belong to the load: parts made with `select` carry them on.
     groups: per picture the group that stays on one side of every split, '' for a picture by itself; () is '' for all.
+    limited: to how many pictures `limit` has cut it; 0 where it has not.
     """
 
     root: Path
@@ -60,6 +61,7 @@ class ImageTable:
     ignored: tuple[tuple[str, int], ...] = ()
     dropped: tuple[tuple[Path, str], ...] = ()
     groups: tuple[str, ...] = ()
+    limited: int = 0
 
     def __post_init__(self) -> None:
         labels = np.array(self.labels, dtype=np.int64)
@@ -136,7 +138,7 @@ class ImageTable:
         for (name, label), quota in zip(groups, quotas, strict=True):
             members = _shuffled(self, groups[name, label], random_stream(seed, _word(self.class_names[label]), 3))
             chosen.extend(members[:quota])
-        return self.select(sorted(chosen))
+        return replace(self.select(sorted(chosen)), limited=n)
 
     def _groups(self) -> dict[tuple[str, int], list[int]]:
         groups: dict[tuple[str, int], list[int]] = {}
@@ -407,7 +409,8 @@ def _require_enough(table: ImageTable, of_class: dict[int, list[Unit]], missing:
             f"Too few training pictures in {table.root}: class {named}{more}; one each for "
             f"{', '.join(sides[:-1])} and {sides[-1]} makes {needed}"
             f"{' (pictures of one group count as one)' if any(table.groups) else ''}. "
-            "Add pictures, remove the class, or bring your own split folders (train, val, test)."
+            f"{f'Raise the limit, {table.limited}, which left others out; else add' if table.limited else 'Add'} "
+            "pictures, remove the class, or bring your own split folders (train, val, test)."
         )
 
 

@@ -51,6 +51,7 @@ DECODER = _chosen_decoder()  # of colour JPEG files; Pillow reads their headers,
 MAX_BYTES = 512 << 20  # of a file: a picture of `MAX_PIXELS` without compression at 16 bits per channel
 
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 _NO_WHITE = ("F", "LAB", "HSV")  # modes without an agreed white, or without a conversion in Pillow
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -88,6 +89,18 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     except DataError as error:
         name = f"{len(source):,} bytes" if isinstance(source, bytes) else str(source)
         raise DataError(f"Picture {name}: {error}.") from None
+
+
+def png_picture(image: Image.Image) -> Image.Image:
+    """A picture in memory, upright, in a mode of PNG files: read back it is what `open_image` makes of such pixels.
+
+    Raises:
+        DataError: pixels that are refused in files, too, in bare words.
+    """
+    from PIL import ImageOps  # here, where no file is decoded
+
+    upright = ImageOps.exif_transpose(image)  # PNG files keep no orientation; what is upright stays so in a second call
+    return upright if upright.mode in _PNG_MODES else _to_rgb(upright)
 
 
 def bad_reason(path: Path) -> str | None:

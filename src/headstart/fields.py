@@ -46,8 +46,30 @@ def check_flag(owner: str, name: str, value: object) -> None:
         raise RecipeError(f"{owner}: {name} is {value!r}; it takes true or false.")
 
 
+def as_tuple(owner: str, name: str, value: object, kind: type, what: str) -> Any:
+    """A list or tuple of `kind`, as a tuple; `what` says in words what is taken."""
+    if not isinstance(value, (list, tuple)):
+        raise RecipeError(f"{owner}: {name} is {value!r}; it takes {what}.")
+    for i, one in enumerate(value):
+        if not isinstance(one, kind):
+            raise RecipeError(f"{owner}: {name}[{i}] is {one!r}; it takes {what}.")
+    return tuple(value)
+
+
 class Spec:
-    """Closed-schema reading and writing of a value object."""
+    """Closed-schema building, reading and writing of a value object."""
+
+    def __new__(cls, *_args: Any, **values: Any) -> Self:
+        """A name that it does not have is refused in words, where Python raises a TypeError."""
+        cls._refuse_unknown(values, cls.__name__)
+        return super().__new__(cls)
+
+    @classmethod
+    def _refuse_unknown(cls, values: Mapping[str, Any], where: str) -> None:
+        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for key in values:
+            if key not in names:
+                raise RecipeError(f"{where}: unknown key {key!r}. Known: {', '.join(names)}.{near_matches(key, names)}")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Self:
@@ -55,10 +77,7 @@ class Spec:
         where = where or cls.__name__
         if not isinstance(data, Mapping):
             raise RecipeError(f"{where}: expected an object with named values, got {data!r}.")
-        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-        for key in data:
-            if key not in names:
-                raise RecipeError(f"{where}: unknown key {key!r}. Known: {', '.join(names)}.{near_matches(key, names)}")
+        cls._refuse_unknown(data, where)
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         try:
             return cls(**cls._nested(values, where))

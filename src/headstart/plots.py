@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .dataset import ImageTable
 from .errors import DataError, near_matches
-from .recipe import POLICIES, AugmentSpec
+from .recipe import AugmentSpec
 from .run import RunRecord, read_run, write_atomic
 from .verdicts import Record, axis_range, figure, kept_record, stage_attempts
 
@@ -162,8 +162,9 @@ def preview_sheet(
         seed: which pictures, and the augmentations' random numbers.
     Raises:
         DataError: the table is empty, the ending is unknown, or a picture cannot be read.
+        RecipeError: `augment` is none of these.
     """
-    from .augment import augmented_view
+    from .augment import as_augment, augmented_view
     from .dataset import open_image
     from .transforms import working_image
 
@@ -171,7 +172,7 @@ def preview_sheet(
     chosen = spread_indices(table, _SHEET, seed=seed)
     if not chosen:
         raise DataError(f"Preview {path}: the table holds no picture (0). Give a folder with pictures.")
-    policy = POLICIES[augment] if isinstance(augment, str) else augment
+    policy = as_augment(augment)
     first = working_image(open_image(table.paths[chosen[0]]), spec)
     copies = [augmented_view(first, spec, policy, seed=seed, index=chosen[0], view=v) for v in range(1, _SHEET + 1)]
     sheet = _figure(14.0, 7.6)
@@ -278,11 +279,12 @@ def plot_confusion(
 ) -> Axes:
     """Draw a confusion matrix as a heat map with a logarithmic scale: right answers in one hue, mistakes in another.
 
-    Up to 20 classes the cells carry their counts.
+    Up to 20 classes the cells carry their counts, or their shares.
 
     Args:
         metrics: figures of one split as `evaluate_probs` returns them, an `Evaluation`, a whole `metrics.json` or a
-            run folder (the test split is drawn), or the counts [C, C] with a row for each true class.
+            run folder (the test split is drawn), or the counts [C, C] with a row for each true class, or their shares
+            from 0 to 1 (a normalised matrix).
         class_names: C names; taken from the figures where they hold them.
     Raises:
         DataError: no confusion matrix in what was given, or names that do not fit it.
@@ -293,7 +295,8 @@ def plot_confusion(
     ax = _axes(ax, side + 1, side)
     from matplotlib.colors import LogNorm
 
-    norm = LogNorm(vmin=0.5, vmax=max(2.0, float(counts.max())))
+    shares = counts.dtype != np.int64
+    norm = LogNorm(vmin=0.005, vmax=1.0) if shares else LogNorm(vmin=0.5, vmax=max(2.0, float(counts.max())))
     diagonal = np.eye(classes, dtype=bool)
     for hidden, colors in ((~diagonal, "GnBu"), (diagonal, "Oranges")):
         ax.imshow(np.ma.masked_where(hidden | (counts == 0), counts), norm=norm, cmap=colors, interpolation="nearest")
@@ -303,7 +306,7 @@ def plot_confusion(
             ax.text(
                 column,
                 row,
-                str(counts[row, column]),
+                f"{counts[row, column]:.2f}" if shares else str(counts[row, column]),
                 ha="center",
                 va="center",
                 color="white" if strong else "black",
@@ -317,7 +320,8 @@ def plot_confusion(
     return ax
 
 
-def _confusion_of(given: Any, class_names: Sequence[str] | None) -> tuple[NDArray[np.int64], list[str]]:
+def _confusion_of(given: Any, class_names: Sequence[str] | None) -> tuple[NDArray[Any], list[str]]:
+    """Counts, int64, or shares, float64, [C, C], and the names."""
     if isinstance(given, (str, Path)):
         given = read_run(given)
     if hasattr(given, "metrics"):
@@ -328,9 +332,14 @@ def _confusion_of(given: Any, class_names: Sequence[str] | None) -> tuple[NDArra
             raise DataError("plot_confusion: these figures hold no confusion matrix. Evaluate the model first.")
         given = scored["confusion"]
         class_names = class_names or [row["name"] for row in scored["per_class"]]
-    counts = np.asarray(given, dtype=np.int64)
+    counts = np.asarray(given)
     if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
         raise DataError(f"plot_confusion: counts of shape {list(counts.shape)}; expected a square [C, C].")
+    counts = counts.astype(np.float64)
+    whole = bool((counts == np.floor(counts)).all())
+    if not bool((counts >= 0).all()) or not (whole or counts.max() <= 1):  # NaN is refused, too
+        raise DataError("plot_confusion: a value is no count; it takes whole numbers, or shares from 0 to 1.")
+    counts = counts.astype(np.int64) if whole else counts
     names = list(class_names) if class_names is not None else [str(c) for c in range(len(counts))]
     if len(names) != len(counts):
         raise DataError(f"plot_confusion: {len(names)} class names for {len(counts)} classes; give one for each.")

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import DataError
 from .manifest import ManifestRow, write_manifest
 
 if TYPE_CHECKING:
@@ -147,8 +148,15 @@ class PictureWriter:
         self._rows: list[ManifestRow] = []
 
     def add(self, picture: bytes | Image.Image, label: str, *, split: str = "", group: str = "") -> None:
-        """Write one picture to SPLIT/LABEL/NUMBER, with the extension of what it is."""
-        data, suffix = (picture, _suffix(picture)) if isinstance(picture, bytes) else (_png(picture), ".png")
+        """Write one picture to SPLIT/LABEL/NUMBER, with the extension of what it is.
+
+        Raises:
+            DataError: pixels that are refused in files, too.
+        """
+        try:
+            data, suffix = (picture, _suffix(picture)) if isinstance(picture, bytes) else (_png(picture), ".png")
+        except DataError as error:
+            raise DataError(f"Picture {len(self._rows)} ({label}): {error}.") from None
         word = re.sub(r"[^\w-]+", "_", label)[:60] + "_"  # `con` and `nul` are no names for folders
         path = self._folder / split / word / f"{len(self._rows):06d}{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +181,6 @@ _BEGINNINGS = {
     b"II": ".tif",
     b"MM": ".tif",
 }
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 def _suffix(data: bytes) -> str:
@@ -181,9 +188,8 @@ def _suffix(data: bytes) -> str:
 
 
 def _png(image: Image.Image) -> bytes:
-    from PIL import ImageOps
+    from .decode import png_picture  # Pillow comes with it, which `--help` does not wait for
 
-    upright = ImageOps.exif_transpose(image)  # PNG files keep no orientation
     buffer = io.BytesIO()
-    (upright if upright.mode in _PNG_MODES else upright.convert("RGB")).save(buffer, "PNG", compress_level=1)
+    png_picture(image).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError, near_matches
-from .fields import Spec, check_choice, check_flag, check_number
+from .fields import Spec, as_tuple, check_choice, check_flag, check_number
 
 DEFAULT_BACKBONE = "mobilenetv2_100"
 ACTIVATIONS = ("none", "relu", "gelu")
@@ -70,6 +70,8 @@ class HeadSpec(Spec):
         check_flag("head", "batchnorm", self.batchnorm)
         if self.features_from is not None and (not isinstance(self.features_from, str) or not self.features_from):
             raise RecipeError(f"head: features_from is {self.features_from!r}; it takes a block's name or null.")
+        hidden = as_tuple("head", "hidden", self.hidden, HiddenLayer, "HiddenLayers, such as (HiddenLayer(64),)")
+        object.__setattr__(self, "hidden", hidden)
 
     @classmethod
     def _nested(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -249,6 +251,7 @@ class Stage(Spec):
         check_choice(owner, "schedule", self.schedule, SCHEDULES)
         check_number(owner, "warmup", self.warmup, 0, 0.9)
         check_number(owner, "label_smoothing", self.label_smoothing, 0, 0.99)
+        self._take_class_weights()
         if isinstance(self.class_weights, str):
             check_choice(owner, "class_weights", self.class_weights, ("none", "balanced"))
         elif isinstance(self.class_weights, tuple):
@@ -256,7 +259,8 @@ class Stage(Spec):
                 check_number(owner, "class_weights", weight, 0, above=True)
         else:
             raise RecipeError(
-                f"{owner}: class_weights is {self.class_weights!r}; it takes none, balanced or a number per class."
+                f"{owner}: class_weights is {self.class_weights!r}; it takes none, balanced or a number per class,"
+                " in the order of the class names."
             )
         check_flag(owner, "balanced_sampling", self.balanced_sampling)
         check_number(owner, "early_stop", self.early_stop, 0, whole=True)
@@ -277,6 +281,14 @@ class Stage(Spec):
         for name in ("early_stop", "wise"):
             if self.select == "last" and getattr(self, name):
                 raise RecipeError(f"{owner}: select 'last' keeps the last epoch, but {name} looks for the best one.")
+
+    def _take_class_weights(self) -> None:
+        """A list or array of numbers as a tuple of Python's own."""
+        weights: Any = self.class_weights
+        weights = weights.tolist() if hasattr(weights, "tolist") else weights
+        if isinstance(weights, (list, tuple)):
+            weights = tuple(weight.tolist() if hasattr(weight, "tolist") else weight for weight in weights)
+            object.__setattr__(self, "class_weights", weights)
 
     @property
     def batch_pictures(self) -> int:
@@ -339,6 +351,11 @@ class Recipe(Spec):
         check_number("recipe", "drop_rate", self.drop_rate, 0, 0.99)
         check_number("recipe", "drop_path_rate", self.drop_path_rate, 0, 0.99)
         check_flag("recipe", "pretrained", self.pretrained)
+        if not isinstance(self.head, HeadSpec):
+            raise RecipeError(
+                f"recipe: head is {self.head!r}; it takes a HeadSpec. A module of your own goes to fine_tune(head=...)."
+            )
+        object.__setattr__(self, "stages", as_tuple("recipe", "stages", self.stages, Stage, "a tuple of Stages"))
         if not self.stages:
             raise RecipeError("recipe: stages is empty; a recipe trains in at least one stage.")
         names = [stage.name for stage in self.stages]

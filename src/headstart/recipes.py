@@ -237,7 +237,7 @@ def fit(
             f" {stage.freeze_line!r}, batchnorm={stage.batchnorm!r}) first."
         )
     model.to(runtime.device)
-    policy = POLICIES[augment] if isinstance(augment, str) else augment
+    policy = POLICIES.get(augment, augment) if isinstance(augment, str) else augment
     bench = Bench(splits, runtime, cache=cache, progress=progress and runtime.is_main)
     try:
         with alone_with(model):

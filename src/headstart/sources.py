@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -29,9 +30,11 @@ def read_source(
         val_folder, test_folder: of a folder; see `read_layout`.
         root: of a manifest; see `read_manifest`.
     Raises:
-        DataError: what the reader of that kind refuses; an option that this kind of source does not have.
+        DataError: no place at all, but a table, a list or a data set of another library; what the reader of that kind
+            refuses; an option that this kind of source does not have.
         SetupError: no network, or a package that is not installed.
     """
+    _require_place(photos)
     given = _absolute(photos)
     if is_manifest(given) and not given.is_dir():
         _refuse_idle(photos, "a manifest", val_folder=val_folder, test_folder=test_folder)
@@ -42,6 +45,26 @@ def read_source(
         manifest = export_named(str(photos))
         return manifest_layout(read_manifest(manifest), root=manifest.parent)
     return read_layout(_folder(photos), shown=str(photos), val_folder=val_folder, test_folder=test_folder)
+
+
+def _require_place(photos: object) -> None:
+    if isinstance(photos, (str, os.PathLike)):
+        return
+    root = getattr(getattr(photos, "dataset", photos), "root", None)  # of torchvision's data sets, and loaders of them
+    if isinstance(root, (str, os.PathLike)):
+        advice = f"Give the folder that it reads: {str(root)!r}"
+    elif type(photos).__name__ == "DataFrame":
+        advice = "Write it to a CSV file with columns path and label, and give that"
+    else:
+        advice = (
+            "Of paths and labels make a manifest, write_manifest([ManifestRow(Path(path), label), ...], 'photos.csv'),"
+            " and give that"
+        )
+    raise DataError(
+        f"Pictures are given as a {type(photos).__name__}; it takes a folder, a manifest (CSV or Parquet), an archive"
+        " or a data set's name; fine_tune also an ImageTable, Splits, or a pair (pictures, labels) in memory, arrays or"
+        f" PIL pictures. {advice}."
+    )
 
 
 def _folder(photos: str | Path) -> Path:

@@ -60,6 +60,15 @@ class Space:
     def __post_init__(self) -> None:
         if bool(self.points) == bool(self.values):
             raise RecipeError("A sweep takes either an explicit list of trials or values for each parameter.")
+        if self.values is not None and not isinstance(self.values, Mapping):
+            raise RecipeError(
+                f"The values of a sweep are {self.values!r}; give them by parameter: {{'lr': (1e-3, 1e-2)}}."
+            )
+        for name, choices in (self.values or {}).items():
+            if not isinstance(choices, (list, tuple)) or not choices:
+                raise RecipeError(
+                    f"The values of {name!r} are {choices!r}; give a tuple of one or more, even of one: (1e-3,)."
+                )
         for name in [*(self.values or {}), *(name for point in self.points for name in point)]:
             if name not in PARAMETERS:
                 raise RecipeError(f"A sweep knows no parameter {name!r}. Known: {', '.join(PARAMETERS)}.")
@@ -132,6 +141,8 @@ def sweep(
         SetupError: Optuna is not installed. RecipeError: options that cannot be used.
         Interrupted: stopped by hand; what the finished trials found is written.
     """
+    if not isinstance(space, Space):
+        raise RecipeError(f"space is {space!r}; it takes a Space, such as Space(values={{'lr': (1e-3, 1e-2)}}).")
     if method not in ("grid", "tpe"):
         raise RecipeError(f"method is {method!r}; allowed: grid, tpe.")
     if method == "tpe" and not space.values:

@@ -67,11 +67,16 @@ def stage_attempts(history: Sequence[Record]) -> list[list[list[Record]]]:
     """Records by stage, and in each stage by attempt: a stage that was rolled back and tried again has several.
 
     A new attempt starts where the epoch number does not grow. The last attempt of a stage is the one that counts.
+    Records of single `fit` calls, joined, have no stage's number: there the names tell stages apart.
     """
+
+    def stage(record: Record) -> tuple[Any, Any]:
+        return record.get("stage_index"), record.get("stage")
+
     stages: list[list[list[Record]]] = []
     previous: Record | None = None
     for record in history:
-        if previous is None or record.get("stage_index") != previous.get("stage_index"):
+        if previous is None or stage(record) != stage(previous):
             stages.append([[record]])
         elif record.get("epoch", 0) <= previous.get("epoch", 0):
             stages[-1].append([record])
