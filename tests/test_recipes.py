@@ -24,6 +24,7 @@ from headstart import (
     RecipeError,
     Stage,
     create_classifier,
+    evaluation,
     fine_tune,
     fit,
     load,
@@ -390,6 +391,10 @@ def test_fit_refuses_other_classes_and_a_freeze_by_hand(photos: Path) -> None:
         fit(model, splits)
     with pytest.raises(RecipeError, match="it takes a Stage"):
         fit(model, splits, "head")
+    set_freeze_line(model, "head")
+    for lr in (-1, "1e-3"):
+        with pytest.raises(RecipeError, match="it takes a number above 0"):
+            fit(model, splits, lr=lr)
 
 
 def test_going_on_from_a_run_refuses_another_backbone(run: headstart.FitResult, photos: Path) -> None:
@@ -411,6 +416,34 @@ def test_pictures_are_predicted_however_they_are_given(run: headstart.FitResult,
         predict_files(run.model, [])
     with pytest.raises(DataError, match="picture 0"):
         predict_files(run.model, [paths[0].read_bytes()])
+
+
+def test_many_pictures_are_predicted_in_parts(
+    run: headstart.FitResult, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = sorted(photos.rglob("*.jpg"))[:7]
+    whole, looked = predict_files(run.model, paths), []
+    predict = evaluation.predict_probs
+    monkeypatch.setattr(evaluation, "PREDICTED_AT_ONCE", 3)
+    monkeypatch.setattr(evaluation, "predict_probs", lambda m, x, **how: looked.append(len(x)) or predict(m, x, **how))
+    rows = predict_files(run.model, paths)
+    assert looked == [3, 3, 1]
+    assert [row["path"] for row in rows] == [row["path"] for row in whole]
+    assert [row["probs"] for row in rows] == [pytest.approx(row["probs"], abs=1e-6) for row in whole]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"augment": "nope"}, RecipeError, "nope"),
+        ({"spec_overrides": {"size": 96}}, RecipeError, "unknown key 'size'"),
+    ],
+)
+def test_wrong_options_are_told_before_pictures_are_read(
+    given: dict[str, object], error: type[Exception], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=words):
+        fine_tune(tmp_path / "nowhere", **given)
 
 
 def test_evaluate_takes_tables_alone(run: headstart.FitResult, photos: Path) -> None:

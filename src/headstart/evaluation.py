@@ -30,6 +30,7 @@ from .threads import alone_with
 from .tracing import evaluation_mode
 
 MOST_VIEWS = 100
+PREDICTED_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -217,23 +218,30 @@ def predictions(
     runtime: Runtime,
     progress: bool,
 ) -> Iterator[dict[str, Any]]:
-    """What `predict_files` returns, computed now; but each dict is made as it is taken, since with many classes they
-    are far larger than the probabilities [N, C]."""
+    """What `predict_files` returns, a part of the pictures at a time as they are taken: with many classes the
+    probabilities [N, C] of all are large, and far larger as dictionaries.
+
+    What is wrong with the arguments is told now, what is wrong with a picture when its part comes.
+    """
     views = len(tta_views(tta))
     model = run.to(runtime.device) if isinstance(run, Classifier) else load(run, device=runtime.device)
     names, table = _listed(paths, model.class_names)
-    pixels = Pixels(table, model.spec, workers=runtime.workers, cache_bytes=0)
-    with ProgressBar(len(names) * views, "Predicting", enabled=progress) as bar:
-        probs = predict_probs(model, pixels, tta=tta, runtime=runtime, advance=bar.advance)
-    return (
-        {
-            "path": name,
-            "pred": model.class_names[row.argmax()],
-            "prob": float(row.max()),
-            "probs": dict(zip(model.class_names, row.tolist(), strict=True)),
-        }
-        for name, row in zip(names, probs, strict=True)
-    )
+
+    def told() -> Iterator[dict[str, Any]]:
+        with ProgressBar(len(names) * views, "Predicting", enabled=progress) as bar:
+            for start in range(0, len(names), PREDICTED_AT_ONCE):
+                part = range(start, min(start + PREDICTED_AT_ONCE, len(names)))
+                pixels = Pixels(table.select(part), model.spec, workers=runtime.workers, cache_bytes=0)
+                probs = predict_probs(model, pixels, tta=tta, runtime=runtime, advance=bar.advance)
+                for place, row in zip(part, probs, strict=True):
+                    yield {
+                        "path": names[place],
+                        "pred": model.class_names[row.argmax()],
+                        "prob": float(row.max()),
+                        "probs": dict(zip(model.class_names, row.tolist(), strict=True)),
+                    }
+
+    return told()
 
 
 def _listed(

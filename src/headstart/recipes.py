@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from .augment import as_augment
+from .backbones import check_overrides
 from .bench import Bench, Data, find_data, make_bench, require_validation, say_left_out
 from .checkpoint import load
 from .classifier import Classifier, check_head_kind, create_classifier
@@ -27,7 +29,6 @@ from .pixels import Augment
 from .recipe import (
     DEFAULT_BACKBONE,
     FINE_TUNE_STAGE,
-    POLICIES,
     RECIPES,
     AugmentSpec,
     HeadSpec,
@@ -56,7 +57,7 @@ def fine_tune(
     head: HeadSpec | nn.Module | None = None,
     data_spec: DataSpec | None = None,
     spec_overrides: dict[str, Any] | None = None,
-    augment: Augment | None = None,
+    augment: str | Augment | None = None,
     val: float = 0.15,
     test: float = 0.15,
     val_folder: str | None = None,
@@ -113,6 +114,8 @@ def fine_tune(
     else:
         runtime = make_runtime(device=device, precision=precision, workers=workers, compile=compile)
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    augment = None if augment is None else as_augment(augment)
+    check_overrides(spec_overrides or {})
     if head is not None:
         check_head_kind(head)
     if isinstance(head, HeadSpec):
@@ -227,6 +230,9 @@ def fit(
     if stage is None:  # the head's own stage, or the careful one where the backbone is trained too
         where, batchnorm = (line.where, line.batchnorm) if line else ("all", "fixed")
         stage = replace(Stage() if where == "head" else FINE_TUNE_STAGE, freeze_line=where, batchnorm=batchnorm)
+    augment = as_augment(augment)
+    if lr is not None and not (isinstance(lr, (int, float)) and lr > 0):
+        raise RecipeError(f"lr is {lr!r}; it takes a number above 0.")
     if line is None:
         _refuse_frozen_by_hand(model)
         line = set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
@@ -237,12 +243,11 @@ def fit(
             f" {stage.freeze_line!r}, batchnorm={stage.batchnorm!r}) first."
         )
     model.to(runtime.device)
-    policy = POLICIES.get(augment, augment) if isinstance(augment, str) else augment
     bench = Bench(splits, runtime, cache=cache, progress=progress and runtime.is_main)
     try:
         with alone_with(model):
             return train_stage(
-                model, bench.pixels("train", model.spec, augment=policy, seed=seed), bench.pixels("val", model.spec),
+                model, bench.pixels("train", model.spec, augment=augment, seed=seed), bench.pixels("val", model.spec),
                 stage, bench=bench, show=progress, plan=Recipe(seed=seed), starts_trained=starts_trained,
                 lr=lr if lr is not None else RECIPES["fine-tune"].lr * stage.lr_scale, log=log,
             ).result  # fmt: skip
