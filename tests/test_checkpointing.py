@@ -77,7 +77,8 @@ def test_statistics_of_any_norm_are_learned_once(table: ImageTable) -> None:
     model.load_state_dict(state, strict=False)
     saving = of_a_step(model, source, on=True)
     assert not torch.equal(plain["backbone.1.running_var"], state["backbone.1.running_var"])
-    assert all(torch.equal(saving[name], value) for name, value in plain.items())
+    for name, value in plain.items():  # up to rounding: cut into segments, a convolution may take another kernel
+        torch.testing.assert_close(saving[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_the_trained_rest_behind_stored_activations_takes_part(table: ImageTable) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from headstart import cli, cli_options
+from headstart import cli
 from headstart.cli import COMMANDS, main
 from headstart.cli_options import STAGE_OPTIONS, default_run_path, new_run_path
 from headstart.cli_overrides import apply_overrides, picture_overrides, read_hidden
 from headstart.errors import DataError, Interrupted, RecipeError
-from headstart.recipe import POLICIES, RECIPES, AugmentSpec, HeadSpec, HiddenLayer, Stage
+from headstart.recipe import DEFAULT_BACKBONE, POLICIES, RECIPES, AugmentSpec, HeadSpec, HiddenLayer, Stage
 
 FINE_TUNE = RECIPES["fine-tune"]
 METRICS: dict[str, Any] = {
@@ -333,7 +333,7 @@ def test_fit_leaves_what_was_not_given_to_the_library(
     monkeypatch.chdir(tmp_path)
     main(["fit", "data/flowers/"])
     assert calls["fine_tune"] == {
-        "data": "data/flowers/", "backbone": cli_options.DEFAULT_BACKBONE, "weights": None, "recipe": FINE_TUNE,
+        "data": "data/flowers/", "backbone": DEFAULT_BACKBONE, "weights": None, "recipe": FINE_TUNE,
         "out": Path("runs/flowers-mobilenetv2_100"), "overwrite": False, "spec_overrides": {}, "progress": True,
     }  # fmt: skip
     main(["fit", "data/flowers", "--recipe", "scratch"])
