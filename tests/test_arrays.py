@@ -126,7 +126,7 @@ def test_fine_tune_takes_a_pair_and_tells_that_pictures_are_scaled_up(tmp_path: 
         "input_px": 32, "measured": measured, "smaller": 1.0, "median_width_px": 24, "median_height_px": 20,
     }  # fmt: skip
     text = (tmp_path / "run" / "report.html").read_text()
-    assert "100% of the training pictures are smaller than the backbone&#x27;s input of 32 px" in text
+    assert "100 % of the training pictures are smaller than the backbone&#x27;s input of 32 px" in text
     assert "(median 24 x 20 px)" in text
     with pytest.raises(headstart.RecipeError, match="root: without effect on a tuple"):
         headstart.fine_tune((pixels, labels), root=tmp_path)
@@ -142,6 +142,6 @@ def test_sizes_come_from_headers_of_some_pictures(tmp_path: Path) -> None:
     large = input_sizes(paths, 11)
     assert large["smaller"] == 0.0
     assert small_pictures_sentence(large) == ""
-    assert small_pictures_sentence(input_sizes(paths, 15)).startswith("44% of the training pictures are smaller")
+    assert small_pictures_sentence(input_sizes(paths, 15)).startswith("44 % of the training pictures are smaller")
     assert input_sizes([], 15) == {}
     assert small_pictures_sentence({}) == ""

@@ -293,7 +293,7 @@ def test_the_path_of_the_weights_breaks_between_folders(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run")
     metrics = json.loads((path / "metrics.json").read_text()) | {"weights": "/a/<b>/net.safetensors"}
     Run(path, path).write_json("metrics.json", metrics)
-    assert "/<wbr>a/<wbr>&lt;b&gt;/<wbr>net.safetensors" in write_report(path).read_text()
+    assert "/<wbr>a/<wbr>&lt;b&gt;/<wbr>net<wbr>.safetensors" in write_report(path).read_text()
 
 
 @pytest.mark.parametrize("keep", [(), ("history",), ("history", "metrics")])

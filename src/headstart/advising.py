@@ -274,9 +274,10 @@ def _size_sentence(facts: Facts) -> str:
 
 def _likeness_sentence(facts: Facts) -> str:
     return (
-        f"{'Similar' if facts.is_similar else 'Different'}: a linear classifier gets {facts.frozen:.1%} of"
-        f" {facts.sampled} held-out pictures right on the frozen features and {facts.chance:.1%} on random weights, so"
-        f" that pretraining removes {facts.removed:.0%} of the errors; similar is from {SIMILAR_FROM:.0%} on."
+        f"{'Similar' if facts.is_similar else 'Different'}: a linear classifier gets {100 * facts.frozen:.1f} % of"
+        f" {facts.sampled} held-out pictures right on the frozen features and {100 * facts.chance:.1f} % on random"
+        f" weights, so that pretraining removes {100 * facts.removed:.0f} % of the errors; similar is from"
+        f" {100 * SIMILAR_FROM:.0f} % on."
     )
 
 
@@ -286,8 +287,8 @@ def _stages(facts: Facts) -> tuple[tuple[Any, ...], HeadSpec, list[str]]:
         share, p = facts.blocks[block]
         head = HeadSpec(features_from=block)
         why = (
-            f"Features from {block} on: they get {share:.1%} right against {facts.frozen:.1%} at the end of the"
-            f" network (p = {p:.2g}); what is behind it is too special, and these pictures too few to train it anew."
+            f"Features from {block} on: they get {100 * share:.1f} % right against {100 * facts.frozen:.1f} % at the end of"
+            f" the network (p = {p:.2g}); what is behind it is too special, and these pictures too few to train it anew."
         )
     else:
         head, why = HeadSpec(), ""
@@ -318,10 +319,13 @@ def _augment(facts: Facts) -> tuple[Any, str]:
     share, p = facts.mirrored
     if facts.mirror_harms:
         return replace(POLICIES["photo"], hflip=0.0), (
-            f"Augmentation photo without mirroring: of the mirror images {share:.1%} are right against"
-            f" {facts.frozen:.1%} (p = {p:.2g}), so left and right mean something here."
+            f"Augmentation photo without mirroring: of the mirror images {100 * share:.1f} % are right against"
+            f" {100 * facts.frozen:.1f} % (p = {p:.2g}), so left and right mean something here."
         )
-    return "photo", f"Augmentation photo: mirror images cost nothing that counts ({share:.1%} of them are right)."
+    return (
+        "photo",
+        f"Augmentation photo: mirror images cost nothing that counts ({100 * share:.1f} % of them are right).",
+    )
 
 
 def _small_sentence(facts: Facts) -> list[str]:

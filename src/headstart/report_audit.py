@@ -12,6 +12,7 @@ from .report_results import THUMBNAIL_PX, picture_address
 from .run import RunRecord
 
 THUMBNAILS, NAMES = 8, 200
+TITLES = {"imagenet": "ImageNet", "modes": "Colour modes", "placeholder": "Notices in place of pictures"}
 
 
 def audit_section(run: RunRecord) -> str:
@@ -32,8 +33,9 @@ def _finding(one: Mapping[str, Any], root: Path) -> str:
     images = "".join(
         f'<li><img src="{data}" alt="{esc(name)}" loading="lazy">{esc(said[name])}</li>' for name, data in shown if data
     )
+    title = TITLES.get(one["kind"]) or one["kind"].replace("-", " ").capitalize()
     return (
-        f'<li class="{kind}"><h3>{esc(one["kind"].replace("-", " ").capitalize())}</h3><p><span class="answer">'
+        f'<li class="{kind}"><h3>{esc(title)}</h3><p><span class="answer">'
         f"{esc(one['severity'].capitalize())}.</span>{esc(one['title'])} {esc(one['advice'])}</p>"
         + (f'<ul class="mistakes">{images}</ul>' if images else "")
         + (details(f"{n:,} file{'' if n == 1 else 's'}", f"<ul>{_names(one)}</ul>") if one["files"] else "")

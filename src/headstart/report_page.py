@@ -120,8 +120,8 @@ def esc(text: object) -> str:
 
 
 def long_path(text: object) -> str:
-    """A path that breaks after its slashes where it does not fit, made safe for HTML."""
-    return re.sub(r"(?<=[/\\])", "<wbr>", esc(text))
+    """A path that breaks after its slashes and before its ending where it does not fit, made safe for HTML."""
+    return re.sub(r"(?<=[/\\])|(?=\.\w+$)", "<wbr>", esc(text))
 
 
 def percent(share: float, digits: int = 1) -> str:

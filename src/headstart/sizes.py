@@ -53,6 +53,6 @@ def small_pictures_sentence(sizes: dict[str, Any]) -> str:
         return ""
     median = f"{sizes['median_width_px']} x {sizes['median_height_px']} px"
     return (
-        f"{sizes['smaller']:.0%} of the training pictures are smaller than the backbone's input of {sizes['input_px']} "
-        f"px and are scaled up (median {median}): they hold less detail than it was trained on."
+        f"{100 * sizes['smaller']:.0f} % of the training pictures are smaller than the backbone's input of"
+        f" {sizes['input_px']} px and are scaled up (median {median}): they hold less detail than it was trained on."
     )

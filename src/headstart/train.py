@@ -236,7 +236,7 @@ def _wise(run: Attempt, entry: Candidate, best: Candidate, last: Candidate, writ
     restore(run.model, kept.state)
     what = "the state the stage started from"
     if kept.epoch:
-        way = "" if kept.share == 1 else f"{kept.share:.0%} of the way from the stage's start to "
+        way = "" if kept.share == 1 else f"{100 * kept.share:.0f} % of the way from the stage's start to "
         what = f"{way}the weights of epoch {kept.epoch}"
     message = f"Kept by validation: {what} (loss {kept.val.loss:.4f}, accuracy {kept.val.accuracy:.4f})."
     event = {"kind": "wise", "message": message, "alpha": kept.share if kept.epoch else 0.0, "epoch": kept.epoch}
