@@ -287,8 +287,9 @@ def _stages(facts: Facts) -> tuple[tuple[Any, ...], HeadSpec, list[str]]:
         share, p = facts.blocks[block]
         head = HeadSpec(features_from=block)
         why = (
-            f"Features from {block} on: they get {100 * share:.1f} % right against {100 * facts.frozen:.1f} % at the end of"
-            f" the network (p = {p:.2g}); what is behind it is too special, and these pictures too few to train it anew."
+            f"Features from {block} on: they get {100 * share:.1f} % right against {100 * facts.frozen:.1f} % at the"
+            f" end of the network (p = {p:.2g}); what is behind it is too special, and these pictures too few to train"
+            " it anew."
         )
     else:
         head, why = HeadSpec(), ""
