@@ -49,14 +49,13 @@ CPU = make_runtime(device="cpu", precision="fp32", workers=2)
 def test_the_backbone_runs_once_per_picture_and_view_whatever_the_epochs(
     photos: Path, augment: str, views: int, k: int, epochs: int
 ) -> None:
-    net = TinyNet()
     stage = Stage(epochs=epochs, views=views)
     result = fine_tune(
-        photos, backbone=net, data_spec=SPEC, recipe=Recipe(stages=(stage,), augment=augment), precision="fp32"
+        photos, backbone=TinyNet(), data_spec=SPEC, recipe=Recipe(stages=(stage,), augment=augment), precision="fp32"
     )
     splits = result.splits
     assert len(splits.train) == 24
-    assert net.pictures == len(splits.train) * k + len(splits.val) + len(splits.test)
+    assert result.model.backbone.pictures == len(splits.train) * k + len(splits.val) + len(splits.test)
 
 
 def test_with_the_line_further_forward_the_pixels_are_the_source(photos: Path) -> None:

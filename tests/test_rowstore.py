@@ -239,9 +239,9 @@ def test_a_network_is_known_while_its_fast_kernels_are_at_work(name: str) -> Non
 
 def test_modules_of_the_users_own_are_not_kept(cache: Cache, photos: Path) -> None:
     for _ in range(2):
-        net = TinyNet()
-        fine_tune(photos, backbone=net, data_spec=SPEC, recipe=Recipe(stages=(Stage(epochs=1),)), precision="fp32")
-        assert net.pictures == 24 * 2 + 6 + 6
+        plan = Recipe(stages=(Stage(epochs=1),))
+        result = fine_tune(photos, backbone=TinyNet(), data_spec=SPEC, recipe=plan, precision="fp32")
+        assert result.model.backbone.pictures == 24 * 2 + 6 + 6
     assert cache.names("features") == []
 
 
