@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -352,7 +354,11 @@ def test_a_head_that_gives_probabilities_is_refused() -> None:
     head = torch.nn.Sequential(torch.nn.Linear(8, 3), torch.nn.Softmax(1))
     with pytest.raises(ModelError, match="Leave the softmax at its end out"):
         create_classifier(TinyNet(), ("a", "b", "c"), data_spec=SPEC, head=head)
-    create_classifier(TinyNet(), ("a", "b", "c"), data_spec=SPEC, head=head[:1])
+    even = torch.nn.Linear(8, 3)
+    torch.nn.init.zeros_(even.weight)
+    torch.nn.init.constant_(even.bias, 1 / 3)
+    for sound in (head[:1], even, torch.nn.Sequential(even, torch.nn.LogSoftmax(1))):
+        create_classifier(TinyNet(), ("a", "b", "c"), data_spec=SPEC, head=sound)
 
 
 def test_the_caller_s_modules_and_models_stay_as_they_are(photos: Path) -> None:
@@ -364,6 +370,16 @@ def test_the_caller_s_modules_and_models_stay_as_they_are(photos: Path) -> None:
     again = fine_tune(photos, from_run=runs[0].model, recipe=SHORT, precision="fp32", device="cpu")
     assert again.model is not runs[0].model
     assert all(map(torch.equal, before, runs[0].model.parameters()))
+
+
+def test_modules_of_which_a_copy_would_be_none_are_trained_themselves(photos: Path) -> None:
+    given = {"data_spec": SPEC, "weights": "none", "precision": "fp32", "device": "cpu", "recipe": SHORT}
+    hooked, locked, closed = TinyNet(), TinyNet(), TinyNet()
+    hooked.block.register_forward_hook(lambda module, args, out: setattr(hooked, "last", out))
+    locked.lock = threading.Lock()
+    closed.scale = lambda x: x * closed.norm.weight.mean()
+    for net in (hooked, locked, closed):
+        assert fine_tune(photos, backbone=net, **given).model.backbone is net
 
 
 def test_what_is_returned_answers_the_same_each_time_it_is_asked(photos: Path) -> None:
@@ -387,8 +403,15 @@ def test_fit_refuses_other_classes_and_a_freeze_by_hand(photos: Path) -> None:
     model = create_classifier(TinyNet(), splits.class_names, data_spec=SPEC)
     for parameter in model.backbone.parameters():
         parameter.requires_grad_(False)
-    with pytest.raises(ModelError, match=r"6 parameters.*by hand.*set_freeze_line\(model, 'head'\)"):
+    with pytest.raises(ModelError, match=r"6 weights.*by hand.*set_freeze_line\(model, 'head'\)"):
         fit(model, splits)
+    assert model.freeze_line is None
+    assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
+    cpu, short = headstart.make_runtime(device="cpu", precision="fp32"), Stage(epochs=1, batch_size=8)
+    fit(model, splits, replace(short, freeze_line="head"), runtime=cpu, augment=None)
+    designed = create_classifier(TinyNet(), splits.class_names, data_spec=SPEC)
+    designed.backbone.norm.bias.requires_grad_(False)  # a small part, as positions that are fixed
+    fit(designed, splits, replace(short, freeze_line="all"), runtime=cpu, lr=np.float32(1e-3))
     with pytest.raises(RecipeError, match="it takes a Stage"):
         fit(model, splits, "head")
     set_freeze_line(model, "head")
@@ -408,10 +431,15 @@ def test_pictures_are_predicted_however_they_are_given(run: headstart.FitResult,
     assert predict_files(run.model, iter(paths)) == rows
     assert predict_files(run.model, str(paths[0]))[0]["probs"] == pytest.approx(rows[0]["probs"], abs=1e-6)
     pictures = [Image.open(path) for path in paths]
+    assert [row["path"] for row in predict_files(run.model, np.array(list(map(str, paths))))] == list(map(str, paths))
+    kept = sorted(p for p in Path(os.environ["HEADSTART_CACHE"]).rglob("*") if p.is_dir())
+    for given in (pictures[0], np.asarray(pictures[0])):
+        assert predict_files(run.model, given)[0]["probs"] == pytest.approx(rows[0]["probs"], abs=1e-6)
     for given in (pictures, np.stack([np.asarray(picture) for picture in pictures])):
         told = predict_files(run.model, given)
         assert [row["path"] for row in told] == ["0", "1", "2"]
         assert [row["probs"] for row in told] == [pytest.approx(row["probs"], abs=1e-6) for row in rows]
+    assert kept == sorted(p for p in Path(os.environ["HEADSTART_CACHE"]).rglob("*") if p.is_dir())
     with pytest.raises(DataError, match="no picture to predict"):
         predict_files(run.model, [])
     with pytest.raises(DataError, match="picture 0"):

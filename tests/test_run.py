@@ -90,7 +90,7 @@ def test_predictions_keep_of_the_probabilities_their_own_label_s(tmp_path: Path)
     run = complete(open_run(tmp_path / "r"))
     header = ["path", "split", "label", "pred", "prob", "p:a", "p:b"]
     run.write_csv("predictions.csv", header, [["1.jpg", "val", "b", "a", "0.7", "0.7", "0.3"]])
-    assert read_run(run.path).predictions == [
+    assert read_run(run.path).answers == [
         {"path": "1.jpg", "split": "val", "label": "b", "pred": "a", "prob": "0.7", "p:b": "0.3"}
     ]
 

@@ -60,6 +60,18 @@ def test_the_caller_s_random_numbers_go_on_as_if_nothing_had_been_trained(photos
     assert drawn == [True, True]
 
 
+def test_random_numbers_of_one_thread_are_not_drawn_twice_while_another_predicts(photos: Path) -> None:
+    files = sorted(photos.rglob("*.jpg"))[:2]
+    model = create_classifier(TinyNet(), ("a", "b"), data_spec=SPEC)
+    with ThreadPoolExecutor(1) as pool:
+        predicting = pool.submit(lambda: [predict_files(model, files, device="cpu") for _ in range(20)])
+        drawn = []
+        while not predicting.done():
+            drawn.append(float(torch.rand(1, dtype=torch.float64)))
+        predicting.result()
+    assert len(set(drawn)) == len(drawn) > 20
+
+
 def test_modules_of_other_threads_run_while_one_is_recorded() -> None:
     served, done, pixels = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), threading.Event(), torch.ones(2, 4)
     expected = served(pixels)

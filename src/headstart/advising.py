@@ -140,7 +140,7 @@ class Advice:
         write_atomic(Path(run) / "advice.json", to_json(self.to_dict(), indent=1) + b"\n")
 
 
-@own_settings()
+@own_settings(draws=True)
 def advise(
     data: Any,
     *,

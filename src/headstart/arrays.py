@@ -48,13 +48,13 @@ def images_from_arrays(
         beside = f" and {len(belong):,} groups" if groups is not None else ""
         raise DataError(f"{len(images):,} pictures, {len(words):,} labels{beside}; it takes one of each per picture.")
     digest = hashlib.sha256()
-    for picture, word, group in zip(_pictures(images), words, belong, strict=True):
+    for picture, word, group in zip(pictures_of(images), words, belong, strict=True):
         digest.update(repr((picture.mode, picture.size, word, group)).encode())
         digest.update(picture.tobytes())
 
     def fill(folder: Path) -> None:
         writer = PictureWriter(folder)
-        for picture, word, group in zip(_pictures(images), words, belong, strict=True):
+        for picture, word, group in zip(pictures_of(images), words, belong, strict=True):
             writer.add(picture, word, group=group)
         writer.finish()
 
@@ -76,7 +76,7 @@ def _word(label: Any, number: int, class_names: Sequence[str] | None) -> str:
     """One label as a class name: 3 and 3.0 are '3', as in a manifest."""
     if hasattr(label, "item"):  # a scalar of NumPy or PyTorch
         label = label.item()
-    if label is None or label != label:
+    if label is None or str(label) == "<NA>" or label != label:
         raise DataError(f"label {number} is {label}; it takes one per picture. Leave out the pictures without one.")
     if isinstance(label, float) and label.is_integer():
         label = int(label)
@@ -89,7 +89,7 @@ def _word(label: Any, number: int, class_names: Sequence[str] | None) -> str:
     return str(class_names[label])
 
 
-def _pictures(images: Pictures) -> Iterator[Image.Image]:
+def pictures_of(images: Pictures) -> Iterator[Image.Image]:
     """Each as a PIL picture whose bytes are its pixels: upright, without a palette."""
     for number, item in enumerate(images):
         if isinstance(item, Image.Image):

@@ -14,7 +14,7 @@ from .dataspec import DataSpec
 from .errors import HeadstartError, ModelError
 from .heads import create_head
 from .recipe import HeadSpec
-from .tracing import Trace, evaluation_mode, trace
+from .tracing import Trace, trace
 from .transforms import normalise
 
 _traces: dict[str, Trace] = {}  # names and shapes alone, some kilobytes for each backbone that was built by name
@@ -260,7 +260,7 @@ def create_classifier(
 
 
 def _checked_names(class_names: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(class_names) if isinstance(class_names, Iterable) else ()
+    names = tuple(map(str, class_names)) if isinstance(class_names, Iterable) else ()
     if isinstance(class_names, str) or len(names) < 2 or len(set(names)) != len(names):
         raise ModelError(f"class_names is {class_names!r}; it takes two or more different names.")
     return names
@@ -300,28 +300,6 @@ def _trace_features(backbone: nn.Module, size: int, pool: str) -> Trace:
         raise ModelError(f"{type(backbone).__name__} does not run on pictures of {size} x {size}: {error}") from error
 
 
-def _check_head(head: nn.Module, num_features: int, num_classes: int) -> None:
-    some = next(iter(head.parameters()), torch.zeros(0))
-    features = torch.randn(4, num_features, generator=torch.Generator().manual_seed(0)).to(some)
-    try:
-        shape = trace(head, lambda h, x: h(x), (2, num_features)).output_shape
-        with torch.no_grad(), evaluation_mode(head):
-            out = head(features)
-    except Exception as error:
-        raise ModelError(f"The head does not run on features [N, {num_features}]: {error}") from error
-    if shape != (2, num_classes) or not isinstance(out, torch.Tensor):
-        what = shape if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
-        raise ModelError(
-            f"The head gives {what} for two pictures with {num_features} features; expected (2, {num_classes}), one "
-            "logit per class."
-        )
-    if num_classes > 1 and bool((out >= 0).all()) and torch.allclose(out.sum(1), torch.ones_like(out[:, 0]), atol=1e-3):
-        raise ModelError(
-            "The head gives probabilities; expected logits, of which the loss takes the softmax itself: after two"
-            " of them no class could be sure. Leave the softmax at its end out."
-        )
-
-
 def check_head_kind(head: object) -> None:
     """Refuse what is no head, before anything is read.
 
@@ -332,4 +310,21 @@ def check_head_kind(head: object) -> None:
         raise ModelError(
             f"head is {head!r}; it takes a HeadSpec, such as HeadSpec(hidden=(HiddenLayer(256),)), or a module that"
             " takes features [N, D] and gives logits [N, C]; of a list of layers make nn.Sequential(*layers)."
+        )
+
+
+def _check_head(head: nn.Module, num_features: int, num_classes: int) -> None:
+    try:
+        shape = trace(head, lambda h, x: h(x), (2, num_features)).output_shape
+    except Exception as error:
+        raise ModelError(f"The head does not run on features [N, {num_features}]: {error}") from error
+    if shape != (2, num_classes):
+        raise ModelError(
+            f"The head gives {shape} for two pictures with {num_features} features; expected (2, {num_classes}), one "
+            "logit per class."
+        )
+    if isinstance(list(head.modules())[-1], nn.Softmax):
+        raise ModelError(
+            "The head gives probabilities; expected logits, of which the loss takes the softmax itself: after two"
+            " of them no class could be sure. Leave the softmax at its end out."
         )

@@ -96,7 +96,7 @@ def named_recipe(name: str) -> Recipe:
     return replace(base, name=name, stages=(*base.stages[:-1], replace(base.stages[-1], freeze_line=name)))
 
 
-@own_settings()
+@own_settings(draws=True)
 def compare(
     data: str | Path | ImageTable | Splits | Bench,
     *,
@@ -132,7 +132,7 @@ def compare(
         recipes: names, JSON files, `Recipe`s, or freeze lines (`last:3`, `layer4`): the default recipe, fine-tuned
             there.
         seeds: of first weights, order and augmentation; the first one also of the split, which all runs share. A
-            recipe's own seed is not used: one that has another is refused, a file's is left out.
+            recipe's own seed is not used.
         budgets: by recipe name, epochs and picture size in place of the recipe's own.
         backbone, weights: of every recipe; one that starts from random weights leaves `weights` out.
         out: folder of compare.json, compare.html and the runs, one per recipe and seed.
@@ -194,12 +194,6 @@ def _plans(
 ) -> list[Recipe]:
     given = [recipes] if isinstance(recipes, (str, Path, Recipe)) else recipes
     plans = [recipe if isinstance(recipe, Recipe) else named_recipe(str(recipe)) for recipe in given]
-    for plan in plans:
-        if plan.seed not in (Recipe.seed, *seeds):
-            raise RecipeError(
-                f"Recipe {plan.name!r} has seed {plan.seed}, but a comparison runs every recipe with its own seeds,"
-                f" {', '.join(map(str, seeds))}. Give seeds=({plan.seed},), or a recipe without a seed."
-            )
     names = [plan.name for plan in plans]
     if len({run_name(name, 0) for name in names}) != len(names) or not names:
         raise RecipeError(f"Recipes {', '.join(names) or '(none)'}: give one or more, each with a name of its own.")
@@ -298,7 +292,7 @@ def summarise(runs: Mapping[str, Sequence[RunRecord]], splits: Splits) -> dict[s
 
 def test_hits(run: RunRecord, table: ImageTable) -> NDArray[np.float64]:
     """1 where the run's prediction is right, for each picture [N] of the test split in the table's order."""
-    hits = {row["path"]: float(row["pred"] == row["label"]) for row in run.predictions if row["split"] == "test"}
+    hits = {row["path"]: float(row["pred"] == row["label"]) for row in run.answers if row["split"] == "test"}
     return np.array([hits[str(path)] for path in table.relative_paths])
 
 

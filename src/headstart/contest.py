@@ -93,7 +93,7 @@ class Shootout:
     page_path: Path
 
 
-@own_settings()
+@own_settings(draws=True)
 def shootout(
     data: Any,
     *,
@@ -351,7 +351,7 @@ def _pairs(runs: Mapping[str, RunRecord]) -> list[dict[str, Any]]:
 
 
 def _hits(run: RunRecord) -> list[float]:
-    rows = sorted((row for row in run.predictions if row["split"] == "val"), key=lambda row: row["path"])
+    rows = sorted((row for row in run.answers if row["split"] == "val"), key=lambda row: row["path"])
     return [float(row["pred"] == row["label"]) for row in rows]
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from .arrays import Pictures, images_from_arrays
+from .arrays import Pictures, pictures_of
 from .checkpoint import load
 from .classifier import Classifier
 from .dataset import ImageTable
@@ -224,18 +228,29 @@ def predictions(
     What is wrong with the arguments is told now, what is wrong with a picture when its part comes.
     """
     views = len(tta_views(tta))
-    model = run.to(runtime.device) if isinstance(run, Classifier) else load(run, device=runtime.device)
-    names, table = _listed(paths, model.class_names)
+    model = run if isinstance(run, Classifier) else load(run, device=runtime.device)
+    items = _items(paths)
+    if not items:
+        raise DataError("There is no picture to predict: the list is empty.")
+    in_memory = not all(isinstance(item, (str, os.PathLike)) for item in items)
+    names = list(map(str, range(len(items)) if in_memory else map(os.fspath, items)))
 
     def told() -> Iterator[dict[str, Any]]:
-        with ProgressBar(len(names) * views, "Predicting", enabled=progress) as bar:
+        with ExitStack() as stack:
+            files = [Path(name) for name in names]
+            if in_memory:  # through bytes, too, as in training
+                folder = Path(stack.enter_context(TemporaryDirectory(prefix="headstart-")))
+                files = [folder / f"{name}.png" for name in names]
+                for picture, file in zip(pictures_of(items), files, strict=True):
+                    picture.save(file)
+            bar = stack.enter_context(ProgressBar(len(names) * views, "Predicting", enabled=progress))
             for start in range(0, len(names), PREDICTED_AT_ONCE):
-                part = range(start, min(start + PREDICTED_AT_ONCE, len(names)))
-                pixels = Pixels(table.select(part), model.spec, workers=runtime.workers, cache_bytes=0)
+                part = files[start : start + PREDICTED_AT_ONCE]
+                pixels = Pixels(_unlabelled(part, model), model.spec, workers=runtime.workers, cache_bytes=0)
                 probs = predict_probs(model, pixels, tta=tta, runtime=runtime, advance=bar.advance)
-                for place, row in zip(part, probs, strict=True):
+                for name, row in zip(names[start : start + PREDICTED_AT_ONCE], probs, strict=True):
                     yield {
-                        "path": names[place],
+                        "path": name,
                         "pred": model.class_names[row.argmax()],
                         "prob": float(row.max()),
                         "probs": dict(zip(model.class_names, row.tolist(), strict=True)),
@@ -244,25 +259,21 @@ def predictions(
     return told()
 
 
-def _listed(
-    paths: str | Path | Iterable[str | Path] | Pictures, class_names: tuple[str, ...]
-) -> tuple[list[str], ImageTable]:
-    """What pictures are called in the answer, and a table of them, without labels of their own."""
-    items = [paths] if isinstance(paths, (str, Path)) else paths if isinstance(paths, np.ndarray) else list(paths)
-    if not len(items):
-        raise DataError("There is no picture to predict: the list is empty.")
-    if isinstance(items, np.ndarray) or not all(isinstance(item, (str, Path)) for item in items):
-        table = images_from_arrays(items, [class_names[0]] * len(items), class_names=class_names)  # type: ignore[arg-type]
-        return list(map(str, range(len(items)))), table
-    files = tuple(Path(str(item)) for item in items)
-    table = ImageTable(
+def _items(paths: Any) -> list[Any]:
+    """One path or picture as a list of one; an array [H, W, 3 or 4] is one picture."""
+    one = isinstance(paths, (str, os.PathLike, Image.Image))
+    one |= isinstance(paths, np.ndarray) and paths.ndim == 3 and paths.shape[2] in (3, 4)
+    return [paths] if one else list(paths)
+
+
+def _unlabelled(files: Sequence[Path], model: Classifier) -> ImageTable:
+    return ImageTable(
         root=Path.cwd(),
-        paths=files,
+        paths=tuple(files),
         labels=np.zeros(len(files), dtype=np.int64),
-        class_names=class_names,
+        class_names=model.class_names,
         split_names=("",) * len(files),
     )
-    return list(map(str, items)), table
 
 
 def _scored(compute: Callable[[Tensor], Tensor], batch: Tensor, runtime: Runtime, *, fills: bool) -> Tensor:

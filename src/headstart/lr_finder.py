@@ -65,7 +65,7 @@ class RateCurve:
         return self.valley
 
 
-@own_settings()
+@own_settings(draws=True)
 def find_lr(
     data: Any,
     *,
@@ -154,7 +154,7 @@ def _source(model: Classifier, stage: Stage, plan: Recipe, bench: Bench, show: b
         return bench.source(train, val, model, place, advance=bar.advance)[0]
 
 
-@own_settings()
+@own_settings(draws=True)
 def range_test(
     model: Classifier,
     data: StageData,

@@ -19,9 +19,9 @@ from .closing import FitResult, finish, leaked_rows, leave_usable, trained_on, w
 from .dataset import ImageTable, Splits, check_images, load_images
 from .dataspec import DataSpec
 from .diary import Diary
-from .errors import CheckpointError, HeadstartError, Interrupted, ModelError, RecipeError, SetupError, in_words
+from .errors import CheckpointError, HeadstartError, Interrupted, ModelError, RecipeError, SetupError
 from .evaluation import evaluate, require_classes, tta_views
-from .freezing import set_freeze_line
+from .freezing import FreezeLine, set_freeze_line
 from .handover import change_classes
 from .harm import single_changes, transform_costs
 from .mixing import check_mixing
@@ -42,10 +42,11 @@ from .settings import own_settings
 from .stage_result import Log, StageResult
 from .stage_run import look_at_stored_labels, run_stage, train_stage
 from .terminal import ProgressBar, say
-from .threads import alone_with
+
+BY_DESIGN = 0.1  # share of a backbone up to which weights that take no gradient are taken for its own design
 
 
-@own_settings()
+@own_settings(draws=True)
 def fine_tune(
     data: Data | Bench,
     *,
@@ -93,7 +94,8 @@ def fine_tune(
         out: the run folder to write; None writes nothing.
         recipe: a recipe's name, a JSON file, or a `Recipe`.
         head, augment: replace the recipe's; a head module or a torchvision v2 transform of your own is not saved
-            in the recipe. Modules and models given here (backbone, head, from_run) are copied, and stay as they are.
+            in the recipe. Modules and models given here (backbone, head, from_run) are copied and
+            stay as they are, but for those with hooks, or that cannot be copied.
         spec_overrides: image_size, mean, std, interpolation, crop_pct, fit in place of the backbone's own.
         val, test: shares held out where the data bring no such split.
         root: the folder that a manifest's relative paths start from.
@@ -194,14 +196,14 @@ def fine_tune(
         raise
 
 
-@own_settings()
+@own_settings(draws=True)
 def fit(
     model: Classifier,
     splits: Splits,
     stage: Stage | None = None,
     *,
     lr: float | None = None,
-    augment: str | Augment = "photo",
+    augment: str | Augment | None = "photo",
     seed: int = 0,
     runtime: Runtime | None = None,
     starts_trained: bool = False,
@@ -215,7 +217,7 @@ def fit(
         stage: lengths and rates; its freeze line must be where the model's stands. None takes the default head
             stage with the line at `head`, and the default fine-tuning stage elsewhere.
         lr: the stage's learning rate; None is the default nominal head rate times the stage's `lr_scale`.
-        augment: a policy's name, an `AugmentSpec` or a torchvision v2 transform.
+        augment: a policy's name, an `AugmentSpec` or a torchvision v2 transform; None changes nothing.
         starts_trained: the head was trained before; a collapse in the first steps is then caught and rolled back.
         cache: as in `fine_tune`.
     Raises:
@@ -230,12 +232,11 @@ def fit(
     if stage is None:  # the head's own stage, or the careful one where the backbone is trained too
         where, batchnorm = (line.where, line.batchnorm) if line else ("all", "fixed")
         stage = replace(Stage() if where == "head" else FINE_TUNE_STAGE, freeze_line=where, batchnorm=batchnorm)
-    augment = as_augment(augment)
-    if lr is not None and not (isinstance(lr, (int, float)) and lr > 0):
+    augment = None if augment is None else as_augment(augment)
+    if lr is not None and (isinstance(lr, str) or not float(lr) > 0):
         raise RecipeError(f"lr is {lr!r}; it takes a number above 0.")
     if line is None:
-        _refuse_frozen_by_hand(model)
-        line = set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
+        line = _place_first_line(model, stage)
     if (stage.freeze_line, stage.batchnorm) != (line.where, line.batchnorm):
         raise ModelError(
             f"Stage {stage.name!r} has its freeze line at {stage.freeze_line!r} (batchnorm {stage.batchnorm}), the"
@@ -245,12 +246,11 @@ def fit(
     model.to(runtime.device)
     bench = Bench(splits, runtime, cache=cache, progress=progress and runtime.is_main)
     try:
-        with alone_with(model):
-            return train_stage(
-                model, bench.pixels("train", model.spec, augment=augment, seed=seed), bench.pixels("val", model.spec),
-                stage, bench=bench, show=progress, plan=Recipe(seed=seed), starts_trained=starts_trained,
-                lr=lr if lr is not None else RECIPES["fine-tune"].lr * stage.lr_scale, log=log,
-            ).result  # fmt: skip
+        return train_stage(
+            model, bench.pixels("train", model.spec, augment=augment, seed=seed), bench.pixels("val", model.spec),
+            stage, bench=bench, show=progress, plan=Recipe(seed=seed), starts_trained=starts_trained,
+            lr=float(lr) if lr is not None else RECIPES["fine-tune"].lr * stage.lr_scale, log=log,
+        ).result  # fmt: skip
     finally:
         model.eval()  # in training mode a mere look at what it says would change a head's BatchNorm
 
@@ -374,26 +374,38 @@ def _go_on_from(
 
 
 def _own(part: Any) -> Any:
-    """A module of the caller's to train, which stays as it is; a backbone's name as it is."""
+    """A copy of a caller's module, which then stays as it is; a backbone's name as it is.
+
+    The module itself where a copy might not be one: a hook, or a function that it keeps, goes on with the original.
+    """
     if not isinstance(part, nn.Module):
         return part
+    for module in part.modules():
+        held = vars(module).values()
+        if module._forward_hooks or module._forward_pre_hooks or any(getattr(one, "__closure__", None) for one in held):
+            return part
     try:
         return deepcopy(part)
-    except Exception as error:  # what a module of the caller's keeps may be anything
-        raise ModelError(
-            f"{type(part).__name__} cannot be copied ({in_words(error)}), and is not trained itself lest it be another"
-            " one in the next run. Put it on with create_classifier and train that with fit."
-        ) from error
+    except Exception:  # what a caller's module keeps may be anything: locks, outputs with their history
+        return part
 
 
-def _refuse_frozen_by_hand(model: Classifier) -> None:
-    frozen = [name for name, parameter in model.backbone.named_parameters() if not parameter.requires_grad]
-    if frozen:
-        raise ModelError(
-            f"{len(frozen):,} parameters of the backbone ({frozen[0]} first) are frozen by hand, and the model has no"
-            " freeze line: all would be trained. Call set_freeze_line(model, 'head'), or wherever the line is to be; it"
-            " fixes BatchNorm's statistics and dropout in front of it, too."
-        )
+def _place_first_line(model: Classifier, stage: Stage) -> FreezeLine:
+    """The stage's line on a model that has none, unless it would train much of what the caller has frozen by hand."""
+    frozen = [(name, p) for name, p in model.backbone.named_parameters() if not p.requires_grad]
+    line = set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
+    thawed = [name for name, p in frozen if p.requires_grad]
+    numbers = sum(p.numel() for _, p in frozen if p.requires_grad)
+    if numbers < BY_DESIGN * sum(p.numel() for p in model.backbone.parameters()):  # such as positions that are fixed
+        return line
+    model.freeze_line = None
+    for _, parameter in frozen:
+        parameter.requires_grad_(False)
+    raise ModelError(
+        f"{len(thawed):,} weights of the backbone ({thawed[0]} first) are frozen by hand, and the model has no freeze"
+        f" line: they would be trained (freeze line {stage.freeze_line!r}). Call set_freeze_line(model, 'head'), or"
+        " wherever the line is to be; it fixes BatchNorm's statistics and dropout in front of it, too."
+    )
 
 
 def weights_of(plan: Recipe, weights: str | Path | None) -> str | Path:

@@ -33,10 +33,12 @@ def confusion_section(scored: Mapping[str, Any], split: str) -> str:
     pairs.sort(key=lambda pair: -pair[0])
     left_out = ""
     if len(names) > DRAWN_CLASSES:
-        mistakes = confusion.sum(0) + confusion.sum(1) - 2 * confusion.diagonal()
-        drawn = np.sort(np.argsort(-mistakes, kind="stable")[:DRAWN_OF_MORE])
+        place = {name: i for i, name in enumerate(names)}
+        asked = dict.fromkeys(place[name] for pair in pairs for name in pair[1:])  # the most frequent mistakes first
+        drawn = np.sort(np.array(list(asked)[:DRAWN_OF_MORE] or range(DRAWN_OF_MORE)))
         left_out = (
-            f" Of {len(names):,} classes the {len(drawn)} with the most mistakes; <code>metrics.json</code> has all."
+            f" Of {len(names):,} classes the {len(drawn)} of the most frequent mistakes;"
+            " <code>metrics.json</code> has all."
         )
         confusion, names = confusion[np.ix_(drawn, drawn)], [names[i] for i in drawn]
     legend = shade_legend(confusion, wrong=False) + (shade_legend(confusion, wrong=True) if pairs else "")
@@ -105,7 +107,7 @@ def mistakes_section(run: RunRecord, split: str) -> str:
     Raises:
         CheckpointError: predictions.csv holds no probabilities where they should stand.
     """
-    rows = [row for row in run.predictions if row.get("split") == split]
+    rows = [row for row in run.answers if row.get("split") == split]
     if not rows:
         return ""
     try:

@@ -338,11 +338,13 @@ class RunRecord:
 
     @cached_property
     def predictions(self) -> list[dict[str, str]]:
-        """Rows of predictions.csv, read on first use; all values are text.
+        """Rows of predictions.csv, read on first use; all values are text."""
+        return read_csv(self.path / "predictions.csv")
 
-        Of the columns `p:CLASS` only that of the row's own label is kept: with a thousand classes a fit on a hundred
-        thousand pictures writes half a gigabyte of them.
-        """
+    @cached_property
+    def answers(self) -> list[dict[str, str]]:
+        """The same, but of the columns `p:CLASS` only that of the row's own label: with a thousand classes a fit on a
+        hundred thousand pictures writes half a gigabyte of them."""
         return read_csv(
             self.path / "predictions.csv",
             columns=lambda row: ("path", "split", "label", "pred", "prob", f"p:{row.get('label')}"),

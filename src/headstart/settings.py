@@ -10,15 +10,19 @@ import torch
 
 
 @contextmanager
-def own_settings() -> Iterator[None]:
+def own_settings(*, draws: bool = False) -> Iterator[None]:
     """Float32 unless something else is asked for, gradients where they are, and no autocast but our own.
 
-    What the caller draws from PyTorch's random numbers afterwards is what he would have drawn without the call.
+    Args:
+        draws: random numbers are drawn or seeded here: the caller's, of the CPU and of GPUs that are in use, go on
+            afterwards as if they had not been. Not for what draws none: put back, they are again what they were when it
+            began, and other threads would draw the same ones twice.
     """
     dtype = torch.get_default_dtype()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=gpus))
+        if draws:
+            stack.enter_context(torch.random.fork_rng(devices=gpus))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):

@@ -64,6 +64,9 @@ class Space:
             raise RecipeError(
                 f"The values of a sweep are {self.values!r}; give them by parameter: {{'lr': (1e-3, 1e-2)}}."
             )
+        if self.values is not None:  # an array's numbers as Python's
+            values = {name: tuple(v.tolist()) if getattr(v, "ndim", 0) == 1 else v for name, v in self.values.items()}
+            object.__setattr__(self, "values", values)
         for name, choices in (self.values or {}).items():
             if not isinstance(choices, (list, tuple)) or not choices:
                 raise RecipeError(
@@ -96,7 +99,7 @@ class Sweep:
     best: Recipe | None
 
 
-@own_settings()
+@own_settings(draws=True)
 def sweep(
     data: Any,
     *,
