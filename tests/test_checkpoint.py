@@ -139,3 +139,13 @@ def test_a_model_with_weights_that_are_no_numbers_is_refused(model: Classifier, 
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match=f"NaN or infinite: {name}"):
         load(tmp_path)
+
+
+def test_a_model_with_variances_below_zero_is_refused(model: Classifier, tmp_path: Path) -> None:
+    path = save(model, tmp_path) / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("running_var"))
+    tensors[name] = tensors[name] - 2
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=f"variances below 0: {name}"):
+        load(tmp_path)

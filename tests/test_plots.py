@@ -184,6 +184,14 @@ def test_batch_of_pictures_in_any_layout() -> None:
         assert (right - left) / (bottom - top) == pytest.approx(1.5)  # aspect kept
 
 
+def test_batch_shows_deep_and_transparent_pictures_as_files_are_read() -> None:
+    deep = Image.fromarray(np.full((8, 8), 257 * 90, dtype=np.int32))  # mode I, 16 bit
+    clear = Image.new("RGBA", (8, 8), (10, 20, 30, 0))
+    shown = [np.asarray(image.get_array()) for image in show_batch([deep, clear]).images]
+    assert (shown[0] == 90).all()
+    assert (shown[1] == 255).all()
+
+
 def test_batch_refuses_what_is_no_picture() -> None:
     with pytest.raises(DataError, match="before any normalisation"):
         show_batch(np.zeros((1, 3, 8, 8), dtype=np.float32))

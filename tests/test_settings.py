@@ -48,6 +48,20 @@ def test_what_the_caller_has_set_changes_no_figure(
     assert set_so.metrics["test"] == scored == plain.metrics["test"]
 
 
+@pytest.mark.parametrize("setting", [double, torch.inference_mode])
+def test_a_model_that_is_made_under_a_caller_s_settings_trains(
+    setting: Callable[[], AbstractContextManager[Any]], photos: Path, tmp_path: Path
+) -> None:
+    splits, stage = split(load_images(photos)), Stage(freeze_line="all", epochs=1, batch_size=8)
+    with setting():
+        made = create_classifier("test_resnet", splits.class_names, weights="none", image_size=32)
+        headstart.save(made, tmp_path)
+        loaded = headstart.load(tmp_path)
+    for model in (made, loaded):
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        fit(model, splits, stage, cache=False)
+
+
 def test_the_caller_s_random_numbers_go_on_as_if_nothing_had_been_trained(photos: Path) -> None:
     splits, drawn = split(load_images(photos)), []
     for seed in (1, 2):

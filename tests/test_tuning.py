@@ -380,6 +380,7 @@ def test_values_are_read_and_wrong_ones_refused() -> None:
     for values in ({"lr": 1e-3}, {"freeze_line": "head"}, {"lr": ()}, ["lr"]):
         with pytest.raises(RecipeError, match="values of"):
             Space(values=values)  # type: ignore[arg-type]
+    assert Space(values={"lr": np.array([1e-3, 1e-2])}).values == {"lr": (1e-3, 1e-2)}
     with pytest.raises(RecipeError, match=r"space is .*it takes a Space"):
         sweep("photos", space={"lr": (1e-3,)})  # type: ignore[arg-type]
     assert len(COURSE_SPACE.grid()) == 5

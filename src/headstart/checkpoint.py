@@ -18,6 +18,7 @@ from .errors import CheckpointError, HeadstartError
 from .modelfile import read_header, read_json
 from .recipe import HeadSpec
 from .run import to_json, write_atomic
+from .settings import own_settings
 from .weights import refuse_not_finite
 
 FORMAT, VERSION = "headstart-model", 1
@@ -58,6 +59,7 @@ def save(model: Classifier, folder: str | Path) -> Path:
     return folder
 
 
+@own_settings()
 def load(
     folder: str | Path,
     *,

@@ -14,6 +14,7 @@ from .dataspec import DataSpec
 from .errors import HeadstartError, ModelError
 from .heads import create_head
 from .recipe import HeadSpec
+from .settings import own_settings
 from .tracing import Trace, trace
 from .transforms import normalise
 
@@ -174,6 +175,7 @@ class Classifier(nn.Module):
         )
 
 
+@own_settings()
 def create_classifier(
     backbone: str | nn.Module,
     class_names: Sequence[str],

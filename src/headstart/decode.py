@@ -100,7 +100,7 @@ def png_picture(image: Image.Image) -> Image.Image:
     from PIL import ImageOps  # here, where no file is decoded
 
     upright = ImageOps.exif_transpose(image)  # PNG files keep no orientation; what is upright stays so in a second call
-    return upright if upright.mode in _PNG_MODES else _to_rgb(upright)
+    return upright if upright.mode in _PNG_MODES else to_rgb(upright)
 
 
 def bad_reason(path: Path) -> str | None:
@@ -216,7 +216,7 @@ def _decode(file: BinaryIO) -> Image.Image:
             image = Image.open(file, formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            return _to_rgb(_upright(_loaded(image, file), like=image))
+            return to_rgb(_upright(_loaded(image, file), like=image))
         except Image.DecompressionBombError:
             raise DataError(
                 f"its header promises more than {MAX_PIXELS:,} pixels; shrink it first (or set {PIXELS_VARIABLE})"
@@ -303,7 +303,12 @@ def _upright(image: Image.Image, *, like: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded picture in 8-bit RGB, by the rules of `open_image`.
+
+    Raises:
+        DataError: pixels without an agreed white, in bare words.
+    """
     if image.mode in _NO_WHITE:
         raise DataError(f"{image.mode} pixels, which have no agreed white; convert it to 8 or 16 bit")
     if image.mode in _SIXTEEN_BIT:

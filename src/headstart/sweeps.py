@@ -65,7 +65,8 @@ class Space:
                 f"The values of a sweep are {self.values!r}; give them by parameter: {{'lr': (1e-3, 1e-2)}}."
             )
         if self.values is not None:  # an array's numbers as Python's
-            values = {name: tuple(v.tolist()) if getattr(v, "ndim", 0) == 1 else v for name, v in self.values.items()}
+            given: Mapping[str, Any] = self.values
+            values = {name: tuple(v.tolist()) if getattr(v, "ndim", 0) == 1 else v for name, v in given.items()}
             object.__setattr__(self, "values", values)
         for name, choices in (self.values or {}).items():
             if not isinstance(choices, (list, tuple)) or not choices:

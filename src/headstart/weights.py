@@ -199,7 +199,7 @@ def load_strictly(
 
 
 def refuse_not_finite(tensors: Mapping[str, torch.Tensor], source: Path) -> None:
-    """No weight may be NaN or infinite.
+    """No weight may be NaN or infinite, and no variance negative.
 
     A ReLU that its convolution does makes zeros of NaN (see `fastconv`), so that outputs would look sound.
 
@@ -212,6 +212,9 @@ def refuse_not_finite(tensors: Mapping[str, torch.Tensor], source: Path) -> None
             f"{source} holds weights that are NaN or infinite: {_listed(wrong)}. The file is damaged, or the training"
             " that wrote it went wrong; get it again, or take another one."
         )
+    negative = [name for name, values in tensors.items() if name.endswith("running_var") and bool((values < 0).any())]
+    if negative:
+        raise CheckpointError(f"{source} holds variances below 0: {_listed(negative)}. The file is damaged.")
 
 
 def _may_miss(key: str) -> bool:
