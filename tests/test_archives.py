@@ -77,6 +77,16 @@ def wrapped() -> bytes:
     return buffer.getvalue()
 
 
+def test_a_split_folder_alone_is_no_wrapper(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in GOOD:
+            archive.writestr(f"test/{name}", data)
+    (tmp_path / "p.zip").write_bytes(buffer.getvalue())
+    with pytest.raises(DataError, match="no split folder 'train' to learn from"):
+        load_images(tmp_path / "p.zip")
+
+
 def test_an_archive_is_unpacked_once_whatever_its_name(tmp_path: Path, cache: Path) -> None:
     for name in ("a.zip", "b.zip"):
         (tmp_path / name).write_bytes(zip_of())

@@ -132,6 +132,12 @@ def test_fine_tune_takes_a_pair_and_tells_that_pictures_are_scaled_up(tmp_path: 
         headstart.fine_tune((pixels, labels), root=tmp_path)
 
 
+def test_pictures_without_a_group_stand_by_themselves() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    table = images_from_arrays(pixels, ["a", "b"] * 4, groups=[None, float("nan")] * 3 + ["x", "x"])
+    assert sorted(table.groups) == [""] * 6 + ["x", "x"]
+
+
 def test_sizes_come_from_headers_of_some_pictures(tmp_path: Path) -> None:
     paths = [tmp_path / f"{i}.png" for i in range(10)]
     for i, path in enumerate(paths):

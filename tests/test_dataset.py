@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 from headstart import decode
-from headstart.dataset import check_images, list_image_files, load_images, open_image, split
+from headstart.dataset import Splits, check_images, list_image_files, load_images, open_image, split
 from headstart.errors import DataError, SetupError
 from headstart.isolate import bad_reasons
 from headstart.order import epoch_order, random_stream
@@ -103,6 +103,20 @@ def test_names_of_which_one_goes_on_with_a_number_sort(tmp_path: Path) -> None:
     folders = {"cat2": 1, "cat": 1, "Cat10": 1, "speed 30": 1, "speed": 1, "v1b2": 1, "v1b": 1, "v1": 1}
     table = load_images(fill(tmp_path, folders))
     assert table.class_names == ("cat", "cat2", "Cat10", "speed", "speed 30", "v1", "v1b", "v1b2")
+
+
+def test_splits_have_one_class_map(tmp_path: Path) -> None:
+    fill(tmp_path, {"cat": 6, "dog": 6})
+    splits = split(load_images(tmp_path), test=0.0)
+    turned = load_images(tmp_path, class_names=["dog", "cat"])
+    with pytest.raises(DataError, match=r"classes of test \(dog, cat\) are not those of train \(cat, dog\)"):
+        Splits(train=splits.train, val=splits.val, test=turned)
+
+
+def test_too_few_pictures_without_other_splits_are_told(tmp_path: Path) -> None:
+    table = load_images(fill(tmp_path, {"cat": 2, "dog": 2}), class_names=["cat", "dog", "emu"])
+    with pytest.raises(DataError, match="'emu' has 0; one each for train makes 1"):
+        split(table, val=0, test=0)
 
 
 def test_hidden_folders_and_files_are_skipped(tmp_path: Path) -> None:

@@ -198,6 +198,40 @@ def test_an_imposed_class_map_and_a_class_that_training_lacks(write: Write) -> N
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
+def test_a_blank_first_line_hides_no_separator(tmp_path: Path) -> None:
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "set.csv").write_text("\npath;label\na.png;cat, black\nb.png;dog\n")
+    assert len(load_images(tmp_path / "set.csv")) == 2
+
+
+def test_labels_in_another_encoding_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "set.csv").write_bytes("path,label\na.png,Bär\nb.png,Hund\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"label of row 1 is not UTF-8.*Save it as CSV, UTF-8"):
+        load_images(tmp_path / "set.csv")
+
+
+def test_relative_paths_are_written_as_they_are_from_here(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lists").mkdir()
+    names = [path.relative_to(tmp_path) for path in sorted(photos.rglob("*.jpg"))]
+    write_manifest([ManifestRow(name, name.parent.name) for name in names], "lists/set.csv")
+    assert len(load_images("lists/set.csv")) == len(names)
+
+
+def test_an_audit_does_not_overwrite_the_manifest_it_reads(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [ManifestRow(path, path.parent.name) for path in sorted(photos.rglob("*.jpg"))]
+    file = write_manifest(rows, tmp_path / "set.csv")
+    before = file.read_bytes()
+    assert main(["audit", str(file), "--fast", "--write-clean", str(file)]) == 2
+    assert "the manifest that is read" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
 def test_what_is_written_reads_back(write: Write, tmp_path: Path) -> None:
     write()
     rows = [

@@ -26,7 +26,7 @@ from typing import IO, BinaryIO, NoReturn
 from urllib.parse import urlsplit
 
 from .errors import DataError, SetupError
-from .folders import IMAGE_EXTENSIONS
+from .folders import IMAGE_EXTENSIONS, SPLIT_FOLDERS
 from .manifest import MANIFEST_SUFFIXES
 from .prepared import hold, prepared_folder, prepared_path
 
@@ -100,7 +100,8 @@ def fetch_archive(url: str) -> Path:
 def _top(folder: Path) -> Path:
     """The folder itself, or the one folder that everything in it lies in."""
     inside = [path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX"))]
-    return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
+    is_wrapper = len(inside) == 1 and inside[0].is_dir() and inside[0].name.casefold() not in SPLIT_FOLDERS
+    return inside[0] if is_wrapper else folder
 
 
 # ---- what a member may be --------------------------------------------------------------------------------------

@@ -37,13 +37,13 @@ def images_from_arrays(
             picture, of any sizes.
         labels: one per picture: class names or numbers. With `class_names`, numbers are positions in it.
         class_names: the class map; None makes one of the labels, naturally sorted.
-        groups: per picture the group that stays on one side of every split, '' for a picture by itself.
+        groups: per picture the group that stays on one side of every split, '' or None for a picture by itself.
     Raises:
         DataError: other numbers than uint8, another shape, not one label per picture, a label
             that is missing or has no name; modes of PIL pictures that are refused in files, too.
     """
     words = _words(labels, class_names)
-    belong = [str(group) for group in groups] if groups is not None else [""] * len(words)
+    belong = ["" if _is_missing(one) else str(one) for one in groups] if groups is not None else [""] * len(words)
     if not len(images) == len(words) == len(belong):
         beside = f" and {len(belong):,} groups" if groups is not None else ""
         raise DataError(f"{len(images):,} pictures, {len(words):,} labels{beside}; it takes one of each per picture.")
@@ -76,7 +76,7 @@ def _word(label: Any, number: int, class_names: Sequence[str] | None) -> str:
     """One label as a class name: 3 and 3.0 are '3', as in a manifest."""
     if hasattr(label, "item"):  # a scalar of NumPy or PyTorch
         label = label.item()
-    if label is None or str(label) == "<NA>" or label != label:
+    if _is_missing(label):
         raise DataError(f"label {number} is {label}; it takes one per picture. Leave out the pictures without one.")
     if isinstance(label, float) and label.is_integer():
         label = int(label)
@@ -87,6 +87,11 @@ def _word(label: Any, number: int, class_names: Sequence[str] | None) -> str:
     if not 0 <= label < len(class_names):
         raise DataError(f"label {label} has no name: class_names has {len(class_names)}, from 0.")
     return str(class_names[label])
+
+
+def _is_missing(value: Any) -> bool:
+    """None, NaN, or what pandas has in their place."""
+    return value is None or str(value) == "<NA>" or bool(value != value)
 
 
 def pictures_of(images: Pictures) -> Iterator[Image.Image]:

@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
     if idle:
         flags = ", ".join("--" + ("no-cache" if name == "cache" else name.replace("_", "-")) for name in idle)
         raise RecipeError(f"--fast looks without a backbone, so {flags} would change nothing. Leave one of them out.")
-    clean = _clean_path(args.write_clean)
+    clean = _clean_path(args.write_clean, args.photos)
     from .audit_page import write_page
     from .audit_sheet import findings_text, write_audit
     from .auditing import audit
@@ -87,12 +87,16 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _clean_path(text: str | None) -> Path | None:
+def _clean_path(text: str | None, photos: str) -> Path | None:
     if text is None:
         return None
     path = Path(text)
     if path.suffix.lower() != ".csv" or not path.absolute().parent.is_dir():
         raise DataError(f"--write-clean is {text}; it takes a .csv file in a folder that is there.")
+    if path.exists() and Path(photos).exists() and path.samefile(photos):
+        raise DataError(
+            f"--write-clean is {text}, the manifest that is read: what it drops would be lost. Name another."
+        )
     return path
 
 

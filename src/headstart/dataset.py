@@ -155,6 +155,15 @@ class Splits:
     val: ImageTable
     test: ImageTable
 
+    def __post_init__(self) -> None:
+        for name, table in self.named().items():
+            if table.class_names != self.class_names:
+                raise DataError(
+                    f"The classes of {name} ({', '.join(table.class_names)}) are not those of train"
+                    f" ({', '.join(self.class_names)}), in that order. Load its pictures with"
+                    " load_images(folder, class_names=train.class_names)."
+                )
+
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.train.class_names
@@ -376,9 +385,10 @@ def _class_map(
             f"{shown}: there are pictures for {' and '.join(splits)}, but no split folder 'train' to learn from. "
             "Add it, or pass one of the folders by itself."
         )
+    known = set(names)
     for split_name, classes in splits.items():
         for name in classes:
-            if name not in names:
+            if name not in known:
                 where = f"split {split_name!r} of {shown}" if split_name else shown
                 raise DataError(
                     f"Class {name!r} in {where} is not among the {len(names)} classes of {owner}: "
@@ -404,10 +414,10 @@ def _require_enough(table: ImageTable, of_class: dict[int, list[Unit]], missing:
     if len(short):
         named = ", ".join(f"{table.class_names[i]!r} has {counts[i]}" for i in short[:5])
         more = f" and {len(short) - 5} classes more" if len(short) > 5 else ""
-        sides = ("train", *sorted(missing, reverse=True))
+        *sides, last = ("train", *sorted(missing, reverse=True))
         raise DataError(
             f"Too few training pictures in {table.root}: class {named}{more}; one each for "
-            f"{', '.join(sides[:-1])} and {sides[-1]} makes {needed}"
+            f"{', '.join(sides)}{' and ' * bool(sides)}{last} makes {needed}"
             f"{' (pictures of one group count as one)' if any(table.groups) else ''}. "
             f"{f'Raise the limit, {table.limited}, which left others out; else add' if table.limited else 'Add'} "
             "pictures, remove the class, or bring your own split folders (train, val, test)."

@@ -119,8 +119,8 @@ def write_manifest(rows: Iterable[ManifestRow], path: str | Path) -> Path:
 
     def cell(row: ManifestRow, name: str) -> str:
         if name == "path":
-            inside = row.path.is_relative_to(file.parent)
-            return (row.path.relative_to(file.parent) if inside else row.path).as_posix()
+            path = row.path.absolute()  # as it is from here, where the caller named it
+            return (path.relative_to(file.parent) if path.is_relative_to(file.parent) else path).as_posix()
         value = getattr(row, name)
         return ("1" if value else "") if name == "drop" else str(value)
 
@@ -135,7 +135,7 @@ def _csv_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")  # file names may be no text
     if "\0" in text:
         raise DataError(f"{file} is not plain UTF-8 text. Save it as CSV, UTF-8.")
-    header = text.partition("\n")[0]
+    header = next((line for line in text.splitlines() if line.strip()), "")
     joint = max(",;\t", key=header.count)
     try:
         lines = [line for line in csv.reader(io.StringIO(text, newline=""), delimiter=joint, strict=True) if any(line)]
@@ -148,7 +148,10 @@ def _csv_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 f"{file}: row {number} has {len(line)} cells, the header {len(names)} ({joint.join(line)[:80]}). "
                 f"Put quotes around a cell that holds {joint!r}."
             )
-        yield number, dict(zip(names, line, strict=True))
+        row = dict(zip(names, line, strict=True))
+        if any("\udc80" <= letter <= "\udcff" for letter in row.get("label", "")):
+            raise DataError(f"{file}: the label of row {number} is not UTF-8 text. Save it as CSV, UTF-8.")
+        yield number, row
 
 
 def _parquet_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
