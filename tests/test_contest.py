@@ -160,6 +160,8 @@ def test_wrong_settings_are_refused(folder: Path, tmp_path: Path) -> None:
         ({"backbones": ()}, "one or more"),
         ({"backbones": BACKBONES[:1] * 2}, "each once"),
         ({"backbones": BACKBONES, "minutes": 0}, "more than 0"),
+        ({"backbones": BACKBONES, "minutes": float("nan")}, "more than 0"),
+        ({"backbones": BACKBONES, "finalists": 1.5}, "more than 0"),
         ({"backbones": BACKBONES, "recipe": RECIPES["scratch"]}, "random weights"),
     ):
         with pytest.raises(RecipeError, match=words):

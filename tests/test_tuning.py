@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import optuna
@@ -34,7 +35,7 @@ from headstart import (
 from headstart.bench import Bench
 from headstart.cli import main
 from headstart.features import make_source
-from headstart.lr_finder import range_test, smoothed, suggestions
+from headstart.lr_finder import option_for, range_test, smoothed, suggestions
 from headstart.owners import is_gone, this_process
 from headstart.recipe import HeadSpec, load_recipe
 from headstart.runtime import make_runtime
@@ -214,6 +215,42 @@ def test_a_sweep_that_is_stopped_keeps_what_its_trials_found(
     (tmp_path / "out" / "sweep.json").write_text(json.dumps(kept))
     whole = sweep(bench, space=GRID, prune=False, **call)
     assert sorted(json.dumps(t["values"]) for t in whole.results["trials"]) == sorted(map(json.dumps, GRID.grid()))
+
+
+def test_sweeps_that_share_a_storage_keep_to_their_own_trials(photos: Path, tmp_path: Path) -> None:
+    bench, call = bench_of(photos), {"storage": tmp_path / "all.log", **NET}
+    longer = replace(HEAD, stages=tuple(replace(stage, epochs=stage.epochs + 1) for stage in HEAD.stages))
+    found = [sweep(bench, space=GRID, trials=1, recipe=recipe, out=tmp_path / out / "sweep", **call).results["trials"]
+             for recipe, out in ((HEAD, "a"), (longer, "b"))]  # fmt: skip
+    assert [len(trials) for trials in found] == [1, 1]
+    assert found[0][0]["seconds"] != found[1][0]["seconds"]  # not the one for the other
+    again = sweep(bench, space=GRID, trials=1, recipe=HEAD, out=tmp_path / "a" / "sweep", overwrite=True, **call)
+    assert again.results["trials"][0]["seconds"] not in {trials[0]["seconds"] for trials in found}
+
+
+def test_a_trial_that_fails_is_tried_again(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, call = bench_of(photos), {"recipe": HEAD, "out": tmp_path / "out", **NET}
+    with monkeypatch.context() as broken:
+        broken.setattr("headstart.sweeps.fine_tune", mock.Mock(side_effect=ValueError("no such thing")))
+        with pytest.raises(ValueError, match="no such thing"):
+            sweep(bench, space=GRID, **call)
+    assert len(sweep(bench, space=GRID, **call).results["trials"]) == len(GRID.grid())
+
+
+@pytest.mark.parametrize("budget", [{"trials": 0}, {"trials": -1}, {"minutes": float("nan")}, {"minutes": -3.0}])
+def test_a_sweep_of_nothing_is_refused(budget: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="one or more trials"):
+        sweep(tmp_path, space=GRID, out=tmp_path / "out", **budget)
+
+
+def test_a_later_stage_s_rate_has_its_place_among_all_stages() -> None:
+    places = [option_for(1e-4, nominal=1e-2, stage=Stage(), place=place, stages=4) for place in range(4)]
+    assert places == ["--lr 0.0001", "--lr-scale ,0.01,,", "--lr-scale ,,0.01,", "--lr-scale ,,,0.01"]
+
+
+def test_a_run_s_own_options_are_not_given_beside_it(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="weights, backbone would change nothing"):
+        find_lr(photos, run=tmp_path, backbone="resnet18", weights="none")
 
 
 def test_tpe_draws_from_ranges_and_lines(photos: Path, tmp_path: Path) -> None:

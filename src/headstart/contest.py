@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -97,7 +98,7 @@ class Shootout:
 def shootout(
     data: Any,
     *,
-    backbones: Sequence[str | Entrant],
+    backbones: str | Entrant | Sequence[str | Entrant],
     minutes: float = 10.0,
     finalists: int = 3,
     recipe: str | Path | Recipe = "fine-tune",
@@ -128,7 +129,7 @@ def shootout(
     started = time.perf_counter()
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     entrants = _entrants(backbones, plan)
-    if minutes <= 0 or finalists < 1:
+    if not 0 < minutes < math.inf or finalists < 1 or finalists != int(finalists):
         raise RecipeError(f"minutes is {minutes:g} and finalists {finalists}; a shoot-out takes more than 0 of both.")
     overrides = dict(spec_overrides or {})
     bench = data if isinstance(data, Bench) else make_bench(
@@ -180,8 +181,9 @@ def _first_spec(entrants: Sequence[Entrant], overrides: Mapping[str, Any]) -> Da
     return None
 
 
-def _entrants(backbones: Sequence[str | Entrant], plan: Recipe) -> list[Entrant]:
-    found = [one if isinstance(one, Entrant) else Entrant.parse(one) for one in backbones]
+def _entrants(backbones: str | Entrant | Sequence[str | Entrant], plan: Recipe) -> list[Entrant]:
+    given = [backbones] if isinstance(backbones, (str, Entrant)) else backbones
+    found = [one if isinstance(one, Entrant) else Entrant.parse(one) for one in given]
     labels = [one.label for one in found]
     if not found or len({*labels}) != len(labels):
         raise RecipeError(f"Backbones {', '.join(labels) or '(none)'}: give one or more, each once.")

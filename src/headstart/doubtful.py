@@ -61,7 +61,7 @@ def folds_of(labels: Ints, groups: Sequence[str] = (), *, seed: int = 0) -> list
     from sklearn.model_selection import StratifiedGroupKFold
 
     together = [group or str(i) for i, group in enumerate(groups or ("",) * len(labels))]
-    splitter = StratifiedGroupKFold(min(FOLDS, len(set(together))), shuffle=True, random_state=seed)
+    splitter = StratifiedGroupKFold(min(FOLDS, len(set(together))), shuffle=True, random_state=seed % 2**32)
     return list(splitter.split(labels, labels, np.unique(together, return_inverse=True)[1]))
 
 

@@ -98,6 +98,11 @@ def find_lr(
     Raises:
         RecipeError: options that do not go together. ModelError: the run's classes are not the pictures'.
     """
+    idle = {"weights": weights, "spec_overrides": spec_overrides, "recipe": recipe != "fine-tune"}
+    idle |= {"backbone": backbone != DEFAULT_BACKBONE}
+    if run is not None and any(idle.values()):
+        named = ", ".join(name for name, is_given in idle.items() if is_given)
+        raise RecipeError(f"{named} would change nothing: the run has its own. Leave it out.")
     if run is not None and after_head:
         raise RecipeError("after_head trains a new head; a run has its own. Leave one of the two out.")
     if not 0 < low < high or steps < 2 * LEAST_STEPS:
@@ -132,9 +137,10 @@ def find_lr(
             drop_rate=plan.drop_rate, drop_path_rate=plan.drop_path_rate, **(spec_overrides or {}),
         ).to(bench.runtime.device)  # fmt: skip
         stage = plan.stages[0]
+    place = len(plan.stages) - 1 if run is not None else int(after_head)
     curve = range_test(
         model, _source(model, stage, plan, bench, progress), stage, steps=steps, low=low, high=high, seed=plan.seed,
-        runtime=bench.runtime, nominal=plan.lr, first=run is None and not after_head, progress=progress,
+        runtime=bench.runtime, nominal=plan.lr, place=place, stages=len(plan.stages), progress=progress,
     )  # fmt: skip
     if out is None:
         return curve
@@ -166,7 +172,8 @@ def range_test(
     high: float = 10.0,
     seed: int = 0,
     nominal: float = 5e-3,
-    first: bool = True,
+    place: int = 0,
+    stages: int = 1,
     progress: bool = False,
 ) -> RateCurve:
     """Train `steps` steps at rates from `low` to `high` behind the model's freeze line, then put everything back.
@@ -175,7 +182,8 @@ def range_test(
     out: at the far rates it would shrink the weights and be seen in the loss.
 
     Args:
-        nominal, first: the recipe's rate, and whether this is its first stage: the terms of the suggestion.
+        nominal, place, stages: the recipe's rate, which of its stages this is, from 0, and how many it has: the terms
+            of the suggestion.
     Raises:
         ModelError: the loss was not finite for the first steps already.
     """
@@ -195,15 +203,15 @@ def range_test(
     steepest, valley, tenth = suggestions(rates[: len(losses)], losses)
     return RateCurve(
         stage.name, stage.freeze_line, tuple(rates[: len(losses)]), tuple(losses), steepest, valley, tenth, diverged,
-        option_for(valley, nominal=nominal, stage=stage, first=first),
+        option_for(valley, nominal=nominal, stage=stage, place=place, stages=stages),
     )  # fmt: skip
 
 
-def option_for(rate: float, *, nominal: float, stage: Stage, first: bool) -> str:
+def option_for(rate: float, *, nominal: float, stage: Stage, place: int, stages: int) -> str:
     """The stage's rate in a recipe's terms: `--lr` for the first stage, a multiple of it for a later one."""
-    if first:
+    if place == 0:
         return f"--lr {rate / stage.lr_scale:.2g}"
-    return f"--lr-scale ,{rate / nominal:.2g}"
+    return f"--lr-scale {',' * place}{rate / nominal:.2g}{',' * (stages - place - 1)}"
 
 
 def _rising(

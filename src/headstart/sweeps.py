@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from .backbones import spec_of
 from .bench import Bench, data_digest, make_bench, settle
 from .comparison import check_lines
-from .errors import HeadstartError, Interrupted, RecipeError, SetupError
+from .errors import Interrupted, RecipeError, SetupError
 from .owners import is_gone, this_process
 from .plots import plot_parallel
 from .recipe import DEFAULT_BACKBONE, Recipe, load_recipe
@@ -113,7 +115,7 @@ def sweep(
     backbone: str = DEFAULT_BACKBONE,
     weights: str | Path | None = None,
     spec_overrides: Mapping[str, Any] | None = None,
-    storage: str | None = None,
+    storage: str | Path | None = None,
     prune: bool = True,
     share: bool = True,
     out: str | Path = "runs/sweep",
@@ -151,6 +153,10 @@ def sweep(
         raise RecipeError(f"method is {method!r}; allowed: grid, tpe.")
     if method == "tpe" and not space.values:
         raise RecipeError("tpe draws from values for each parameter; an explicit list is tried as it is (grid).")
+    if (trials is not None and trials < 1) or (minutes is not None and not 0 < minutes < math.inf):
+        raise RecipeError(
+            f"trials is {trials} and minutes {minutes}; a sweep takes one or more trials, and more than 0 minutes."
+        )
     optuna = _optuna()
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if epochs is not None:
@@ -170,8 +176,11 @@ def sweep(
         "precision": str(bench.runtime.dtype).removeprefix("torch."),
     }  # fmt: skip
     folder = settle(out, FILE, settings, overwrite=overwrite)
-    study = _study(optuna, storage or str(folder / JOURNAL), name=folder.name, prune=prune,
-                   fresh=overwrite and storage is None)  # fmt: skip
+    # In a storage that several sweeps may share, a study is told apart by what its trials are.
+    name = folder.name if storage is None else f"{folder.name}-{sha256(to_json(settings)).hexdigest()[:12]}"
+    if overwrite and storage is None:
+        (folder / JOURNAL).unlink(missing_ok=True)
+    study = _study(optuna, str(storage or folder / JOURNAL), name=name, prune=prune, fresh=overwrite)
     started = time.perf_counter()
     limit = (trials or (TPE_TRIALS if minutes is None else None)) if method == "tpe" else trials
     stopped = False
@@ -242,9 +251,9 @@ def _study(optuna: Any, storage: str, *, name: str, prune: bool, fresh: bool) ->
 
         path = Path(storage)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if fresh and path.exists():
-            path.unlink()
         kept = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
+    if fresh and name in optuna.get_all_study_names(kept):
+        optuna.delete_study(study_name=name, storage=kept)
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=3) if prune else optuna.pruners.NopPruner()
     return optuna.create_study(storage=kept, study_name=name, load_if_exists=True, direction="minimize", pruner=pruner)
 
@@ -314,7 +323,7 @@ def _try(
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         say(f"{describe(point)}: ended early", enabled=progress)
         return
-    except (HeadstartError, KeyboardInterrupt):
+    except BaseException:  # else it would be in hand as long as this process lives
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         raise
     score = result.metrics["val"]
