@@ -32,7 +32,7 @@ from headstart.duplicates import Pair, exact_pairs, groups_of, near_pairs
 from headstart.errors import DataError
 from headstart.findings import AuditResult, DoubtfulLabel, read_audit
 from headstart.groups import join_groups
-from headstart.inspection import Header, look, look_at, look_of, thumbs_of
+from headstart.inspection import Header, look, look_at, look_of
 from headstart.run import read_csv
 from headstart.runtime import make_runtime
 from headstart.shortcuts import Shortcut, find_shortcuts
@@ -145,7 +145,7 @@ def test_near_copies_are_found_and_nothing_else(tmp_path: Path) -> None:
     for i, picture in enumerate(pictures):
         picture.save(tmp_path / f"{i}.jpg", quality=90 if i < 30 else 40)
         looks.append(look(tmp_path / f"{i}.jpg"))
-    pairs = {(pair.a, pair.b): pair for pair in near_pairs(thumbs_of(looks))}
+    pairs = {(pair.a, pair.b): pair for pair in near_pairs([one.thumb for one in looks])}
     assert list(pairs) == [(i, 30 + i) for i in range(len(CHANGES))]
     for pair, name in zip(pairs.values(), CHANGES, strict=True):
         assert not pair.exact

@@ -149,6 +149,11 @@ def test_lr_on_the_command_line(photos: Path, tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().err
     assert all(flag in said for flag in ("--image-size", "--epochs", "--seed"))
     assert "the run has its own" in said
+    bench = bench_of(photos)
+    run = fine_tune(bench, recipe=HEAD, out=tmp_path / "run", **NET).run_path
+    arguments = ["--run", str(run), "--steps", "20", "--out", str(out), "--device", "cpu", "--quiet"]
+    assert main(["lr", str(photos), *arguments]) == 0
+    assert "suggestion: --lr " in capsys.readouterr().out  # the one stage of its recipe
 
 
 # ---- the sweep -------------------------------------------------------------------------------------------------

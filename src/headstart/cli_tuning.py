@@ -90,7 +90,7 @@ def _lr(args: argparse.Namespace) -> int:
     if idle:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         raise RecipeError(f"{flags} would change nothing: the run has its own. Leave it out.")
-    recipe = recipe_of(args, "fine-tune")
+    planned: dict[str, Any] = {} if args.run else {"recipe": recipe_of(args, "fine-tune")}
     work = given_work(args)
     from . import lr_finder
 
@@ -98,10 +98,10 @@ def _lr(args: argparse.Namespace) -> int:
         args.photos,
         run=args.run,
         after_head=args.after_head,
-        recipe=recipe,
         out=args.out or "lr.png",
         progress=not args.quiet,
         **given(args, "steps", "low", "high"),
+        **planned,
         **work,
     )
     print(lr_finder.describe(curve))

@@ -143,7 +143,7 @@ def compare(
     """
     if not isinstance(seeds, Sequence) or not seeds or len(set(seeds)) != len(seeds):
         raise RecipeError(f"seeds are {seeds!r}; give one or more different whole numbers, such as (0, 1).")
-    plans = _plans(recipes, budgets or {}, seeds)
+    plans = _plans(recipes, budgets or {})
     overrides = {p.name: _overrides(spec_overrides or {}, (budgets or {}).get(p.name)) for p in plans}
     bench = data if isinstance(data, Bench) else make_bench(
         data, runtime=make_runtime(device=device, precision=precision, workers=workers, compile=compile),
@@ -189,9 +189,7 @@ def run_name(recipe: str, seed: int) -> str:
     return "".join(c if c.isalnum() or c in ".-_" else "-" for c in recipe).strip("-.") + f"-seed{seed}"
 
 
-def _plans(
-    recipes: str | Recipe | Sequence[str | Recipe], budgets: Mapping[str, Budget], seeds: Sequence[int]
-) -> list[Recipe]:
+def _plans(recipes: str | Recipe | Sequence[str | Recipe], budgets: Mapping[str, Budget]) -> list[Recipe]:
     given = [recipes] if isinstance(recipes, (str, Path, Recipe)) else recipes
     plans = [recipe if isinstance(recipe, Recipe) else named_recipe(str(recipe)) for recipe in given]
     names = [plan.name for plan in plans]

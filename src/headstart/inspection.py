@@ -162,11 +162,6 @@ def _length(path: Path) -> int:
         return 0
 
 
-def thumbs_of(looks: Sequence[Look]) -> npt.NDArray[np.uint8]:
-    """The small grey pictures, uint8 [N, THUMB_PX, THUMB_PX]."""
-    return np.stack([one.thumb for one in looks]) if looks else np.zeros((0, THUMB_PX, THUMB_PX), dtype=np.uint8)
-
-
 def _rgb(values: npt.NDArray[np.float64]) -> tuple[float, float, float]:
     return float(values[0]), float(values[1]), float(values[2])
 

@@ -160,7 +160,7 @@ def _source(model: Classifier, stage: Stage, plan: Recipe, bench: Bench, show: b
         return bench.source(train, val, model, place, advance=bar.advance)[0]
 
 
-@own_settings(draws=True)
+@own_settings()
 def range_test(
     model: Classifier,
     data: StageData,

@@ -399,8 +399,10 @@ def _place_first_line(model: Classifier, stage: Stage) -> FreezeLine:
     if numbers < BY_DESIGN * sum(p.numel() for p in model.backbone.parameters()):  # such as positions that are fixed
         return line
     model.freeze_line = None
-    for _, parameter in frozen:
-        parameter.requires_grad_(False)
+    model.plan_modes(())
+    by_hand = {id(p) for _, p in frozen}
+    for parameter in model.backbone.parameters():
+        parameter.requires_grad_(id(parameter) not in by_hand)
     raise ModelError(
         f"{len(thawed):,} weights of the backbone ({thawed[0]} first) are frozen by hand, and the model has no freeze"
         f" line: they would be trained (freeze line {stage.freeze_line!r}). Call set_freeze_line(model, 'head'), or"
