@@ -20,10 +20,11 @@ from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 from headstart import decode
-from headstart.dataset import Splits, check_images, list_image_files, load_images, open_image, split
+from headstart.dataset import Splits, check_images, list_image_files, load_images, open_image
 from headstart.errors import DataError, SetupError
 from headstart.isolate import bad_reasons
 from headstart.order import epoch_order, random_stream
+from headstart.splitting import split
 from headstart.threads import map_threads
 
 # ---------------------------------------------------------------------------------------------------- made folders
@@ -640,7 +641,7 @@ def test_the_split_is_known(table) -> None:  # type: ignore[no-untyped-def]
     """Numbers written down when this was built: another process, machine or numpy gives the same."""
     assert split(table, seed=0).test.relative_paths == KNOWN_TEST_SPLIT
     code = (
-        "import sys; from headstart.dataset import load_images, split;"
+        "import sys; from headstart.dataset import load_images; from headstart.splitting import split;"
         "print(*split(load_images(sys.argv[1], check=False), seed=0).test.relative_paths)"
     )
     env = {**os.environ, "PYTHONHASHSEED": "7"}

@@ -14,10 +14,11 @@ from PIL import Image
 
 import headstart
 from headstart.cli import main
-from headstart.dataset import ImageTable, load_images, split
+from headstart.dataset import ImageTable, load_images
 from headstart.errors import DataError
 from headstart.groups import make_units, take_units
 from headstart.manifest import ManifestRow, read_manifest, write_manifest
+from headstart.splitting import split
 
 Write = Callable[..., Path]
 
@@ -294,6 +295,49 @@ def test_a_group_stays_on_one_side(seed: int) -> None:
     assert set(split(table, val=0.1, test=0.2, seed=seed).test.paths) == set(parts.test.paths)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_groups_with_several_classes_are_shared_out_whole_and_near_the_shares(seed: int) -> None:
+    # Patients of eight pictures each, of which 'c' is never the commonest: no group is its own by any majority.
+    rng = np.random.default_rng(seed)
+    labels = np.concatenate([rng.choice(3, 8, p=chances) for chances in [(0.7, 0.1, 0.2), (0.1, 0.7, 0.2)] * 20])
+    table = ImageTable(
+        Path("/r"), tuple(Path(f"/r/{i:03}.jpg") for i in range(320)), labels, ("a", "b", "c"), ("",) * 320,
+        groups=tuple(f"patient {i // 8}" for i in range(320)),
+    )  # fmt: skip
+    parts = split(table, val=0.2, test=0.2, seed=seed)
+    assert parts.shared_groups() == {}
+    assert sorted(p for part in parts.named().values() for p in part.paths) == sorted(table.paths)
+    for part in (parts.val, parts.test):
+        assert np.abs(part.class_counts() / table.class_counts() - 0.2).max() < 0.09
+    mixed = table.select(rng.permutation(320))
+    assert set(split(mixed, val=0.2, test=0.2, seed=seed).test.paths) == set(parts.test.paths)
+    assert set(split(table, val=0.1, test=0.2, seed=seed).test.paths) == set(parts.test.paths)
+
+
+def test_a_class_in_too_few_groups_is_refused_with_their_true_number() -> None:
+    labels, groups = np.array([0, 0, 1] * 2 + [0] * 6), ("g", "g", "g", "h", "h", "h", *"uvwxyz")
+    table = ImageTable(
+        Path("/r"), tuple(Path(f"/r/{i}.jpg") for i in range(12)), labels, ("a", "b"), ("",) * 12, groups=groups
+    )
+    with pytest.raises(DataError, match=r"class 'b' has 2; one each for train, val and test makes 3"):
+        split(table)
+    parts = split(table, test=0)  # two groups are enough for two splits
+    assert [part.class_counts()[1] for part in parts.named().values()] == [1, 1, 0]
+
+
+def test_groups_that_no_split_can_share_are_refused_by_name() -> None:
+    # Groups 1, 2 and 3 hold 'b', 1, 2 and 4 'c', 1, 3 and 4 'd': with 'b' and 'c' on all three sides, 3 is where 4 is.
+    held = {"1": (1, 2, 3), "2": (1, 2), "3": (1, 3), "4": (2, 3)}
+    found = [(group, label) for group, labels in held.items() for label in labels] + [("", 0)] * 3
+    n = len(found)
+    table = ImageTable(
+        Path("/r"), tuple(Path(f"/r/{i}.jpg") for i in range(n)), np.array([label for _, label in found]),
+        ("a", "b", "c", "d"), ("",) * n, groups=tuple(group for group, _ in found),
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"no way was found to give (test|val) a picture of '[bcd]'"):
+        split(table)
+
+
 def test_one_large_group_leaves_train_something() -> None:
     table = ImageTable(
         Path("/r"), tuple(Path(f"/r/{i}.jpg") for i in range(24)), np.arange(24) % 2, ("a", "b"), ("",) * 24,
@@ -326,9 +370,7 @@ def test_a_group_on_both_sides_of_brought_splits_is_found_and_told(
 
 
 def test_units_and_what_is_taken_of_them() -> None:
-    units = make_units([4, 0, 1, 2, 3, 5], ["", "g", "g", "g", "", "h"], [0, 1, 0, 1, 0, 1])
-    assert units == {0: [[4], [0]], 1: [[1, 2, 3], [5]]}
-    assert make_units([0, 1], ["g", "g"], [1, 0]) == {0: [[0, 1]]}  # a tie goes to the lower label
+    assert make_units([4, 0, 1, 2, 3, 5], ["", "g", "g", "g", "", "h"]) == [[4], [0], [1, 2, 3], [5]]
     free = [[1, 2, 3], [4], [5, 6], [7]]
     assert take_units(free, 3, leave=2) == [[1, 2, 3]]
     assert take_units(free, 2, leave=1) == [[4], [7]]  # the pair does not fit any more

@@ -14,7 +14,8 @@ _ROOMS = {
     "classifier": ("Classifier", "create_classifier"),
     "comparison": ("Budget", "Comparison", "compare"),
     "contest": ("Entrant", "Shootout", "shootout"),
-    "dataset": ("ImageTable", "Splits", "load_images", "open_image", "split"),
+    "dataset": ("ImageTable", "Splits", "load_images", "open_image"),
+    "splitting": ("split",),
     "errors": (
         "CheckpointError", "DataError", "HeadstartError", "Interrupted", "ModelError", "RecipeError", "SetupError",
     ),

@@ -26,7 +26,7 @@ from .augment import as_augment
 from .averaging import restore, snapshot
 from .classifier import Classifier
 from .contract import tensors_digest
-from .dataset import ImageTable, Splits, bad_file_lines, check_images, load_images, split
+from .dataset import ImageTable, Splits, bad_file_lines, check_images, load_images
 from .dataspec import DataSpec
 from .errors import CheckpointError, DataError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_logits
@@ -40,6 +40,7 @@ from .recipe import AugmentSpec, Recipe, Stage
 from .rowstore import built
 from .run import check_run_path, is_run, to_json, write_atomic
 from .runtime import Runtime
+from .splitting import split
 from .stage_result import StageResult
 from .store import Cache
 from .terminal import ProgressBar, say

@@ -1,4 +1,4 @@
-"""A folder of labelled pictures -> `ImageTable` -> stratified splits; which picture comes when is a pure function."""
+"""A folder of labelled pictures -> `ImageTable`; and the three tables of a run, which `splitting` makes of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import isolate
 from .decode import open_image
 from .errors import DataError, near_matches
 from .folders import IMAGE_EXTENSIONS, find_pictures, natural_key
-from .groups import Unit, make_units, shared_groups, take_units
+from .groups import shared_groups
 from .manifest import ManifestRow
 from .order import permutation, random_stream
 from .sources import read_source
@@ -29,11 +29,12 @@ __all__ = [
     "ImageTable",
     "Splits",
     "bad_reasons",
+    "by_path",
     "check_images",
     "list_image_files",
     "load_images",
     "open_image",
-    "split",
+    "word",
 ]
 
 SPLITS = ("train", "val", "test")
@@ -136,7 +137,7 @@ class ImageTable:
         quotas = _quotas([len(members) for members in groups.values()], n)
         chosen: list[int] = []
         for (name, label), quota in zip(groups, quotas, strict=True):
-            members = _shuffled(self, groups[name, label], random_stream(seed, _word(self.class_names[label]), 3))
+            members = _shuffled(self, groups[name, label], random_stream(seed, word(self.class_names[label]), 3))
             chosen.extend(members[:quota])
         return replace(self.select(sorted(chosen)), limited=n)
 
@@ -310,43 +311,6 @@ def bad_reasons(
     return isolate.bad_reasons(paths, workers=workers or available_cores(), progress=progress)
 
 
-def split(table: ImageTable, *, val: float = 0.15, test: float = 0.15, seed: int = 0) -> Splits:
-    """Train, val and test; a split the folder brings is kept, a missing one is held out of train, class by class.
-
-    A pure function of the seed, the relative paths and the class names: the same in any process, on any system, in
-    any order of the files. Each held-out split gets its share of each class, at least one picture; which pictures
-    are test does not depend on `val`. Pictures of one group go to one side together, as near to the shares as whole
-    groups allow.
-
-    Args:
-        val, test: share of each class's pictures to hold out, in [0, 1); 0 leaves the split empty. Without effect
-            for a split the folder brings.
-    Raises:
-        DataError: a share out of range, or a class with too few pictures (or groups) for the splits asked for.
-    """
-    for name, share in (("val", val), ("test", test)):
-        if not 0 <= share < 1:
-            raise DataError(f"{name} is {share!r}; it takes a share of the pictures from 0 to below 1.")
-    if val + test >= 1:
-        raise DataError(f"val {val} and test {test} leave nothing to train on; together they stay below 1.")
-    given = set(table.split_names)
-    shares = {name: share for name, share in (("test", test), ("val", val)) if share and name not in given}
-    assigned = np.array([name or "train" for name in table.split_names], dtype="<U5")
-    pool = _by_path(table, np.flatnonzero(assigned == "train").tolist())
-    of_class = make_units(pool, table.groups, table.labels.tolist())
-    _require_enough(table, of_class, tuple(shares))
-    for label, units in of_class.items():
-        order = permutation(len(units), random_stream(seed, _word(table.class_names[label]), 2))
-        free: list[Unit] = [units[i] for i in order]
-        left = len(shares)  # units to leave: one for each split still to come, and for train
-        for split_name, count in _held_out(sum(map(len, units)), shares).items():
-            for unit in take_units(free, count, leave=left):
-                assigned[unit] = split_name
-            left -= 1
-    train, val_table, test_table = (table.select(np.flatnonzero(assigned == name)) for name in SPLITS)
-    return Splits(train=train, val=val_table, test=test_table)
-
-
 def list_image_files(paths: Iterable[str | Path]) -> list[Path]:
     """Files as given, and the pictures in folders (at any depth, naturally sorted, hidden ones left out), each once.
 
@@ -407,31 +371,6 @@ def _train_counts(table: ImageTable) -> npt.NDArray[np.int64]:
     return np.bincount(table.labels[mask], minlength=len(table.class_names)).astype(np.int64)
 
 
-def _require_enough(table: ImageTable, of_class: dict[int, list[Unit]], missing: tuple[str, ...]) -> None:
-    needed = 1 + len(missing)
-    counts = np.array([len(of_class.get(label, ())) for label in range(len(table.class_names))])
-    short = np.flatnonzero(counts < needed)
-    if len(short):
-        named = ", ".join(f"{table.class_names[i]!r} has {counts[i]}" for i in short[:5])
-        more = f" and {len(short) - 5} classes more" if len(short) > 5 else ""
-        *sides, last = ("train", *sorted(missing, reverse=True))
-        raise DataError(
-            f"Too few training pictures in {table.root}: class {named}{more}; one each for "
-            f"{', '.join(sides)}{' and ' * bool(sides)}{last} makes {needed}"
-            f"{' (pictures of one group count as one)' if any(table.groups) else ''}. "
-            f"{f'Raise the limit, {table.limited}, which left others out; else add' if table.limited else 'Add'} "
-            "pictures, remove the class, or bring your own split folders (train, val, test)."
-        )
-
-
-def _held_out(n: int, shares: dict[str, float]) -> dict[str, int]:
-    """How many of `n` pictures each missing split gets: its rounded share, at least 1, and train keeps at least 1."""
-    counts = {name: max(1, int(n * share + 0.5)) for name, share in shares.items()}
-    while sum(counts.values()) >= n and counts:
-        counts[max(counts, key=lambda name: counts[name])] -= 1
-    return counts
-
-
 def _quotas(sizes: list[int], n: int) -> list[int]:
     """Share out `n` over groups of these sizes: in proportion, but first up to three each where `n` allows."""
     floor = next(k for k in (3, 2, 1) if sum(min(size, k) for size in sizes) <= n)
@@ -445,14 +384,16 @@ def _quotas(sizes: list[int], n: int) -> list[int]:
 
 def _shuffled(table: ImageTable, members: list[int], stream: np.random.Philox) -> list[int]:
     """`members` in an order that depends on their relative paths and the stream, not on their order in the table."""
-    by_path = _by_path(table, members)
-    return [by_path[i] for i in permutation(len(by_path), stream)]
+    ordered = by_path(table, members)
+    return [ordered[i] for i in permutation(len(ordered), stream)]
 
 
-def _by_path(table: ImageTable, members: list[int]) -> list[int]:
+def by_path(table: ImageTable, members: list[int]) -> list[int]:
+    """`members`, positions in the table, in the order of their relative paths."""
     # In one Unicode form: systems spell the same name differently, and the split must not depend on that.
     return sorted(members, key=lambda i: unicodedata.normalize("NFC", table.relative_paths[i]))
 
 
-def _word(text: str) -> int:
+def word(text: str) -> int:
+    """A class name as a number that random streams are keyed with."""
     return int.from_bytes(hashlib.sha256(text.encode(errors="surrogateescape")).digest()[:8], "little")

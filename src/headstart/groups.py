@@ -8,23 +8,17 @@ from collections.abc import Mapping, Sequence
 Unit = list[int]
 
 
-def make_units(members: Sequence[int], groups: Sequence[str], labels: Sequence[int]) -> dict[int, list[Unit]]:
-    """Label -> the units of that class; a unit is a group's members, or one picture that stands alone.
-
-    A group that spans several classes counts with the class of most of its pictures, the lower label at a tie.
+def make_units(members: Sequence[int], groups: Sequence[str]) -> list[Unit]:
+    """What is divided up as one piece: a group's members, or one picture that stands alone.
 
     Args:
         members: positions to divide up; units and their members come in this order.
-        groups, labels: group ('' stands alone) and label of every position.
+        groups: group ('' stands alone) of every position.
     """
     units: dict[object, Unit] = {}
     for i in members:
         units.setdefault(groups[i] or i, []).append(i)
-    of_class: dict[int, list[Unit]] = {}
-    for unit in units.values():
-        counts = Counter(labels[i] for i in unit)
-        of_class.setdefault(min(counts, key=lambda label: (-counts[label], label)), []).append(unit)
-    return of_class
+    return list(units.values())
 
 
 def take_units(units: list[Unit], pictures: int, *, leave: int) -> list[Unit]:
@@ -48,6 +42,45 @@ def take_units(units: list[Unit], pictures: int, *, leave: int) -> list[Unit]:
         taken.append(kept.pop(kept.index(min(kept, key=len))))
     units[:] = kept
     return taken
+
+
+def take_mixed_units(units: list[Unit], wanted: Mapping[int, int], labels: Sequence[int], *, leave: int) -> list[Unit]:
+    """As `take_units` for units with pictures of several classes, of each of which so many are wanted.
+
+    In the units' order, each is taken that brings the classes nearer to what is wanted of them, in shares of it; a
+    class that has got none so far then gets the smallest unit that leaves the others theirs. That is stratification
+    in one go (after Sechidis et al. 2011, for multi-label data) with whole groups in place of pictures.
+
+    Args:
+        wanted: label -> pictures. labels: of every position.
+        leave: so many units with a picture of each class stay.
+    """
+    counts = [Counter(labels[i] for i in unit) for unit in units]
+    left = Counter(label for count in counts for label in count)
+    lacking = dict(wanted)
+    taken: set[int] = set()
+
+    def take(place: int) -> None:
+        taken.add(place)
+        left.subtract(counts[place].keys())
+        for label, n in counts[place].items():
+            lacking[label] -= n
+
+    def is_free(place: int) -> bool:
+        return place not in taken and all(left[label] > leave for label in counts[place])
+
+    for place, count in enumerate(counts):
+        nearer = sum((abs(lacking[c]) - abs(lacking[c] - n)) / wanted[c] for c, n in count.items())
+        if nearer > 0 and is_free(place):
+            take(place)
+    for label in sorted(wanted, key=lambda label: left[label]):
+        if not any(label in counts[place] for place in taken):
+            free = [place for place, count in enumerate(counts) if label in count and is_free(place)]
+            if free:
+                take(min(free, key=lambda place: len(units[place])))
+    chosen = [unit for place, unit in enumerate(units) if place in taken]
+    units[:] = [unit for place, unit in enumerate(units) if place not in taken]
+    return chosen
 
 
 def join_groups(groups: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
