@@ -77,6 +77,47 @@ def wrapped() -> bytes:
     return buffer.getvalue()
 
 
+def zipped(names: list[str]) -> bytes:
+    """A zip with a picture under each of these names, and other files empty."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in names:
+            archive.writestr(name, PICTURE if name.endswith(".png") else b"")
+    return buffer.getvalue()
+
+
+def test_folders_around_the_pictures_may_be_several(tmp_path: Path) -> None:
+    names = [f"download/photos/{label}/{i}.png" for label in ("cat", "dog") for i in range(2)]
+    (tmp_path / "p.zip").write_bytes(zipped([*names, "download/photos/Icon\r"]))
+    table = load_images(tmp_path / "p.zip", check=False)
+    assert table.relative_paths == ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png")
+
+
+def test_names_in_utf_8_without_the_flag_are_read(tmp_path: Path) -> None:
+    """As macOS writes them."""
+    data = bytearray(zipped(["K\u00e4fer/0.png", "\u00d6tzi/0.png", "plain/0.png"]))
+    for magic, at in ((b"PK\3\4", 7), (b"PK\1\2", 9)):
+        start = data.find(magic)
+        while start >= 0:
+            data[start + at] &= ~0x08
+            start = data.find(magic, start + 4)
+    (tmp_path / "p.zip").write_bytes(data)
+    with zipfile.ZipFile(tmp_path / "p.zip") as archive:
+        assert archive.namelist()[0] != "K\u00e4fer/0.png", "the flag is gone"
+    assert load_images(tmp_path / "p.zip", check=False).class_names == ("K\u00e4fer", "plain", "\u00d6tzi")
+
+
+def test_a_prepared_folder_that_lost_a_file_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.zip").write_bytes(zip_of())
+    first = load_images(tmp_path / "a.zip")
+    first.paths[0].unlink()
+    assert load_images(tmp_path / "a.zip").paths == first.paths
+    first.paths[0].unlink()
+    monkeypatch.setattr(prepared, "_locked", lambda file: False)  # as where another process reads it
+    with pytest.raises(DataError, match="has lost some of its files, and another process reads it"):
+        load_images(tmp_path / "a.zip")
+
+
 def test_a_split_folder_alone_is_no_wrapper(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -111,7 +152,7 @@ def test_what_was_left_half_done_is_never_seen(tmp_path: Path) -> None:
     old.mkdir()
     os.utime(old, (0, 0))
     made = prepared_folder("x", lambda folder: (folder / "whole.png").write_bytes(PICTURE) and None)
-    assert files(made) == {"whole.png"}
+    assert files(made) == {"whole.png", ".files"}
     assert not old.exists()
 
 
@@ -120,7 +161,7 @@ def test_two_processes_at_once_end_with_one_folder() -> None:
         prepared_folder("x", lambda other: (other / "theirs.png").write_bytes(PICTURE) and None)
         (folder / "mine.png").write_bytes(PICTURE)
 
-    assert files(prepared_folder("x", meets_another)) == {"theirs.png"}
+    assert files(prepared_folder("x", meets_another)) == {"theirs.png", ".files"}
 
 
 def test_the_cache_command_lists_and_clears_data_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

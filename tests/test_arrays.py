@@ -30,9 +30,8 @@ def test_arrays_are_files_with_the_same_pixels() -> None:
     pixels = noise(6, 9, 7, 3)
     table = images_from_arrays(pixels, [10, 2, 10, 2, 2, 10])
     assert table.class_names == ("2", "10")
-    assert table.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    order = [1, 3, 4, 0, 2, 5]
-    assert all(np.array_equal(np.asarray(open_image(p)), pixels[i]) for p, i in zip(table.paths, order, strict=True))
+    assert table.labels.tolist() == [1, 0, 1, 0, 0, 1], "in the order they were given"
+    assert all(np.array_equal(np.asarray(open_image(p)), one) for p, one in zip(table.paths, pixels, strict=True))
     stamps = [path.stat().st_mtime_ns for path in table.paths]
     again = images_from_arrays(pixels.copy(), np.array([10, 2, 10, 2, 2, 10]))
     assert again.paths == table.paths
@@ -44,10 +43,21 @@ def test_arrays_are_files_with_the_same_pixels() -> None:
 def test_class_names_and_groups() -> None:
     table = images_from_arrays(noise(4, 8, 8), [1, 0, 1, 1], class_names=("dog", "cat"), groups=["", "a", "a", ""])
     assert table.class_names == ("dog", "cat")
-    assert table.labels.tolist() == [1, 1, 1, 0]
-    assert sorted(table.groups) == ["", "", "a", "a"]
+    assert table.labels.tolist() == [1, 0, 1, 1]
+    assert table.groups == ("", "a", "a", "")
     words = images_from_arrays(noise(2, 8, 8, 1), ["cat", "dog"], class_names=("dog", "cat"))
     assert words.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("images", [np.zeros((0, 8, 8, 3), np.uint8), np.zeros((0, 8, 0, 3), np.uint8), []])
+def test_no_pictures_are_told(images: object) -> None:
+    with pytest.raises(DataError, match="There are no pictures"):
+        images_from_arrays(images, [])  # type: ignore[arg-type]
+
+
+def test_a_picture_without_pixels_is_told() -> None:
+    with pytest.raises(DataError, match=r"picture 0 is uint8 \[0, 8, 3\]; it has no pixels"):
+        images_from_arrays(np.zeros((2, 0, 8, 3), np.uint8), ["a", "b"])
 
 
 def test_pil_pictures_of_any_mode_and_size_look_as_their_files_do(tmp_path: Path) -> None:
@@ -89,7 +99,7 @@ def test_labels_of_any_kind_are_named_as_in_a_manifest() -> None:
     pixels = noise(4, 8, 8)
     for labels in (list(torch.tensor([3, 1, 3, 1])), list(np.array([3.0, 1.0, 3.0, 1.0])), torch.tensor([3, 1, 3, 1])):
         assert images_from_arrays(pixels, labels).class_names == ("1", "3")
-    assert images_from_arrays(pixels, [1.0, 0, 1, 1], class_names=("a", "b")).labels.tolist() == [0, 1, 1, 1]
+    assert images_from_arrays(pixels, [1.0, 0, 1, 1], class_names=("a", "b")).labels.tolist() == [1, 0, 1, 1]
     for missing in (float("nan"), None, np.float32("nan")):
         with pytest.raises(DataError, match=r"label 2 is (nan|None)"):
             images_from_arrays(pixels, [0, 1, missing, 1])

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -686,6 +687,41 @@ def test_shares_out_of_range(table, shares: tuple[float, float]) -> None:  # typ
 def test_train_keeps_a_picture_whatever_the_shares(tmp_path: Path) -> None:
     parts = split(load_images(fill(tmp_path, {"a": 3, "b": 20})), val=0.6, test=0.35)
     assert [part.class_counts().tolist() for part in parts.named().values()] == [[1, 1], [1, 12], [1, 7]]
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_unknown_words_are_refused_before_anything_is_read(tmp_path: Path, check: bool) -> None:
+    with pytest.raises(DataError, match="bad_files is 'skp'; allowed: error, skip"):
+        load_images(tmp_path, bad_files="skp", check=check)
+
+
+@pytest.mark.parametrize("names", [[10, 11], "cat"])
+def test_class_names_that_are_no_names_are_refused(names: object, photos: Path) -> None:
+    with pytest.raises(DataError, match="it takes a list of names, as text"):
+        load_images(photos, class_names=names, check=False)  # type: ignore[arg-type]
+
+
+def test_a_class_of_trains_may_hold_an_empty_folder(tmp_path: Path) -> None:
+    for name in ("train", "plane"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    (tmp_path / "train" / "thumbnails").mkdir()
+    assert load_images(tmp_path, check=False).class_names == ("plane", "train")
+
+
+@pytest.mark.parametrize("seed", [0.5, -1, "1"])
+def test_a_seed_that_is_none_is_refused(seed: object, photos: Path) -> None:
+    with pytest.raises(DataError, match="it takes a whole number from 0"):
+        split(load_images(photos, check=False), seed=seed)  # type: ignore[arg-type]
+
+
+def test_shares_count_only_for_splits_that_are_missing(photos: Path) -> None:
+    table = load_images(photos, check=False)
+    parts = split(table, val=0.3, test=0.2)
+    given = parts.joined()
+    assert given is not None
+    given = replace(given, split_names=tuple("test" if name == "test" else "train" for name in given.split_names))
+    assert len(split(given, val=0.7, test=0.5).test) == len(parts.test)
 
 
 def test_limit_is_stratified_and_can_be_split(table) -> None:  # type: ignore[no-untyped-def]

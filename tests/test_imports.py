@@ -147,6 +147,7 @@ SIDEWAYS = {
     ("doubtful", "audit_files"),
     ("doubtful", "dataset"),
     ("doubtful", "findings"),
+    ("clean", "audit_copies"),
     ("clean", "dataset"),
     ("clean", "findings"),
     ("clean", "groups"),

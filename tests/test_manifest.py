@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -377,6 +379,34 @@ def test_units_and_what_is_taken_of_them() -> None:
     assert free == [[5, 6]]
     assert take_units(free, 1, leave=1) == []
     assert take_units(free, 1, leave=0) == [[5, 6]]  # none fits: the smallest
+
+
+def test_a_manifest_made_of_a_manifest_keeps_what_was_noted(photos: Path, tmp_path: Path) -> None:
+    first, second, *others = load_images(photos).rows()
+    first = replace(first, drop=True, reason="blurred", original_label="green")
+    second = replace(second, label="red", reason="looked at", original_label=second.label)
+    table = load_images(write_manifest([first, second, *others], tmp_path / "one.csv"))
+    assert table.dropped == ((first.path, "blurred"),)
+    again = read_manifest(write_manifest(table.rows(dropped=True), tmp_path / "two.csv"))
+    assert sorted(again, key=lambda row: row.path) == sorted([first, second, *others], key=lambda row: row.path)
+    assert len(table.rows()) == len(table) == len(others) + 1
+    wrong = replace(table, labels=(table.labels + 1) % 3)  # relabelled since: what was noted is of another label
+    assert not any(row.reason for row in wrong.rows())
+
+
+def test_splits_under_several_roots_are_written_so_that_they_are_read_again(photos: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(photos, elsewhere)
+    parts = split(load_images(photos), test=0)
+    splits = replace(parts, test=load_images(elsewhere, class_names=parts.class_names).select(range(0, 30, 5)))
+    tiny = {"backbone": "test_resnet", "weights": "none", "spec_overrides": {"image_size": 32}, "device": "cpu"}
+    run = headstart.fine_tune(splits, out=tmp_path / "run", recipe="head", **tiny).run_path
+    assert run is not None
+    again = split(load_images(run / "splits.csv", root=photos))
+    for name, table in splits.named().items():
+        assert sorted(again.named()[name].paths) == sorted(table.paths)
+    predicted = headstart.read_run(run).predictions
+    assert {row["path"] for row in predicted if row["split"] == "test"} == {str(path) for path in splits.test.paths}
 
 
 # ----------------------------------------------------------------------------------------------- the commands take one

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from .errors import DataError, SetupError
 from .folders import IMAGE_EXTENSIONS, SPLIT_FOLDERS
 from .manifest import MANIFEST_SUFFIXES
-from .prepared import hold, prepared_folder, prepared_path
+from .prepared import is_ready, prepared_folder, prepared_path
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 
@@ -91,17 +91,22 @@ def fetch_archive(url: str) -> Path:
             "prints. It pins the pictures to what you have seen."
         )
     done = prepared_path(f"archive-{digest[:32]}")
-    if hold(done):
+    if is_ready(done):
         return _top(done)
     with _downloaded(address, digest) as file:
         return _top(prepared_folder(done.name, lambda folder: _unpack(file, folder, address)))
 
 
 def _top(folder: Path) -> Path:
-    """The folder itself, or the one folder that everything in it lies in."""
-    inside = [path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX"))]
-    is_wrapper = len(inside) == 1 and inside[0].is_dir() and inside[0].name.casefold() not in SPLIT_FOLDERS
-    return inside[0] if is_wrapper else folder
+    """The folder itself, or the one folder that everything in it lies in, also several deep."""
+    inside = _inside(folder)
+    while len(inside) == 1 and inside[0].is_dir() and inside[0].name.casefold() not in SPLIT_FOLDERS:
+        folder, inside = inside[0], _inside(inside[0])
+    return folder
+
+
+def _inside(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX"))]
 
 
 # ---- what a member may be --------------------------------------------------------------------------------------
@@ -162,7 +167,9 @@ class _Gate:
 
 
 def _safe_path(raw: str) -> PurePosixPath:
-    if any(ord(letter) < 32 or ord(letter) == 127 for letter in raw) or "\\" in raw:
+    # What macOS keeps a folder's icon in has such a name; it is not written.
+    named = raw.removesuffix("Icon\r")
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in named) or "\\" in named:
         raise DataError(f"member {raw!r} has a control character or a backslash in its name")
     if raw.startswith("/") or len(raw.encode(errors="surrogateescape")) > MAX_NAME_BYTES:
         raise DataError(f"member {raw[:80]!r} has an absolute name, or one of over {MAX_NAME_BYTES:,} bytes")
@@ -252,11 +259,21 @@ def _zip_members(file: Path, gate: _Gate) -> Iterator[tuple[PurePosixPath, IO[by
     with file.open("rb") as raw, zipfile.ZipFile(raw) as archive:
         infos = archive.infolist()
         _refuse_overlaps(raw, infos, archive.start_dir)
-        paths = [gate.check(info.filename, size=info.file_size, folder=_zip_folder(info)) for info in infos]
+        paths = [gate.check(_zip_name(info), size=info.file_size, folder=_zip_folder(info)) for info in infos]
         for info, path in zip(infos, paths, strict=True):
             if not info.is_dir() and _is_wanted(path):
                 with archive.open(info) as source:
                     yield path, source, info.file_size
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """The member's name; macOS and others write UTF-8 without the flag that says so, which reads as code page 437."""
+    if info.flag_bits & 0x800 or info.filename.isascii():
+        return info.filename
+    try:
+        return info.filename.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return info.filename
 
 
 def _zip_folder(info: zipfile.ZipInfo) -> bool:

@@ -28,7 +28,7 @@ def images_from_arrays(
     class_names: Sequence[str] | None = None,
     groups: Sequence[str] | None = None,
 ) -> ImageTable:
-    """A table of pictures that are in memory; they are written losslessly as PNG into the cache folder, once.
+    """A table of pictures that are in memory, in their order; they are written losslessly as PNG into the cache, once.
 
     So the one function that prepares pictures from bytes serves here, too, and a run names its pictures.
 
@@ -47,6 +47,8 @@ def images_from_arrays(
     if not len(images) == len(words) == len(belong):
         beside = f" and {len(belong):,} groups" if groups is not None else ""
         raise DataError(f"{len(images):,} pictures, {len(words):,} labels{beside}; it takes one of each per picture.")
+    if not words:
+        raise DataError("There are no pictures: images and labels are empty.")
     digest = hashlib.sha256()
     for picture, word, group in zip(pictures_of(images), words, belong, strict=True):
         digest.update(repr((picture.mode, picture.size, word, group)).encode())
@@ -59,7 +61,8 @@ def images_from_arrays(
         writer.finish()
 
     folder = prepared_folder(f"arrays-{digest.hexdigest()[:32]}", fill)
-    return load_images(folder / PictureWriter.MANIFEST, class_names=class_names, check=False)
+    table = load_images(folder / PictureWriter.MANIFEST, class_names=class_names, check=False)
+    return table.select(np.argsort([int(path.stem) for path in table.paths]))  # files are called by their place
 
 
 def _words(labels: Labels, class_names: Sequence[str] | None) -> list[str]:
@@ -120,4 +123,6 @@ def pictures_of(images: Pictures) -> Iterator[Image.Image]:
                 "0 .. 255. Of floats from 0 to 1 take (images * 255).round().astype('uint8'); of [3, H, W] take "
                 "images.transpose(0, 2, 3, 1)."
             )
+        if not array.size:
+            raise DataError(f"picture {number} is uint8 {list(array.shape)}; it has no pixels. Leave it out.")
         yield Image.fromarray(array)

@@ -21,13 +21,12 @@ from .inspection import Look
 SERIES_SECONDS = 5.0  # between two shots of one series
 SERIES_LIKENESS = 0.9  # correlation of small grey pictures, where the files have no times
 
-
-_COPIES = "copies-"
+COPIES = "copies-"  # how the name of a group of copies begins, here and in a manifest that follows an audit
 
 
 def is_copies(group: str) -> bool:
-    """Whether a group's name is one that `Copies.names` gives."""
-    return re.fullmatch(rf"{_COPIES}\d+", group) is not None
+    """Whether a group's name is one that was given to copies, not by the user."""
+    return group.startswith(COPIES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +40,7 @@ class Copies:
     @property
     def names(self) -> tuple[str, ...]:
         """The near groups as `ImageTable.groups` takes them."""
-        return tuple(f"{_COPIES}{number + 1}" if number >= 0 else "" for number in self.near)
+        return tuple(f"{COPIES}{number + 1}" if number >= 0 else "" for number in self.near)
 
 
 def find_copies(looks: Sequence[Look]) -> Copies:

@@ -387,7 +387,10 @@ def _say_data(splits: Splits, show: bool) -> None:
 def _across(splits: Splits, group: str) -> str:
     """The first picture of a group in each split: `a.jpg in train and b.jpg in test`."""
     named = {name: table for name, table in splits.named().items() if group in table.groups}
-    return " and ".join(f"{table.relative_paths[table.groups.index(group)]} in {name}" for name, table in named.items())
+    root = splits.train.root
+    return " and ".join(
+        f"{table.names_from(root)[table.groups.index(group)]} in {name}" for name, table in named.items()
+    )
 
 
 def say_left_out(table: ImageTable, show: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from .audit_copies import COPIES
 from .dataset import ImageTable
 from .findings import AuditResult, DoubtfulLabel
 from .groups import join_groups
@@ -19,7 +20,7 @@ def clean_rows(table: ImageTable, result: AuditResult) -> list[ManifestRow]:
     Dropped: unreadable, blank and placeholder files; exact copies but the first; copies with several labels; in train
     and val, pictures of which a copy stands in a later split (a test picture stays). Flagged labels: relabelled where
     the suggestion is sure, else dropped; those of the test split stay as they are, since whoever cleans the test by the
-    model that is tested flatters it. Copies that stay share a group.
+    model that is tested flatters it. Copies that stay share a group. What the table's own manifest drops stays dropped.
     """
     names = table.relative_paths
     reasons = {name: _DROPPED[one.kind] for one in result.findings if one.kind in _DROPPED for name in one.files}
@@ -28,10 +29,12 @@ def clean_rows(table: ImageTable, result: AuditResult) -> list[ManifestRow]:
             reasons |= dict.fromkeys(one.files, f"{kind} copies with different labels")
     _drop_copies(table, result, reasons)
     doubtful = {one.file: one for one in result.doubtful or () if one.flagged and one.split != "test"}
-    return [
+    rows = table.rows(dropped=True)
+    kept = [
         _row(replace(row, group=group), reasons.get(name, ""), doubtful.get(name))
-        for row, group, name in zip(table.rows(), _groups(table, result), names, strict=True)
+        for row, group, name in zip(rows[: len(table)], _groups(table, result), names, strict=True)
     ]
+    return [*kept, *rows[len(table) :]]
 
 
 def counts_of(rows: list[ManifestRow]) -> Mapping[str, int]:
@@ -46,7 +49,7 @@ def _groups(table: ImageTable, result: AuditResult) -> tuple[str, ...]:
     for word in ("near", "exact"):
         found = [one for kind in ("conflicts", "leaks", "duplicates") for one in result.of_kind(f"{word}-{kind}")]
         sets = [members for one in found for members in one.groups]
-        name_of = {name: f"copies-{members[0]}" for members in sets for name in members}
+        name_of = {name: f"{COPIES}{members[0]}" for members in sets for name in members}
         groups = join_groups(groups, [name_of.get(name, "") for name in table.relative_paths])
     return groups
 
@@ -78,5 +81,10 @@ def _row(row: ManifestRow, reason: str, doubt: DoubtfulLabel | None) -> Manifest
         return row
     words = f"{doubt.suggested} {100 * doubt.suggested_prob:.0f} %, {doubt.label} {100 * doubt.label_prob:.0f} %"
     if doubt.relabel:
-        return replace(row, label=doubt.suggested, original_label=row.label, reason=f"doubtful label: {words}")
+        return replace(
+            row,
+            label=doubt.suggested,
+            original_label=row.original_label or row.label,
+            reason=f"doubtful label: {words}",
+        )
     return replace(row, drop=True, reason=f"doubtful label: {words}")

@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
         options |= {"spec_overrides": overrides}
     table = load_images(args.photos, root=args.root, check=False)
     result = audit(table, progress=not args.quiet, **options)
-    written = (write_audit(result, out), write_page(result, table.rows(), out)) if out is not None else None
+    written = (write_audit(result, out), write_page(result, table.rows(dropped=True), out)) if out is not None else None
     if clean is not None:
         rows = clean_rows(table, result)
         write_manifest(rows, clean)
@@ -94,9 +94,7 @@ def _clean_path(text: str | None, photos: str) -> Path | None:
     if path.suffix.lower() != ".csv" or not path.absolute().parent.is_dir():
         raise DataError(f"--write-clean is {text}; it takes a .csv file in a folder that is there.")
     if path.exists() and Path(photos).exists() and path.samefile(photos):
-        raise DataError(
-            f"--write-clean is {text}, the manifest that is read: what it drops would be lost. Name another."
-        )
+        raise DataError(f"--write-clean is {text}, the manifest that is read, which stays as it is. Name another.")
     return path
 
 

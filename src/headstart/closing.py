@@ -6,7 +6,7 @@ import json
 import shlex
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -68,7 +68,7 @@ def write_plan(run: Run, plan: Recipe, splits: Splits) -> None:
     rows = [
         (path, name, splits.class_names[label])
         for name, table in _tables(splits)
-        for path, label in zip(table.relative_paths, table.labels, strict=True)
+        for path, label in zip(table.names_from(splits.train.root), table.labels, strict=True)
     ]
     run.write_csv("splits.csv", ("path", "split", "label"), rows)
 
@@ -101,7 +101,7 @@ def finish(model: Classifier, bench: Bench, plan: Recipe, diary: Diary, last: St
     if run:
         save(model, run.path)
         header = ["path", "split", "label", "pred", "prob", *(f"p:{name}" for name in splits.class_names)]
-        run.write_csv("predictions.csv", header, _predictions(results, splits.class_names))
+        run.write_csv("predictions.csv", header, _predictions(results, splits))
         run.write_json("metrics.json", metrics)
         with diary.phase("report"):
             from .report import write_report
@@ -125,7 +125,9 @@ def _facts(model: Classifier, diary: Diary, splits: Splits, *, interrupted: bool
             "bad_files": [[str(path), reason] for path, reason in splits.train.bad_files],
             "dropped": [[str(path), reason] for path, reason in splits.train.dropped],
             "sizes": input_sizes(splits.train.paths, model.spec.image_size),
-            "leaked": [splits.test.relative_paths[i] for i in np.flatnonzero(leaked_rows(diary, splits))],
+            "leaked": [
+                splits.test.names_from(splits.train.root)[i] for i in np.flatnonzero(leaked_rows(diary, splits))
+            ],
             "doubtful_labels": diary.doubtful,
             "shared_groups": {group: list(names) for group, names in splits.shared_groups().items()},
         },
@@ -136,9 +138,11 @@ def _facts(model: Classifier, diary: Diary, splits: Splits, *, interrupted: bool
     }
 
 
-def _predictions(results: dict[str, Evaluation], class_names: Sequence[str]) -> Iterator[list[str]]:
+def _predictions(results: dict[str, Evaluation], splits: Splits) -> Iterator[list[str]]:
+    class_names = splits.class_names
     for name, result in results.items():
-        for path, label, row in zip(result.table.relative_paths, result.table.labels, result.probs, strict=True):
+        paths = result.table.names_from(splits.train.root)
+        for path, label, row in zip(paths, result.table.labels, result.probs, strict=True):
             pred = int(row.argmax())
             yield [path, name, class_names[label], class_names[pred], repr(float(row[pred])), *map(repr, row.tolist())]
 

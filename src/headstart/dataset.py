@@ -18,7 +18,7 @@ from .decode import open_image
 from .errors import DataError, near_matches
 from .folders import IMAGE_EXTENSIONS, find_pictures, natural_key
 from .groups import shared_groups
-from .manifest import ManifestRow
+from .manifest import ManifestLayout, ManifestRow
 from .order import permutation, random_stream
 from .sources import read_source
 from .threads import available_cores
@@ -47,8 +47,9 @@ class ImageTable:
 
     labels: int64 [N], indices into `class_names`. split_names: per picture 'train', 'val' or 'test' where the folder
     came with split folders, else ''. bad_files: (file, reason) of pictures left out under `bad_files="skip"`.
-    ignored: (extension, count) of files in the class folders that are no pictures. dropped: (file, reason) of those
-    that a manifest leaves out. The three belong to the load: parts made with `select` carry them on.
+    ignored: (extension, count) of files in the class folders that are no pictures. noted: rows of the manifest it was
+    read from that say more: dropped ones, those with a reason or an original label. The three belong to the load: parts
+    made with `select` carry them on.
     groups: per picture the group that stays on one side of every split, '' for a picture by itself; () is '' for all.
     limited: to how many pictures `limit` has cut it; 0 where it has not.
     """
@@ -60,7 +61,7 @@ class ImageTable:
     split_names: tuple[str, ...]
     bad_files: tuple[tuple[Path, str], ...] = ()
     ignored: tuple[tuple[str, int], ...] = ()
-    dropped: tuple[tuple[Path, str], ...] = ()
+    noted: tuple[ManifestRow, ...] = ()
     groups: tuple[str, ...] = ()
     limited: int = 0
 
@@ -86,12 +87,18 @@ class ImageTable:
         return tuple(p.relative_to(self.root).as_posix() for p in self.paths)
 
     @property
+    def dropped(self) -> tuple[tuple[Path, str], ...]:
+        """(file, reason) of the pictures that the manifest leaves out."""
+        return tuple((row.path, row.reason) for row in self.noted if row.drop)
+
+    def names_from(self, root: Path) -> tuple[str, ...]:
+        """As `relative_paths` where the pictures lie under this root, too; those that do not, in full."""
+        return self.relative_paths if root == self.root else tuple(_name_from(root, path) for path in self.paths)
+
+    @property
     def left_out(self) -> tuple[tuple[str, str], ...]:
         """`bad_files` by their paths relative to `root` where they lie in it."""
-        return tuple(
-            ((path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix(), reason)
-            for path, reason in self.bad_files
-        )
+        return tuple((_name_from(self.root, path), reason) for path, reason in self.bad_files)
 
     def class_counts(self) -> npt.NDArray[np.int64]:
         """Pictures per class, int64 [C]; 0 for a class that has none here."""
@@ -112,11 +119,23 @@ class ImageTable:
         """The same pictures in these groups, by path; '' stands alone."""
         return replace(self, groups=tuple(groups[path] for path in self.paths))
 
-    def rows(self, split: str = "") -> list[ManifestRow]:
-        """The pictures as rows for `write_manifest`; `split` in place of the split names they came with."""
+    def rows(self, split: str = "", *, dropped: bool = False) -> list[ManifestRow]:
+        """The pictures as rows for `write_manifest`, with the reasons and original labels that they were read with.
+
+        Args:
+            split: in place of the split names they came with.
+            dropped: the rows that the manifest drops as well, behind the others; they belong to the whole of what was
+                loaded, so ask one of its parts at most.
+        """
         labels = (self.class_names[label] for label in self.labels)
         columns = zip(self.paths, labels, self.split_names, self.groups, strict=True)
-        return [ManifestRow(path, label, split or own, group) for path, label, own, group in columns]
+        rows = [ManifestRow(path, label, split or own, group) for path, label, own, group in columns]
+        noted = {row.path: (row.reason, row.original_label, row.label) for row in self.noted if not row.drop}
+        for i, row in enumerate(rows):
+            reason, original, label = noted.get(row.path, ("", "", ""))
+            if label == row.label:
+                rows[i] = replace(row, reason=reason, original_label=original)
+        return [*rows, *(row for row in self.noted if row.drop)] if dropped else rows
 
     def limit(self, n: int, seed: int = 0) -> ImageTable:
         """At most `n` pictures, drawn in proportion from every class of every split: a quick dry run.
@@ -231,6 +250,8 @@ def load_images(
             `unpack_archive` and `export_named` refuse.
         SetupError: no network, or a package that is not installed.
     """
+    if bad_files not in BAD_FILES:
+        raise DataError(f"bad_files is {bad_files!r}; allowed: {', '.join(BAD_FILES)}.")
     layout = read_source(folder, val_folder=val_folder, test_folder=test_folder, root=root)
     names = _class_map(layout.splits, class_names, shown=str(folder))
     index = {name: i for i, name in enumerate(names)}
@@ -247,7 +268,7 @@ def load_images(
         class_names=names,
         split_names=tuple(row[2] for row in rows),
         ignored=tuple(sorted(layout.ignored.items())),
-        dropped=layout.dropped,
+        noted=layout.noted if isinstance(layout, ManifestLayout) else (),
         groups=tuple(layout.groups.get(row[0], "") for row in rows),
     )
     return check_images(table, bad_files=bad_files, workers=workers) if check else table
@@ -311,6 +332,10 @@ def bad_reasons(
     return isolate.bad_reasons(paths, workers=workers or available_cores(), progress=progress)
 
 
+def _name_from(root: Path, path: Path) -> str:
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+
+
 def list_image_files(paths: Iterable[str | Path]) -> list[Path]:
     """Files as given, and the pictures in folders (at any depth, naturally sorted, hidden ones left out), each once.
 
@@ -340,6 +365,8 @@ def _class_map(
     """The class names in label order, after checking every split's folders against them."""
     if class_names is not None:
         names = tuple(class_names)
+        if isinstance(class_names, str) or not all(isinstance(name, str) for name in names):
+            raise DataError(f"class_names is {class_names!r}; it takes a list of names, as text.")
         owner = "the class names given"
     elif "train" in splits or "" in splits:
         names = tuple(sorted(splits.get("train", splits.get("", {})), key=natural_key))

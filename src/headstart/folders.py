@@ -34,15 +34,13 @@ class Layout:
     """What a source of pictures holds.
 
     splits: split name ('' without splits) -> class name -> pictures. ignored: extension -> files. root: the folder
-    that holds all pictures. groups: the group of each picture that has one. dropped: (file, reason) of pictures that
-    a manifest leaves out.
+    that holds all pictures. groups: the group of each picture that has one.
     """
 
     splits: dict[str, dict[str, list[Path]]]
     ignored: Counter[str]
     root: Path
     groups: dict[Path, str] = field(default_factory=dict)
-    dropped: tuple[tuple[Path, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def _split_folders(top: _Folder, shown: str, chosen: dict[str, str | None]) -> d
         raise DataError(f"{shown}: val and test are the same folder {chosen['val']!r}; choosing and scoring need two.")
     free = [p for p in top.folders if p not in found.values()]
     named = [p for p in free if p.name.casefold() in SPLIT_FOLDERS]
-    if not found and not any(_list(p).folders for p in named):
+    if not found and not any(_holds_classes(_list(p)) for p in named):
         if named and len(named) == len(top.folders):
             raise _refuse(shown, f"no class folders in {_names(named)}{_beside(top)}")
         return {}
@@ -154,6 +152,11 @@ def _split_folders(top: _Folder, shown: str, chosen: dict[str, str | None]) -> d
             "Move it away, or say which split it is (--val-folder NAME, --test-folder NAME)."
         )
     return found
+
+
+def _holds_classes(here: _Folder) -> bool:
+    """Whether there are folders in it that count: an empty one beside pictures, say of thumbnails, does not."""
+    return any(not here.pictures or find_pictures(inner) for inner in here.folders)
 
 
 def _chosen_folder(top: _Folder, shown: str, name: str, folder: str) -> Path:

@@ -40,6 +40,16 @@ class ManifestRow:
     original_label: str = ""
 
 
+@dataclass(frozen=True)
+class ManifestLayout(Layout):
+    """A layout that a manifest spells out.
+
+    noted: its rows that say more than the layout does: dropped ones, and those with a reason or an original label.
+    """
+
+    noted: tuple[ManifestRow, ...] = ()
+
+
 def is_manifest(path: str | Path) -> bool:
     """Whether the name is that of a table this room reads."""
     return Path(path).suffix.lower() in MANIFEST_SUFFIXES
@@ -78,7 +88,7 @@ def read_manifest(path: str | Path, *, root: str | Path | None = None) -> list[M
     return [row for _, row in rows]
 
 
-def manifest_layout(rows: Iterable[ManifestRow], *, root: Path) -> Layout:
+def manifest_layout(rows: Iterable[ManifestRow], *, root: Path) -> ManifestLayout:
     """The kept rows by split and class, sorted as a folder of the same pictures is, whatever their order in the file.
 
     Args:
@@ -91,12 +101,12 @@ def manifest_layout(rows: Iterable[ManifestRow], *, root: Path) -> Layout:
     words = ("train", "", "val", "test")
     for row in sorted(kept, key=lambda r: (words.index(r.split), natural_key(r.label), natural_key(str(r.path)))):
         splits.setdefault(row.split, {}).setdefault(row.label, []).append(row.path)
-    return Layout(
+    return ManifestLayout(
         splits,
         ignored=Counter(),
         root=root,
         groups={row.path: row.group for row in kept if row.group},
-        dropped=tuple((row.path, row.reason) for row in rows if row.drop),
+        noted=tuple(row for row in rows if row.drop or row.reason or row.original_label),
     )
 
 

@@ -25,6 +25,7 @@ try:
 except ImportError:  # Windows, where a folder with open files cannot be moved
     fcntl = None
 
+_COUNT = ".files"  # in each folder: how many files were put into it
 _STALE_SECONDS = 24 * 3600.0
 _held: dict[Path, int] = {}  # folders that this process reads, each with a shared lock until the process ends
 
@@ -33,17 +34,26 @@ def prepared_folder(name: str, fill: Callable[[Path], None]) -> Path:
     """`sets/NAME` in the cache folder, filled by `fill` where it is not there yet.
 
     `fill` gets an empty folder beside it, which takes its place when complete: what an error, Ctrl-C or another
-    process leaves half done is never seen. Nobody clears it away while this process lives.
+    process leaves half done is never seen. Nobody clears it away while this process lives. A folder that has lost
+    files since is made anew.
+
+    Raises:
+        DataError: it has lost files, and another process reads it.
     """
     target = prepared_path(name)
-    if hold(target):
+    if is_ready(target):
         return target
+    if target.is_dir() and not remove_prepared(target):
+        raise DataError(
+            f"{target} has lost some of its files, and another process reads it. Start again when that has ended."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target.parent)
     part = target.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.filling")
     part.mkdir()
     try:
         fill(part)
+        (part / _COUNT).write_text(f"{_files(part)}\n")
         try:
             part.rename(target)
         except OSError:
@@ -53,6 +63,23 @@ def prepared_folder(name: str, fill: Callable[[Path], None]) -> Path:
         shutil.rmtree(part, ignore_errors=True)
     hold(target)
     return target
+
+
+def is_ready(folder: Path) -> bool:
+    """Hold the folder where it is there with as many files as were put into it."""
+    if not hold(folder):
+        return False
+    try:
+        return _files(folder) >= int((folder / _COUNT).read_text())
+    except FileNotFoundError:  # made by an earlier version
+        return True
+    except ValueError:
+        return False
+
+
+def _files(folder: Path) -> int:
+    """How many files lie in it, at any depth, the one with this number aside."""
+    return sum(len(files) for _, _, files in os.walk(folder)) - (folder / _COUNT).is_file()
 
 
 def hold(folder: Path) -> bool:
