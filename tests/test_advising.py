@@ -68,6 +68,13 @@ def test_copies_are_never_held_out_against_each_other() -> None:
     assert probe(features, labels, groups).accuracy < 0.75
 
 
+@pytest.mark.parametrize("per_class", [1, 2, 3])
+def test_few_pictures_of_each_class_are_judged_in_fewer_folds(per_class: int) -> None:
+    labels = np.repeat(np.arange(6), per_class)
+    told = 6.0 * torch.nn.functional.one_hot(torch.tensor(labels), 6).float() + 0.1 * torch.rand(len(labels), 6)
+    assert probe(told, labels).accuracy == (0.0 if per_class == 1 else 1.0)
+
+
 def test_mirror_images_are_judged_by_classifiers_of_plain_ones() -> None:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(2), 40)

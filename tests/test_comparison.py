@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,19 @@ import pytest
 from scipy.stats import binomtest
 
 from conftest import make_photos
-from headstart import Budget, CheckpointError, Interrupted, ModelError, Recipe, RecipeError, compare, read_run
+from headstart import (
+    Budget,
+    CheckpointError,
+    Interrupted,
+    ModelError,
+    Recipe,
+    RecipeError,
+    compare,
+    fine_tune,
+    load_images,
+    read_run,
+    split,
+)
 from headstart.bench import make_bench
 from headstart.cli import main
 from headstart.comparison import _pair_sentence, named_recipe, run_name
@@ -62,12 +76,40 @@ def test_pictures_are_looked_at_unless_told_not_to(compared: Any, folder: Path, 
     assert not (tmp_path / "out" / "head-seed0" / "audit.json").exists()
 
 
+def test_runs_from_an_earlier_run_s_weights_are_found_again_in_its_picture_size(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fine_tune(folder, recipe="head", out=tmp_path / "base", **MACHINE)
+    call = {**MACHINE, "weights": tmp_path / "base", "spec_overrides": None, "progress": True}
+    budgets = {"head": Budget((1,)), "scratch": Budget((1,), 32)}
+    seeds = np.arange(1)
+    for again in (False, True):
+        found = compare(folder, recipes=("scratch", "head"), budgets=budgets, seeds=seeds, out=tmp_path / "out", **call)
+        assert capsys.readouterr().err.count("done before; read from its folder") == 2 * again
+    assert [entry["budget"]["image_size"] for entry in found.results["recipes"]] == [32, 32]
+
+
+@pytest.mark.parametrize("seeds", [(), (0, 0), (0.5,), (-1,), 3, "ab"])
+def test_seeds_that_are_none_are_told(seeds: Any, folder: Path) -> None:
+    with pytest.raises(RecipeError, match="different whole numbers"):
+        compare(folder, seeds=seeds, **MACHINE)
+
+
+def test_test_pictures_under_another_root_are_compared(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    parts = split(load_images(folder), test=0)
+    test = load_images(tmp_path / "elsewhere", class_names=parts.class_names)
+    splits = replace(parts, test=test.select(range(0, len(test), 3)))
+    found = compare(splits, recipes=("head",), budgets={"head": Budget((1,))}, out=tmp_path / "out", **MACHINE)
+    assert found.results["recipes"][0]["test"]["n"] == len(splits.test)
+
+
 def test_figures_are_the_runs_own(compared: Any) -> None:
     for entry in compared.results["recipes"]:
         runs = [read_run(compared.path / run) for run in entry["runs"]]
-        for split in ("val", "test"):
+        for part in ("val", "test"):
             for key in ("accuracy", "log_loss", "weighted_precision", "weighted_recall"):
-                assert entry[split][key] == pytest.approx(np.mean([r.metrics[split][key] for r in runs]))
+                assert entry[part][key] == pytest.approx(np.mean([r.metrics[part][key] for r in runs]))
         low, high = entry["test"]["accuracy_ci95"]
         assert low <= entry["test"]["accuracy"] <= high
         assert [v["question"] for v in entry["verdicts"]][2] == "Does it overfit?"

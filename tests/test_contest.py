@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,22 @@ def test_a_run_folder_goes_through_a_whole_shootout_and_what_it_has_seen_is_told
     # A backbone of a run that was fine-tuned starts where that run ended, the one of random weights does not.
     tensors = load(found.path / row["run"]).backbone.state_dict(), load(base).backbone.state_dict()
     assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items() if name.startswith("conv1"))
+
+
+def test_runs_of_one_name_take_part_by_their_paths_and_one_made_anew_is_run_anew(folder: Path, tmp_path: Path) -> None:
+    for place, seed in (("a", 0), ("b", 1)):
+        fine_tune(
+            folder, backbone="test_resnet", weights="none", recipe=replace(PLAN, seed=seed),
+            out=tmp_path / place / "run", audit=False, **MACHINE,
+        )  # fmt: skip
+    runs = [str(tmp_path / place / "run") for place in ("a", "b")]
+    found = shootout(folder, backbones=runs, recipe=PLAN, finalists=2, out=tmp_path / "out", **MACHINE)
+    assert [row["label"] for row in found.results["entrants"]] == [f"test_resnet ({run})" for run in runs]
+    first, second = (Entrant.parse(run) for run in runs)
+    before = first.folder
+    assert before != second.folder
+    shutil.copy(f"{second.weights}/model.safetensors", f"{first.weights}/model.safetensors")
+    assert first.folder != before
 
 
 def test_wrong_settings_are_refused(folder: Path, tmp_path: Path) -> None:

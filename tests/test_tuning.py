@@ -273,6 +273,44 @@ def test_tpe_draws_from_ranges_and_lines(photos: Path, tmp_path: Path) -> None:
     assert more == [t["values"] for t in sweep(bench, trials=5, **call, out=tmp_path / "at once").results["trials"]]
 
 
+def test_tpe_says_where_choices_changed(photos: Path, tmp_path: Path) -> None:
+    bench = bench_of(photos)
+    call: dict[str, Any] = {"method": "tpe", "recipe": HEAD, "out": tmp_path / "out", **NET}
+    sweep(bench, trials=1, space=Space(values={"freeze_line": ("head", "last:2")}), **call)
+    with pytest.raises(RecipeError, match=r"chose freeze_line in another way than from head, last:3,"):
+        sweep(bench, trials=2, space=Space(values={"freeze_line": ("head", "last:3")}), **call)
+    again = sweep(bench, trials=2, space=Space(values={"freeze_line": ("head", "last:2")}), **call)
+    assert len(again.results["trials"]) == 2, "the trial that was not drawn counts for nothing"
+
+
+def test_a_value_out_of_range_is_found_before_any_trial(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"lr is -1.0"):
+        sweep(bench_of(photos), space=Space(values={"lr": (1e-3, -1.0)}), recipe=HEAD, out=tmp_path / "out", **NET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_storage_that_is_none_is_told(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="storage foo://bar cannot be opened"):
+        sweep(bench_of(photos), space=GRID, recipe=HEAD, out=tmp_path / "out", storage="foo://bar", **NET)
+
+
+def test_weights_made_anew_in_their_place_are_not_those_of_earlier_trials(photos: Path, tmp_path: Path) -> None:
+    bench, run = bench_of(photos), tmp_path / "run"
+    net = {**NET, "weights": run}
+    for seed in (0, 1):
+        fine_tune(bench, recipe=replace(HEAD, seed=seed), out=run, overwrite=True, **NET)
+        if not seed:
+            sweep(bench, space=GRID, trials=1, recipe=HEAD, out=tmp_path / "out", **net)
+    with pytest.raises(headstart.CheckpointError, match="made with another contents of the weights"):
+        sweep(bench, space=GRID, trials=1, recipe=HEAD, out=tmp_path / "out", **net)
+
+
+@pytest.mark.parametrize("wrong", [{"steps": "50"}, {"steps": 5}, {"low": "1"}, {"low": 0}, {"high": 1e-9}])
+def test_a_range_that_is_none_is_told(wrong: dict[str, Any], photos: Path) -> None:
+    with pytest.raises(RecipeError, match=f"find_lr: {next(iter(wrong))} is"):
+        find_lr(photos, **wrong)
+
+
 def test_random_weights_go_to_every_backbone_and_a_wrong_line_is_found_before_any_trial(
     photos: Path, tmp_path: Path
 ) -> None:
@@ -422,6 +460,16 @@ def test_values_are_read_and_wrong_ones_refused() -> None:
     for values in ({"lr": 1e-3}, {"freeze_line": "head"}, {"lr": ()}, ["lr"]):
         with pytest.raises(RecipeError, match="values of"):
             Space(values=values)  # type: ignore[arg-type]
+    for space in (
+        {"values": {"lr": ("fast",)}}, {"values": {"head_dropout": (True,)}}, {"values": {"freeze_line": (3,)}},
+        {"points": ({"lr": "1e-3"},)},
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match=r"it takes (numbers|words)"):
+            Space(**space)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="1 published figures for 2 trials"):
+        Space(points=({"lr": 1e-3}, {"lr": 1e-2}), published=(0.5,))
+    with pytest.raises(RecipeError, match="values by parameter"):
+        Space(points=(1e-3,))  # type: ignore[arg-type]
     assert Space(values={"lr": np.array([1e-3, 1e-2])}).values == {"lr": (1e-3, 1e-2)}
     with pytest.raises(RecipeError, match=r"space is .*it takes a Space"):
         sweep("photos", space={"lr": (1e-3,)})  # type: ignore[arg-type]

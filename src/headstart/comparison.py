@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ from .runtime import make_runtime
 from .settings import own_settings
 from .terminal import say
 from .verdicts import verdicts
+from .weights import contents_of
 
 FILE = "compare.json"
 DEFAULT_RECIPES = ("scratch", "head", "fine-tune")
@@ -141,8 +143,7 @@ def compare(
     Raises:
         RecipeError: recipes or budgets that cannot be used. CheckpointError: `out` holds something else.
     """
-    if not isinstance(seeds, Sequence) or not seeds or len(set(seeds)) != len(seeds):
-        raise RecipeError(f"seeds are {seeds!r}; give one or more different whole numbers, such as (0, 1).")
+    seeds = _whole_numbers(seeds)
     plans = _plans(recipes, budgets or {})
     overrides = {p.name: _overrides(spec_overrides or {}, (budgets or {}).get(p.name)) for p in plans}
     bench = data if isinstance(data, Bench) else make_bench(
@@ -154,10 +155,11 @@ def compare(
     if not len(bench.splits.test):
         raise RecipeError("The test split is empty, but a comparison is made on it. Hold some out: --test 0.15.")
     # A line that selects nothing is found before hours are spent on the others.
-    sizes = {plan.name: check_lines(plan, backbone, bench, overrides[plan.name]) for plan in plans}
+    sizes = {plan.name: check_lines(plan, backbone, weights, bench, overrides[plan.name]) for plan in plans}
     settings = {
         "backbone": backbone,
         "weights": str(weights or "hub"),
+        "contents of the weights": contents_of(weights or "hub"),
         "seed of the split": seeds[0],
         "data": data_digest(bench.splits),
         "pictures": json.loads(to_json(dict(spec_overrides or {}))),
@@ -208,13 +210,27 @@ def _overrides(shared: Mapping[str, Any], budget: Budget | None) -> dict[str, An
     return {**shared, **({"image_size": size} if size is not None else {})}
 
 
-def check_lines(plan: Recipe, backbone: str, bench: Bench, overrides: Mapping[str, Any]) -> int:
-    """Place every line once, on random weights; returns the side of the pictures.
+def _whole_numbers(seeds: Any) -> list[int]:
+    try:
+        numbers = [operator.index(seed) for seed in seeds]
+    except TypeError:
+        numbers = []
+    if not numbers or len(set(numbers)) != len(numbers) or min(numbers) < 0:
+        raise RecipeError(f"seeds are {seeds!r}; give one or more different whole numbers from 0, such as (0, 1).")
+    return numbers
+
+
+def check_lines(
+    plan: Recipe, backbone: str, weights: str | Path | None, bench: Bench, overrides: Mapping[str, Any]
+) -> int:
+    """Place every line once, on random weights; returns the side of the pictures, which is that of the weights given.
 
     Raises:
         ModelError: a line that selects nothing.
     """
-    model = create_classifier(backbone, bench.splits.class_names, head=plan.head, weights="none", **overrides)
+    spec = spec_of(backbone, weights_of(plan, weights if plan.pretrained else None), **overrides)
+    own = {**overrides, "image_size": spec.image_size}
+    model = create_classifier(backbone, bench.splits.class_names, head=plan.head, weights="none", **own)
     for stage in plan.stages:
         set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
     return model.spec.image_size
@@ -267,7 +283,8 @@ def run_or_read(
 
 def summarise(runs: Mapping[str, Sequence[RunRecord]], splits: Splits) -> dict[str, Any]:
     """The recipes' figures over their seeds, and every pair of recipes compared on the same test pictures."""
-    right = {name: np.stack([test_hits(run, splits.test) for run in of]) for name, of in runs.items()}
+    test = splits.test.names_from(splits.train.root)
+    right = {name: np.stack([test_hits(run, test) for run in of]) for name, of in runs.items()}
     entries = [_entry(name, of, right[name]) for name, of in runs.items()]
     pairs = []
     for a, b in combinations(entries, 2):
@@ -288,10 +305,10 @@ def summarise(runs: Mapping[str, Sequence[RunRecord]], splits: Splits) -> dict[s
     }
 
 
-def test_hits(run: RunRecord, table: ImageTable) -> NDArray[np.float64]:
-    """1 where the run's prediction is right, for each picture [N] of the test split in the table's order."""
+def test_hits(run: RunRecord, names: Sequence[str]) -> NDArray[np.float64]:
+    """1 where the run's prediction is right, for each picture [N] of the test split, called so, in this order."""
     hits = {row["path"]: float(row["pred"] == row["label"]) for row in run.answers if row["split"] == "test"}
-    return np.array([hits[str(path)] for path in table.relative_paths])
+    return np.array([hits[name] for name in names])
 
 
 def _entry(name: str, runs: Sequence[RunRecord], right: NDArray[np.float64]) -> dict[str, Any]:

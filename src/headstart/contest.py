@@ -42,6 +42,7 @@ from .settings import own_settings
 from .shootout_page import seen_words, write_shootout
 from .terminal import ProgressBar, duration, say
 from .tracing import evaluation_mode
+from .weights import contents_of
 
 FILE = "shootout.json"
 PROBED = 2000  # training pictures of a probe at the most, and as many for validation: a ranking needs no more
@@ -80,8 +81,9 @@ class Entrant:
 
     @property
     def folder(self) -> str:
-        """Of its run: the label, and some letters that tell equal labels of other weights apart."""
-        digest = hashlib.sha256(f"{self.backbone}={self.weights}".encode()).hexdigest()[:6]
+        """Of its run: the label, and some letters that tell equal labels of other weights, or what they were, apart."""
+        contents = contents_of(self.weights) if self.weights else ""
+        digest = hashlib.sha256(f"{self.backbone}={self.weights}{contents}".encode()).hexdigest()[:6]
         return run_name(f"{self.label}-{digest}", 0)
 
 
@@ -184,6 +186,11 @@ def _first_spec(entrants: Sequence[Entrant], overrides: Mapping[str, Any]) -> Da
 def _entrants(backbones: str | Entrant | Sequence[str | Entrant], plan: Recipe) -> list[Entrant]:
     given = [backbones] if isinstance(backbones, (str, Entrant)) else backbones
     found = [one if isinstance(one, Entrant) else Entrant.parse(one) for one in given]
+    labels = [one.label for one in found]
+    found = [  # runs in folders of one name, each called by its whole path
+        replace(one, label=f"{one.backbone} ({one.weights})") if one.weights and labels.count(one.label) > 1 else one
+        for one in found
+    ]
     labels = [one.label for one in found]
     if not found or len({*labels}) != len(labels):
         raise RecipeError(f"Backbones {', '.join(labels) or '(none)'}: give one or more, each once.")

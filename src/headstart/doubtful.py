@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,11 +59,16 @@ def folds_of(labels: Ints, groups: Sequence[str] = (), *, seed: int = 0) -> list
     Args:
         groups: per picture, '' for one by itself; () for none.
     """
-    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
-    together = [group or str(i) for i, group in enumerate(groups or ("",) * len(labels))]
-    splitter = StratifiedGroupKFold(min(FOLDS, len(set(together))), shuffle=True, random_state=seed % 2**32)
-    return list(splitter.split(labels, labels, np.unique(together, return_inverse=True)[1]))
+    together = np.unique(
+        [group or str(i) for i, group in enumerate(groups or ("",) * len(labels))], return_inverse=True
+    )[1]
+    folds, most = min(FOLDS, int(together.max()) + 1), int(np.bincount(labels).max())
+    splitter: Any = GroupKFold(folds)  # where no class has two pictures there is nothing to keep together
+    if most > 1:
+        splitter = StratifiedGroupKFold(min(folds, most), shuffle=True, random_state=seed % 2**32)
+    return list(splitter.split(labels, labels, together))
 
 
 def out_of_fold(features: Floats, labels: Ints, groups: Sequence[str] = (), *, seed: int = 0) -> Floats:

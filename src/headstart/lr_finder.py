@@ -24,6 +24,7 @@ from .classifier import Classifier, create_classifier
 from .dataspec import DataSpec
 from .errors import ModelError, RecipeError
 from .features import StageData, place_source
+from .fields import check_number
 from .freezing import set_freeze_line
 from .plots import plot_rates
 from .recipe import DEFAULT_BACKBONE, Recipe, Stage, load_recipe
@@ -105,8 +106,9 @@ def find_lr(
         raise RecipeError(f"{named} would change nothing: the run has its own. Leave it out.")
     if run is not None and after_head:
         raise RecipeError("after_head trains a new head; a run has its own. Leave one of the two out.")
-    if not 0 < low < high or steps < 2 * LEAST_STEPS:
-        raise RecipeError(f"The test takes rates 0 < low < high and {2 * LEAST_STEPS} steps or more.")
+    check_number("find_lr", "steps", steps, 2 * LEAST_STEPS, whole=True)
+    check_number("find_lr", "low", low, 0, above=True)
+    check_number("find_lr", "high", high, low, above=True)
     plan = Recipe.from_dict(read_run(run).recipe) if run is not None else _plan(recipe)
     if after_head and len(plan.stages) < 2:
         raise RecipeError(f"Recipe {plan.name!r} has one stage, so nothing comes after its head stage.")

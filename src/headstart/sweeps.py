@@ -20,7 +20,7 @@ from typing import Any
 from .backbones import spec_of
 from .bench import Bench, data_digest, make_bench, settle
 from .comparison import check_lines
-from .errors import Interrupted, RecipeError, SetupError
+from .errors import Interrupted, RecipeError, SetupError, in_words
 from .owners import is_gone, this_process
 from .plots import plot_parallel
 from .recipe import DEFAULT_BACKBONE, Recipe, load_recipe
@@ -30,10 +30,12 @@ from .runtime import make_runtime
 from .settings import own_settings
 from .terminal import say
 from .tuned import write_tuned
+from .weights import contents_of
 
 FILE = "sweep.json"
 JOURNAL = "journal.log"
 PARAMETERS = ("lr", "weight_decay", "head_dropout", "freeze_line", "backbone")
+WORDS = ("freeze_line", "backbone")
 TPE_TRIALS = 20
 GIVEN_UP = timedelta(hours=1)
 
@@ -75,9 +77,18 @@ class Space:
                 raise RecipeError(
                     f"The values of {name!r} are {choices!r}; give a tuple of one or more, even of one: (1e-3,)."
                 )
-        for name in [*(self.values or {}), *(name for point in self.points for name in point)]:
+        for point in self.points:
+            if not isinstance(point, Mapping):
+                raise RecipeError(f"A trial is {point!r}; it takes values by parameter: {{'lr': 1e-3}}.")
+        asked = [*(self.values or {}).items(), *((name, (v,)) for point in self.points for name, v in point.items())]
+        for name, choices in asked:
             if name not in PARAMETERS:
                 raise RecipeError(f"A sweep knows no parameter {name!r}. Known: {', '.join(PARAMETERS)}.")
+            kind, what = (str, "words") if name in WORDS else ((int, float), "numbers")
+            if any(not isinstance(value, kind) or isinstance(value, bool) for value in choices):
+                raise RecipeError(f"The values of {name!r} are {tuple(choices)!r}; it takes {what}.")
+        if len(self.published) not in (0, len(self.points)):
+            raise RecipeError(f"{len(self.published)} published figures for {len(self.points)} trials; give one each.")
 
     def grid(self) -> list[dict[str, Any]]:
         """Every trial of an explicit list or a full grid, in order."""
@@ -167,12 +178,16 @@ def sweep(
         progress=progress, **data_options,
     )  # fmt: skip
     bench = bench.without_test()
+    for point in space.grid():  # a value out of range is found before hours are spent on the trials in front of it
+        trial_recipe(plan, point)
     where = dict.fromkeys((str(p.get("backbone", backbone)), p.get("freeze_line")) for p in space.grid())
     for name, line in where:  # before hours are spent on the trials in front of one that cannot be
-        check_lines(trial_recipe(plan, {"freeze_line": line} if line else {}), name, bench, spec_overrides or {})
+        own = _own(weights, name, backbone)
+        check_lines(trial_recipe(plan, {"freeze_line": line} if line else {}), name, own, bench, spec_overrides or {})
     settings = {
         "data": data_digest(bench.splits), "recipe": json.loads(to_json(plan.to_dict())), "backbone": backbone,
-        "weights": str(weights or "hub"), "pictures": json.loads(to_json(dict(spec_overrides or {}))),
+        "weights": str(weights or "hub"), "contents of the weights": contents_of(weights or "hub"),
+        "pictures": json.loads(to_json(dict(spec_overrides or {}))),
         "precision": str(bench.runtime.dtype).removeprefix("torch."),
     }  # fmt: skip
     folder = settle(out, FILE, settings, overwrite=overwrite)
@@ -191,7 +206,7 @@ def sweep(
             break
         trial = _ask(optuna, study, seed=plan.seed)
         trial.set_user_attr("process", this_process())
-        point = left[0] if method == "grid" else _draw(trial, space.values or {})
+        point = left[0] if method == "grid" else _draw(optuna, study, trial, space.values or {})
         trial.set_user_attr("asked", point)
         overrides = dict(spec_overrides or {})
         try:
@@ -252,7 +267,14 @@ def _study(optuna: Any, storage: str, *, name: str, prune: bool, fresh: bool) ->
         path = Path(storage)
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
-    if fresh and name in optuna.get_all_study_names(kept):
+    try:
+        names = optuna.get_all_study_names(kept)
+    except Exception as error:  # of SQLAlchemy, of a driver that is not installed, of a file that is none of these
+        raise RecipeError(
+            f"The study's storage {storage} cannot be opened ({in_words(error)}). It takes a journal file's path, or a"
+            " database URL such as sqlite:///study.db."
+        ) from None
+    if fresh and name in names:
         optuna.delete_study(study_name=name, storage=kept)
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=3) if prune else optuna.pruners.NopPruner()
     return optuna.create_study(storage=kept, study_name=name, load_if_exists=True, direction="minimize", pruner=pruner)
@@ -272,16 +294,22 @@ def _ask(optuna: Any, study: Any, *, seed: int) -> Any:
         study.tell(trial, state=optuna.trial.TrialState.FAIL)  # another process asked at the same moment
 
 
-def _draw(trial: Any, values: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+def _draw(optuna: Any, study: Any, trial: Any, values: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
     """One trial's values: numbers from a range (rates and decays on a logarithmic scale), others from the choices."""
     point = {}
     for name, choices in values.items():
-        numbers = all(isinstance(v, (int, float)) for v in choices)
-        if numbers and len(choices) == 2 and min(choices) < max(choices):
-            log = name in ("lr", "weight_decay") and min(choices) > 0
-            point[name] = trial.suggest_float(name, min(choices), max(choices), log=log)
-        else:
-            point[name] = trial.suggest_categorical(name, list(choices))
+        try:
+            if name not in WORDS and len(choices) == 2 and min(choices) < max(choices):
+                log = name in ("lr", "weight_decay") and min(choices) > 0
+                point[name] = trial.suggest_float(name, min(choices), max(choices), log=log)
+            else:
+                point[name] = trial.suggest_categorical(name, list(choices))
+        except ValueError:  # Optuna's: choices stay as they are, and a range is no list
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            raise RecipeError(
+                f"Earlier trials of this study chose {name} in another way than from {', '.join(map(str, choices))},"
+                " and tpe cannot learn from both. Take the same choices, another --out, or --overwrite."
+            ) from None
     return point
 
 
@@ -401,7 +429,7 @@ def parse_values(texts: Iterable[str]) -> dict[str, tuple[Any, ...]]:
         if not equals or name not in PARAMETERS or not listed:
             raise RecipeError(f"{text!r}: it takes PARAMETER=VALUE,... with one of {', '.join(PARAMETERS)}.")
         parts: Sequence[str] = listed.split(",")
-        values[name] = tuple(parts) if name in ("freeze_line", "backbone") else tuple(_number(name, p) for p in parts)
+        values[name] = tuple(parts) if name in WORDS else tuple(_number(name, p) for p in parts)
     return values
 
 

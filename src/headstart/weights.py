@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -49,6 +50,19 @@ def find_weights(weights: str | Path, name: str) -> StoredWeights | None:
             f"or a run folder.{near_matches(str(weights), ('hub', 'none'))}"
         )
     return StoredWeights(read_weights(path), path)
+
+
+def contents_of(weights: str | Path) -> str:
+    """Some letters that tell what stands in a weights file, or in a run's, apart from what stood there before.
+
+    Empty for `hub`, `none`, and where there is no such file.
+    """
+    path = Path(weights) / "model.safetensors" if Path(weights).is_dir() else Path(weights)
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+    except OSError:
+        return ""
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
