@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -293,9 +294,10 @@ def test_evaluating_training_pictures_is_told(
     headstart.evaluate_run(tmp_path / "run", photos, device="cpu")
     used = len(run.splits.train) + len(run.splits.val)
     assert f"{used} of these 36 pictures were trained on" in capsys.readouterr().err
-    other = tmp_path / "other"
-    (photos).rename(other)
-    headstart.evaluate_run(tmp_path / "run", other, device="cpu")
+    for path in photos.rglob("*.jpg"):
+        Image.open(path).rotate(90).save(path)
+    photos.rename(tmp_path / "other")
+    headstart.evaluate_run(tmp_path / "run", tmp_path / "other", device="cpu")
     assert "trained on" not in capsys.readouterr().err
 
 
@@ -484,6 +486,27 @@ def test_test_pictures_are_known_again_through_a_link(run: headstart.FitResult, 
     (tmp_path / "link").symlink_to(photos, target_is_directory=True)
     found = trained_on(run.run_path, load_images(tmp_path / "link"))
     assert found.sum() == len(run.splits.train) + len(run.splits.val)
+
+
+def test_test_pictures_are_known_again_in_a_copy_of_their_folder(
+    run: headstart.FitResult, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(photos, tmp_path / "copy")
+    for number, path in enumerate(sorted((tmp_path / "copy").rglob("*.jpg"))):
+        path.rename(path.with_name(f"{number}.jpg"))
+    table = load_images(tmp_path / "copy")
+    assert run.run_path is not None
+    assert trained_on(run.run_path, table).sum() == len(run.splits.train) + len(run.splits.val)
+    headstart.evaluate_run(run.run_path, tmp_path / "copy", device="cpu")
+    assert "30 of these 36 pictures were trained on or chose the model" in capsys.readouterr().err
+    again = fine_tune(
+        tmp_path / "copy", out=tmp_path / "next", recipe=replace(SHORT, seed=3), **TINY | {"weights": run.run_path}
+    )
+    seen = trained_on(run.run_path, again.splits.test).sum()
+    assert again.metrics["test_without_leaks"]["n"] == len(again.splits.test) - seen < len(again.splits.test)
+    plain = fine_tune(photos, out=tmp_path / "plain", recipe=SHORT, cache=False, **TINY).run_path
+    assert plain is not None
+    assert not trained_on(plain, table).any(), "without the cache nothing is known of their bytes"
 
 
 def test_the_public_names_are_sorted_and_none_is_shadowed_by_a_room() -> None:

@@ -107,6 +107,14 @@ class Bench:
             self._pixels[name] = kept
         return kept.with_views(augment, seed=seed)
 
+    def contents(self, table: ImageTable) -> list[str]:
+        """The hash of each picture's file as a store has read it; empty where none has."""
+        for store in self._stores.values():
+            found = store.contents(table.paths)
+            if found is not None:
+                return found
+        return [""] * len(table)
+
     def evaluate(self, model: Classifier, name: str, *, advance: Advance | None = None) -> Evaluation:
         """Score split `name` in float32."""
         exact = replace(self.runtime, dtype=torch.float32)

@@ -24,10 +24,15 @@ from .diary import Diary
 from .errors import HeadstartError
 from .evaluation import Evaluation, source_logits
 from .features import PixelSource, StageData
+from .hashes import FileHashes
 from .recipe import Recipe
 from .run import Run, environment, read_csv
 from .sizes import input_sizes
+from .store import Cache
 from .terminal import ProgressBar
+from .threads import map_threads
+
+CONTENT, CONTENT_LETTERS = "content", 20  # the column of splits.csv with the beginning of the hash of each file's bytes
 
 
 @dataclass
@@ -44,33 +49,54 @@ class FitResult:
 
 
 def trained_on(run: Path, table: ImageTable) -> NDArray[np.bool_]:
-    """Mask of the files that stand in the run's train or validation split, in the folder it was trained on."""
+    """Mask of the pictures that stand in the run's train or validation split: the files there, and copies of them.
+
+    A copy is told by its bytes, where the run has noted those of its own files.
+    """
     try:
         root = json.loads((run / "metrics.json").read_bytes())["data"]["root"]
         here = Path(root).resolve()  # the same folder under another name, too
-        used = {str(here / row["path"]) for row in read_csv(run / "splits.csv") if row["split"] != "test"}
+        rows = [row for row in read_csv(run / "splits.csv") if row["split"] != "test"]
+        used = {str(here / row["path"]) for row in rows}
+        contents = {row[CONTENT] for row in rows if row.get(CONTENT)}
     except (OSError, ValueError, KeyError, TypeError, HeadstartError):
-        used = set()  # a folder `save` wrote holds the model alone
+        return np.zeros(len(table), dtype=bool)  # a folder `save` wrote holds the model alone
     here = table.root.resolve()
-    return np.array([str(here / path) in used for path in table.relative_paths], dtype=bool)
+    hashes = FileHashes(Cache(), table.root)
+
+    def is_known(place: int) -> bool:
+        if str(here / table.relative_paths[place]) in used:
+            return True
+        try:
+            return bool(contents) and hashes.of(table.paths[place])[:CONTENT_LETTERS] in contents
+        except OSError:  # what becomes of it is told where it is read
+            return False
+
+    return np.array(map_threads(is_known, range(len(table))), dtype=bool)
 
 
 def leaked_rows(diary: Diary, splits: Splits) -> NDArray[np.bool_]:
     """Mask of the test pictures that this run, or the earlier one its weights come from, has met in other splits."""
-    leaked = splits.leaked()
-    known = isinstance(diary.earlier, (str, Path))
-    return leaked | trained_on(Path(diary.earlier), splits.test) if known else leaked  # type: ignore[arg-type]
+    if diary.leaked is None:
+        diary.leaked = splits.leaked()
+        if isinstance(diary.earlier, (str, Path)):
+            diary.leaked |= trained_on(Path(diary.earlier), splits.test)
+    return diary.leaked
 
 
-def write_plan(run: Run, plan: Recipe, splits: Splits) -> None:
+def write_plan(run: Run, plan: Recipe, bench: Bench) -> None:
+    """What is going to be done, on which machine, and with which pictures."""
     run.write_json("recipe.json", plan.to_dict())
     run.write_json("environment.json", environment())
+    splits = bench.splits
     rows = [
-        (path, name, splits.class_names[label])
+        (path, name, splits.class_names[label], content[:CONTENT_LETTERS])
         for name, table in _tables(splits)
-        for path, label in zip(table.names_from(splits.train.root), table.labels, strict=True)
+        for path, label, content in zip(
+            table.names_from(splits.train.root), table.labels, bench.contents(table), strict=True
+        )
     ]
-    run.write_csv("splits.csv", ("path", "split", "label"), rows)
+    run.write_csv("splits.csv", ("path", "split", "label", CONTENT), rows)
 
 
 def _tables(splits: Splits) -> tuple[tuple[str, ImageTable], ...]:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .classifier import Classifier
 from .handover import Handover
 from .run import Run
@@ -30,6 +33,8 @@ class Diary:
     """What the weights come from; a run folder tells which pictures they have been trained on."""
     handover: Handover | None = None
     """What the head took over from an earlier run; None where it is a new one."""
+    leaked: NDArray[np.bool_] | None = None
+    """Which test pictures have been met in other splits, here or in the earlier run; None until that is asked."""
     doubtful: list[str] | None = None
     """Files whose label may be wrong; None where labels were not looked at."""
 
