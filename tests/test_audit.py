@@ -30,10 +30,10 @@ from headstart.dataset import ImageTable, Splits, load_images
 from headstart.doubtful import doubtful_findings, doubtful_labels, judgeable, out_of_fold, outlier_findings
 from headstart.duplicates import Pair, exact_pairs, groups_of, near_pairs
 from headstart.errors import DataError
+from headstart.files import read_csv
 from headstart.findings import AuditResult, DoubtfulLabel, read_audit
 from headstart.groups import join_groups
 from headstart.inspection import Header, look, look_at, look_of
-from headstart.run import read_csv
 from headstart.runtime import make_runtime
 from headstart.shortcuts import Shortcut, find_shortcuts
 from headstart.terminal import closing_table

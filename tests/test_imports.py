@@ -16,7 +16,7 @@ ROOMS = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init
 
 # A room imports from lower layers only; the pairs below are the ways sideways, within a layer.
 LAYERS = (
-    ("errors", "fields", "recipe"),
+    ("errors", "fields", "files", "recipe"),
     (
         *("tuned", "owners"),
         *("folders", "manifest", "groups", "prepared", "archives", "named_sets", "sources", "arrays", "sizes"),
@@ -97,10 +97,9 @@ SIDEWAYS = {
     ("recipe", "errors"),
     ("recipe", "fields"),
     ("fields", "errors"),
-    ("tuned", "run"),
+    ("files", "errors"),
     ("cli_compare", "cli_recipe"),
     ("manifest", "folders"),
-    ("manifest", "run"),
     ("arrays", "dataset"),
     ("arrays", "decode"),
     ("arrays", "prepared"),
@@ -169,7 +168,6 @@ SIDEWAYS = {
     ("audit_kept", "dataset"),
     ("audit_kept", "decode"),
     ("audit_kept", "findings"),
-    ("audit_kept", "run"),
     ("audit_kept", "store"),
     ("audit_quick", "audit_copies"),
     ("audit_quick", "audit_files"),

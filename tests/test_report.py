@@ -230,7 +230,7 @@ def test_worst_mistakes_come_with_their_pictures(tmp_path: Path, photos: Path) -
 
 
 def _predictions(path: Path) -> list[dict[str, str]]:
-    from headstart.run import read_csv
+    from headstart.files import read_csv
 
     return read_csv(path / "predictions.csv")
 

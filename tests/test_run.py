@@ -14,8 +14,9 @@ import pytest
 
 from headstart import run as run_room
 from headstart.errors import CheckpointError
+from headstart.files import read_csv, replacing, to_json, write_atomic
 from headstart.recipe import Recipe
-from headstart.run import Run, environment, is_run, open_run, read_csv, read_history, read_run, replacing, write_atomic
+from headstart.run import Run, environment, is_run, open_run, read_history, read_run
 
 
 def complete(run: Run, mark: str = "first") -> Run:
@@ -60,6 +61,20 @@ def test_json_of_odd_values(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="object"):
         run.write_json("metrics.json", {"x": object()})
     assert "Blüte" in (run.write_json("model.json", {"name": "Blüte"})).read_text(encoding="utf-8")
+
+
+def test_lists_of_numbers_stand_on_one_line_and_read_back_equal() -> None:
+    value = {
+        "matrix": [[1, -2], [3.5e-9, 4.0]], "none": [], "words": ["1", "[\n 1,\n 2\n]"], "mixed": [1, None],
+        "names": {"a": [7]},
+    }  # fmt: skip
+    text = to_json(value, indent=1).decode()
+    assert json.loads(text) == value
+    assert "[1, -2]" in text
+    assert "[3.5e-09, 4.0]" in text
+    assert '"a": [7]' in text
+    confusion = to_json({"confusion": [[0] * 300] * 300}, indent=1)
+    assert len(confusion) < 3.1 * 300 * 300
 
 
 @pytest.mark.parametrize(

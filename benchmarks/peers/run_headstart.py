@@ -15,8 +15,8 @@ import torch
 from runner_common import BACKBONE, Clock, arguments, finish, read_splits
 
 from headstart import fine_tune
+from headstart.files import read_csv
 from headstart.recipe import RECIPES
-from headstart.run import read_csv
 
 
 def main() -> None:

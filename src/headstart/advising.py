@@ -20,12 +20,12 @@ from .backbones import spec_of
 from .bench import Bench, make_bench
 from .classifier import Classifier, create_classifier
 from .errors import ModelError, RecipeError
+from .files import to_json, write_atomic
 from .metrics import holm, paired_difference
 from .pixels import Pixels
 from .probing import FINAL, Probe, blocks_to_probe, pooled_features, probe
 from .recipe import DEFAULT_BACKBONE, FINE_TUNE_STAGE, HEAD_STAGE, POLICIES, RECIPES, HeadSpec, Recipe
 from .recipes import weights_of
-from .run import to_json, write_atomic
 from .runtime import make_runtime
 from .settings import own_settings
 from .sizes import picture_sizes

@@ -10,8 +10,8 @@ from importlib import metadata
 from . import decode
 from .audit_quick import QuickAudit
 from .dataset import ImageTable
+from .files import to_json
 from .findings import AuditResult
-from .run import to_json
 from .store import Cache, code_hash, key_of
 
 _ROOMS = (

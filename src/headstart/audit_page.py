@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence, Set
 from pathlib import Path
 
+from .files import to_json, write_atomic
 from .findings import SEVERITIES, UNOPENED, AuditResult, DoubtfulLabel, Finding
 from .manifest import ManifestRow
 from .report_page import details, esc, facts, page, section, table
 from .report_results import picture_address
 from .review_script import SCRIPT, STYLE
-from .run import to_json, write_atomic
 
 PAGE_FILE = "audit.html"
 REVIEWED = "doubtful-labels"  # the finding that has the review in place of a sheet

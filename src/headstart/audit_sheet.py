@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 
 from .dataset import open_image
 from .errors import DataError
+from .files import replacing, to_json, write_atomic
 from .findings import UNOPENED, AuditResult, Finding, read_audit
-from .run import replacing, to_json, write_atomic
 
 AUDIT_FILE = "audit.json"
 THUMBNAIL_PX, COLUMNS, MOST_THUMBNAILS = 128, 8, 64

@@ -31,6 +31,7 @@ from .dataspec import DataSpec
 from .errors import CheckpointError, DataError, RecipeError
 from .evaluation import Evaluation, evaluate, predict_logits
 from .features import Placement, StageData, make_source
+from .files import to_json, write_atomic
 from .findings import AuditResult
 from .groups import join_groups
 from .once import Advance, Aside
@@ -38,7 +39,7 @@ from .pixels import Augment, Pixels, is_augmented
 from .pixelstore import PixelStore
 from .recipe import AugmentSpec, Recipe, Stage
 from .rowstore import built
-from .run import check_run_path, is_run, to_json, write_atomic
+from .run import check_run_path, is_run
 from .runtime import Runtime
 from .splitting import split
 from .stage_result import StageResult

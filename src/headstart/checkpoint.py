@@ -15,9 +15,9 @@ from torch import nn
 from .classifier import Classifier, create_classifier
 from .dataspec import DataSpec
 from .errors import CheckpointError, HeadstartError
+from .files import to_json, write_atomic
 from .modelfile import read_header, read_json
 from .recipe import HeadSpec
-from .run import to_json, write_atomic
 from .settings import own_settings
 from .weights import refuse_not_finite
 

@@ -202,7 +202,7 @@ def _preview(args: argparse.Namespace) -> int:
     recipe = apply_overrides(load_recipe(DEFAULT_RECIPE), {"augment": args.augment, "erasing": args.erasing})
     overrides = picture_overrides(vars(args))
     out = args.out or "preview.png"
-    from .run import check_target
+    from .files import check_target
 
     check_target(out)
     from .backbones import create_backbone, override_spec

@@ -71,7 +71,7 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
 def _predict(args: argparse.Namespace) -> int:
     if args.top is not None and args.top < 1:
         raise RecipeError(f"--top is {args.top}; it takes a whole number from 1.")
-    from .run import check_target
+    from .files import check_target
 
     if args.csv not in (None, "-"):
         check_target(args.csv)
@@ -99,7 +99,7 @@ def _predicted(args: argparse.Namespace, files: Sequence[Path]) -> Iterable[Mapp
 
 def _print_predictions(rows: Iterable[Mapping[str, Any]], args: argparse.Namespace) -> None:
     if args.csv:
-        from .run import to_csv, write_atomic
+        from .files import to_csv, write_atomic
 
         lines = to_csv(*terminal.predictions_csv(rows, top=args.top))
         if args.csv == "-":

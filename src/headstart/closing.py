@@ -24,9 +24,10 @@ from .diary import Diary
 from .errors import HeadstartError
 from .evaluation import Evaluation, source_logits
 from .features import PixelSource, StageData
+from .files import read_csv
 from .hashes import FileHashes
 from .recipe import Recipe
-from .run import Run, environment, read_csv
+from .run import Run, environment
 from .sizes import input_sizes
 from .store import Cache
 from .terminal import ProgressBar

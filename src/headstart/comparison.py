@@ -22,11 +22,12 @@ from .comparison_page import write_comparison
 from .dataset import ImageTable, Splits
 from .errors import HeadstartError, Interrupted, RecipeError
 from .fields import as_tuple
+from .files import to_json, write_atomic
 from .freezing import set_freeze_line
 from .metrics import judge_pairs, paired_difference, wilson_interval
 from .recipe import DEFAULT_BACKBONE, RECIPES, Recipe, load_recipe
 from .recipes import fine_tune, weights_of
-from .run import RunRecord, read_run, to_json, write_atomic
+from .run import RunRecord, read_run
 from .runtime import make_runtime
 from .settings import own_settings
 from .terminal import say

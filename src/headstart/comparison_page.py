@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+from .files import write_atomic
 from .report_charts import freeze_strip
 from .report_page import NONE, duration, esc, facts, number, page, percent, section, span, table
-from .run import read_run, write_atomic
+from .run import read_run
 from .svg import nice_ticks, svg, tag, text
 from .verdicts import Record, axis_range, figure, kept_record, stage_attempts
 

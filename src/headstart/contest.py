@@ -30,13 +30,14 @@ from .dataset import Splits
 from .dataspec import DataSpec
 from .errors import HeadstartError, RecipeError
 from .features import FeatureSource, make_source
+from .files import to_json, write_atomic
 from .freezing import set_freeze_line
 from .linear import fit_ridge
 from .metrics import judge_pairs, paired_difference, wilson_interval
 from .once import fast_kernels
 from .recipe import Recipe, load_recipe
 from .recipes import weights_of
-from .run import RunRecord, is_run, read_run, to_json, write_atomic
+from .run import RunRecord, is_run, read_run
 from .runtime import Runtime, make_runtime
 from .settings import own_settings
 from .shootout_page import seen_words, write_shootout

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError, SetupError, near_matches
+from .files import to_csv, write_atomic
 from .folders import SPLIT_FOLDERS, Layout, natural_key, require_file
-from .run import to_csv, write_atomic
 
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".parquet")
 COLUMNS = ("path", "label", "split", "group", "drop", "reason", "original_label")

@@ -18,8 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from .dataset import ImageTable
 from .errors import DataError, near_matches
+from .files import write_atomic
 from .recipe import AugmentSpec
-from .run import RunRecord, read_run, write_atomic
+from .run import RunRecord, read_run
 from .verdicts import Record, axis_range, figure, kept_record, stage_attempts
 
 if TYPE_CHECKING:

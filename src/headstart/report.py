@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from .cautions import cautions
+from .files import write_atomic
 from .report_audit import audit_section
 from .report_charts import curves, freeze_strip, interval_scale
 from .report_page import NONE, details, duration, esc, facts, long_path, number, page, percent, section, span, table
 from .report_results import SPLITS, confusion_section, data_section, mistakes_section, per_class_section
-from .run import RunRecord, read_run, write_atomic
+from .run import RunRecord, read_run
 from .verdicts import Verdict, verdicts
 
 __all__ = ["Verdict", "verdicts", "write_report"]

@@ -1,4 +1,4 @@
-"""The run folder: its layout, atomic writes and log records. Torch-free.
+"""The run folder: its layout, its log records, and how it is read again. Torch-free.
 
 A run that replaces an older one is written beside it, in `<name>.new-<number>`, and takes its place only in
 `Run.finish()`: until then, whatever goes wrong, the older run stands untouched under its own name.
@@ -6,25 +6,20 @@ A run that replaces an older one is written beside it, in `<name>.new-<number>`,
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
 import os
 import platform
-import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib import metadata
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+from .files import read_csv, sync_folder, to_csv, to_json, write_atomic
 
 RUN_FILES = (
     "model.safetensors",
@@ -51,112 +46,6 @@ _PACKAGES = (
     "scikit-learn",
     "matplotlib",
 )
-
-
-# ---- atomic writes ---------------------------------------------------------------------------------------------
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut; not every system lets a folder be opened for that."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
-
-
-def check_target(path: str | Path) -> None:
-    """Refuse a file that could not be written, before the work whose result it is to hold.
-
-    Raises:
-        CheckpointError: `path` is a folder, or lies in none.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"Cannot write {path}: it is a folder. Name a file in it.")
-    if not path.parent.is_dir():
-        raise CheckpointError(f"Cannot write {path}: there is no folder {path.parent}. Make it first.")
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a new file's path beside `path`; on leaving without an error it is synced and takes `path`'s place.
-
-    A reader sees the old file or the whole new one, never a part. After an error nothing has changed.
-
-    Raises:
-        CheckpointError: see `check_target`.
-    """
-    path = Path(path)
-    check_target(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def write_atomic(path: str | Path, data: bytes | Iterable[bytes]) -> None:
-    """Write `data`, whole or piece by piece, to `path` in one step; see `replacing`."""
-    with replacing(path) as temporary, temporary.open("xb") as file:
-        file.writelines([data] if isinstance(data, bytes) else data)
-
-
-def _plain(value: Any) -> Any:
-    """Plain JSON values: NaN and infinity become null (JSON has neither), tuples lists, numpy numbers Python's."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (str, bool, int)) or value is None:
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, Path):
-        return value.as_posix()
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    raise TypeError(f"{type(value).__name__} {value!r} has no JSON form")
-
-
-def to_json(value: Any, *, indent: int | None = None) -> bytes:
-    """UTF-8 JSON of plain values, numpy numbers and paths; NaN and infinity are written as null.
-
-    A name that is no valid Unicode (a file name from another encoding) is written as escapes, and reads back equal.
-    """
-    plain = _plain(value)
-    try:
-        return json.dumps(plain, ensure_ascii=False, allow_nan=False, indent=indent).encode()
-    except UnicodeEncodeError:
-        return json.dumps(plain, allow_nan=False, indent=indent).encode()
-
-
-def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[bytes]:
-    """The lines of a UTF-8 CSV file, made as they are taken: a row may be long, and there may be many.
-
-    Commas, quotes and line breaks in a cell are quoted, and any file name reads back equal.
-    """
-    text = io.StringIO(newline="")
-    # The csv module leaves a lone carriage return bare when lines end in "\n", and then cannot read it back.
-    plain, quoting = (
-        csv.writer(text, lineterminator="\n", quoting=q) for q in (csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC)
-    )
-    for row in chain([header], rows):
-        returns = any(isinstance(cell, str) and "\r" in cell for cell in row)
-        (quoting if returns else plain).writerow(row)
-        yield text.getvalue().encode("utf-8", errors="surrogateescape")
-        text.seek(0)
-        text.truncate()
 
 
 # ---- writing a run ---------------------------------------------------------------------------------------------
@@ -226,7 +115,7 @@ class Run:
                     f"the older run is in {old if old.exists() else self.target}. Move them by hand."
                 ) from None
             self.path = self.target
-            _sync_folder(self.target.parent)
+            sync_folder(self.target.parent)
             shutil.rmtree(old, ignore_errors=True)
         return self.path
 
@@ -423,19 +312,6 @@ def read_history(path: str | Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise CheckpointError(f"{path}, line {number} of {len(lines)}: not a JSON record ({error}).") from None
     return records
-
-
-def read_csv(path: str | Path, *, columns: Callable[[dict[str, str]], Iterable[str]] = tuple) -> list[dict[str, str]]:
-    """Rows of a CSV file written by `to_csv`, as text by column name; none where there is no file.
-
-    Args:
-        columns: the names of those of a row to keep, of which it may have no such column; all without it.
-    """
-    path = Path(path)
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return [{name: row[name] for name in columns(row) if name in row} for row in csv.DictReader(file)]
 
 
 def environment() -> dict[str, Any]:

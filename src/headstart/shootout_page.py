@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+from .files import write_atomic
 from .report_page import NONE, duration, esc, facts, number, page, percent, section, span, table
-from .run import write_atomic
 from .svg import nice_ticks, svg, tag, text
 
 Row = Mapping[str, Any]

@@ -21,11 +21,11 @@ from .backbones import spec_of
 from .bench import Bench, data_digest, make_bench, settle
 from .comparison import check_lines
 from .errors import Interrupted, RecipeError, SetupError, in_words
+from .files import to_json, write_atomic
 from .owners import is_gone, this_process
 from .plots import plot_parallel
 from .recipe import DEFAULT_BACKBONE, Recipe, load_recipe
 from .recipes import fine_tune, weights_of
-from .run import to_json, write_atomic
 from .runtime import make_runtime
 from .settings import own_settings
 from .terminal import say

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError
+from .files import to_json, write_atomic
 from .recipe import RECIPES, TUNED_ON, Recipe
-from .run import to_json, write_atomic
 
 _PICTURES = ("image_size", "mean", "std", "interpolation", "crop_pct", "fit")
 _KNOWN = ("backbone", "weights", "pictures")

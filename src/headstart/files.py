@@ -1,0 +1,143 @@
+"""Files written in one step, or not at all, and what stands in them: JSON of plain values, CSV of any names."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+# What stands between two brackets of indented JSON where there is nothing but numbers; in a string, breaks are escaped.
+_NUMBERS = re.compile(r"\[\n\s+((?:-?\d[\d.eE+-]*,\n\s+)*-?\d[\d.eE+-]*)\n\s*\]")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut; not every system lets a folder be opened for that."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def check_target(path: str | Path) -> None:
+    """Refuse a file that could not be written, before the work whose result it is to hold.
+
+    Raises:
+        CheckpointError: `path` is a folder, or lies in none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"Cannot write {path}: it is a folder. Name a file in it.")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"Cannot write {path}: there is no folder {path.parent}. Make it first.")
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a new file's path beside `path`; on leaving without an error it is synced and takes `path`'s place.
+
+    A reader sees the old file or the whole new one, never a part. After an error nothing has changed.
+
+    Raises:
+        CheckpointError: see `check_target`.
+    """
+    path = Path(path)
+    check_target(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_atomic(path: str | Path, data: bytes | Iterable[bytes]) -> None:
+    """Write `data`, whole or piece by piece, to `path` in one step; see `replacing`."""
+    with replacing(path) as temporary, temporary.open("xb") as file:
+        file.writelines([data] if isinstance(data, bytes) else data)
+
+
+def _plain(value: Any) -> Any:
+    """Plain JSON values: NaN and infinity become null (JSON has neither), tuples lists, numpy numbers Python's."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (str, bool, int)) or value is None:
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return value.as_posix()
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    raise TypeError(f"{type(value).__name__} {value!r} has no JSON form")
+
+
+def to_json(value: Any, *, indent: int | None = None) -> bytes:
+    """UTF-8 JSON of plain values, numpy numbers and paths; NaN and infinity are written as null.
+
+    A name that is no valid Unicode (a file name from another encoding) is written as escapes, and reads back equal.
+    """
+    plain = _plain(value)
+    text = json.dumps(plain, ensure_ascii=False, allow_nan=False, indent=indent)
+    try:
+        return _on_one_line(text).encode()
+    except UnicodeEncodeError:
+        return _on_one_line(json.dumps(plain, allow_nan=False, indent=indent)).encode()
+
+
+def _on_one_line(text: str) -> str:
+    """Lists of numbers each on one line: a confusion matrix of a thousand classes has a million."""
+    return _NUMBERS.sub(lambda found: f"[{', '.join(found[1].replace(',', ' ').split())}]", text)
+
+
+def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[bytes]:
+    """The lines of a UTF-8 CSV file, made as they are taken: a row may be long, and there may be many.
+
+    Commas, quotes and line breaks in a cell are quoted, and any file name reads back equal.
+    """
+    text = io.StringIO(newline="")
+    # The csv module leaves a lone carriage return bare when lines end in "\n", and then cannot read it back.
+    plain, quoting = (
+        csv.writer(text, lineterminator="\n", quoting=q) for q in (csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC)
+    )
+    for row in chain([header], rows):
+        returns = any(isinstance(cell, str) and "\r" in cell for cell in row)
+        (quoting if returns else plain).writerow(row)
+        yield text.getvalue().encode("utf-8", errors="surrogateescape")
+        text.seek(0)
+        text.truncate()
+
+
+def read_csv(path: str | Path, *, columns: Callable[[dict[str, str]], Iterable[str]] = tuple) -> list[dict[str, str]]:
+    """Rows of a CSV file written by `to_csv`, as text by column name; none where there is no file.
+
+    Args:
+        columns: the names of those of a row to keep, of which it may have no such column; all without it.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return [{name: row[name] for name in columns(row) if name in row} for row in csv.DictReader(file)]
