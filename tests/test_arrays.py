@@ -112,6 +112,7 @@ def test_labels_of_any_kind_are_named_as_in_a_manifest() -> None:
         (noise(2, 3, 8, 8), [0, 1], r"uint8 \[3, 8, 8\].*transpose"),
         (noise(2, 8, 8, 3), [0, 1, 1], r"2 pictures, 3 labels"),
         (noise(2, 8, 8, 3), np.eye(2), r"labels have shape \(2, 2\).*argmax"),
+        (noise(2, 8, 8, 3), [[0], [0, 1]], r"labels have shape of several lengths; .*multi-label"),
         (noise(2, 8, 8, 3), [0, 0.2], r"label 1 is 0.2; with class_names"),
         (noise(2, 8, 8, 3), [0, 5], r"label 5 has no name: class_names has 2"),
     ],

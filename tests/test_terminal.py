@@ -121,6 +121,12 @@ def test_a_name_cannot_move_the_cursor_or_break_a_table(capsys: pytest.CaptureFi
 
 def test_a_table_without_rows_is_its_header() -> None:
     assert format_table(["name", "n"], []).split("\n") == ["name  n", "-------"]
+    assert "\x1b" not in format_table(["\x1b[31mclass", "n"], [])
+
+
+def test_letters_of_two_columns_and_of_none_are_reckoned_with() -> None:
+    lines = format_table(["class", "n"], [["\u732b", "1"], ["e\u0301t\u00e9", "2"], ["plain", "3"]]).split("\n")
+    assert lines[2:] == ["\u732b     1", "e\u0301t\u00e9    2", "plain  3"]
 
 
 def test_top5_has_a_column_only_where_it_means_something() -> None:

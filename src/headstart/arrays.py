@@ -66,7 +66,10 @@ def images_from_arrays(
 
 
 def _words(labels: Labels, class_names: Sequence[str] | None) -> list[str]:
-    shape = np.shape(labels)
+    try:
+        shape: tuple[int, ...] | str = np.shape(labels)
+    except ValueError:  # lists of several lengths
+        shape = "of several lengths"
     if len(shape) != 1:
         raise DataError(
             f"labels have shape {shape}; it takes one per picture, [N]. Of one-hot labels take labels.argmax(axis=1); "

@@ -6,6 +6,7 @@ Bars and spoken lines go to stderr, so that stdout holds nothing but results. Ne
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from types import TracebackType
@@ -106,17 +107,23 @@ def figure(value: float | int | str | None, digits: int = 3) -> str:
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """Columns padded with blanks, a rule under the header; the first `left` columns flush left, the others right."""
-    rows = [[printable(cell).replace("\n", "\\n") for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    header, *rows = [[printable(cell).replace("\n", "\\n") for cell in row] for row in (header, *rows)]
+    widths = [max(_columns(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
+        padded = []
+        for column, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+            blanks = " " * (width - _columns(cell))
+            padded.append(cell + blanks if column < left else blanks + cell)
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(header), "-" * (sum(widths) + 2 * (len(widths) - 1)), *map(line, rows)])
+
+
+def _columns(text: str) -> int:
+    """How many columns of a terminal the text takes: Chinese, Japanese and Korean letters two each, accents none."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return len(text) + wide - sum(unicodedata.combining(letter) > 0 for letter in text)
 
 
 def scores_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
