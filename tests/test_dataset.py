@@ -24,6 +24,7 @@ from headstart import decode
 from headstart.dataset import Splits, check_images, list_image_files, load_images, open_image
 from headstart.errors import DataError, SetupError
 from headstart.isolate import bad_reasons
+from headstart.manifest import write_manifest
 from headstart.order import epoch_order, random_stream
 from headstart.splitting import split
 from headstart.threads import map_threads
@@ -868,4 +869,19 @@ def test_one_class_spelled_in_two_unicode_forms_is_told_not_dropped(tmp_path: Pa
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
     with pytest.raises(DataError, match="two class folders are both called"):
+        load_images(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no name ends in a blank there")
+def test_blanks_around_a_folder_s_name_are_no_part_of_the_class_as_in_a_manifest(tmp_path: Path) -> None:
+    for name in ("cat ", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    table = load_images(tmp_path)
+    assert table.class_names == ("cat", "dog")
+    manifest = write_manifest(table.rows(), tmp_path / "all.csv")
+    assert load_images(manifest, class_names=table.class_names).paths == table.paths
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat" / "1.png")
+    with pytest.raises(DataError, match=r"two class folders are both called 'cat', spelled with other .* or blanks"):
         load_images(tmp_path)

@@ -200,11 +200,12 @@ def _read_classes(
     ignored.update(path.suffix.lower() for inner in classes for path in inner.others)
     pictures: dict[str, list[Path]] = {}
     for inner in classes:
-        name = unicodedata.normalize("NFC", inner.path.name)
+        # As a manifest's labels are read, in which nobody sees blanks at the end.
+        name = unicodedata.normalize("NFC", inner.path.name).strip() or inner.path.name
         if name in pictures:
             raise DataError(
-                f"{shown}: two class folders are both called {name!r}, spelled with different Unicode characters. "
-                "Move their pictures into one of them."
+                f"{shown}: two class folders are both called {name!r}, spelled with other Unicode characters or blanks."
+                " Move their pictures into one of them."
             )
         pictures[name] = list(inner.pictures)
     return pictures
