@@ -81,7 +81,18 @@ LAYERS = (
         *("gradients", "attempt", "train"),
     ),
     (
-        *("layers", "plots", "svg", "report", "report_charts", "report_page", "report_results", "report_audit"),
+        *(
+            "layers",
+            "drawing",
+            "plots",
+            "sheets",
+            "svg",
+            "report",
+            "report_charts",
+            "report_page",
+            "report_results",
+            "report_audit",
+        ),
         *("comparison_page", "shootout_page", "audit_sheet", "auditing", "audit_page", "review_script"),
     ),
     (
@@ -94,6 +105,8 @@ LAYERS = (
     ),
 )
 SIDEWAYS = {
+    ("plots", "drawing"),
+    ("sheets", "drawing"),
     ("recipe", "errors"),
     ("recipe", "fields"),
     ("fields", "errors"),

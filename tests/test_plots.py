@@ -17,9 +17,10 @@ from headstart.dataset import ImageTable, load_images
 from headstart.dataspec import DataSpec
 from headstart.errors import DataError, RecipeError
 from headstart.metrics import evaluate_probs
-from headstart.plots import _column, plot_confusion, plot_history, preview_sheet, show_batch, spread_indices
+from headstart.plots import _column, plot_confusion, plot_history
 from headstart.recipe import AugmentSpec, Recipe
 from headstart.run import open_run, read_run
+from headstart.sheets import preview_sheet, show_batch, spread_indices
 
 SPEC = DataSpec(
     image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bilinear", crop_pct=1.0, fit="crop"
@@ -227,11 +228,12 @@ def test_preview_sheet_is_one_picture(table: ImageTable, tmp_path: Path) -> None
 def test_preview_shows_nine_pictures_and_nine_augmentations(
     table: ImageTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from headstart import augment, plots
+    from headstart import augment
+    from headstart import sheets as room
 
     sheets, views = [], []
-    render, view_of = plots._rendered, augment.augmented_view
-    monkeypatch.setattr(plots, "_rendered", lambda sheet, ending: (sheets.append(sheet), render(sheet, ending))[1])
+    render, view_of = room.rendered, augment.augmented_view
+    monkeypatch.setattr(room, "rendered", lambda sheet, ending: (sheets.append(sheet), render(sheet, ending))[1])
 
     def watched(*args: Any, **words: Any) -> torch.Tensor:
         views.append(words)

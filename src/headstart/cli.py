@@ -208,7 +208,7 @@ def _preview(args: argparse.Namespace) -> int:
     from .backbones import create_backbone, override_spec
     from .bench import say_left_out
     from .dataset import load_images
-    from .plots import preview_sheet
+    from .sheets import preview_sheet
 
     _, spec = create_backbone(args.backbone or DEFAULT_BACKBONE, weights="none", image_size=overrides.get("image_size"))
     skips = args.bad_files == "skip"  # otherwise only the pictures of the sheet are decoded
