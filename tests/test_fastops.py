@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -133,7 +134,7 @@ def test_pointwise_gradients_are_products_where_those_pay(
     torch.manual_seed(0)
     monkeypatch.setattr(fastconv, "products_pay", lambda: pays)
     monkeypatch.setattr(fastops, "products_pay", lambda: pays)
-    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1, bias=False), nn.Conv2d(6, 6, 1, stride=2))
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 9, 1, bias=False), nn.Conv2d(9, 6, 1, stride=2))
     x = draw(4, 3, 9, 11, dtype=torch.float32)
     stock = net_gradients(net, x)
     with fast_gradients(net) as done:
@@ -149,6 +150,28 @@ def test_pointwise_gradients_are_products_where_those_pay(
         )
         for a, b in zip(ours, stock, strict=True):
             assert relative(a, b) < 1e-5
+
+
+@pytest.mark.parametrize(("d", "stride", "bias"), [(1, 2, True), (3, 2, False), (7, (1, 3), True)])
+def test_weights_of_few_channels_and_a_stride_are_never_left_to_the_kernel_that_damages_memory(
+    d: int, stride: Any, bias: bool
+) -> None:
+    """Run by stock operations on a CPU with AVX2 and no AVX-512, this test would take the process with it."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(d, 8, 1, stride=stride, bias=bias)
+    x = draw(4, d, 17, 20, dtype=torch.float32)
+    exact = copy.deepcopy(conv).double()
+    exact(x.double().contiguous()).square().sum().backward()
+    with (
+        fast_gradients(conv.to(memory_format=torch.channels_last)) as done,
+        mock.patch("headstart.fastconv._backward", wraps=fastconv._backward) as stock,
+    ):
+        assert done.converted == 1
+        x.requires_grad_()
+        conv(x).square().sum().backward()
+    assert [call.args[-1] for call in stock.mock_calls] == [[True, False, False]]
+    for own, other in zip(conv.parameters(), exact.parameters(), strict=True):
+        assert relative(own.grad, other.grad) < 1e-5
 
 
 class Block(nn.Module):

@@ -28,6 +28,7 @@ from .fastconv import (
     is_pointwise,
     products_pay,
     stock_activation,
+    writes_past_its_memory,
 )
 from .fxtrace import Forward, trace
 from .passgraph import is_written_to
@@ -105,6 +106,8 @@ def _has_slow_backward(module: nn.Module) -> bool:
     if is_depthwise(module.weight, module.groups, module.dilation):
         return module.kernel_size[1] > STRIP or max(module.stride) > 1
     padding = cast("tuple[int, ...]", module.padding)
+    if writes_past_its_memory(module.weight.shape, module.stride, padding, module.groups):
+        return True
     return is_pointwise(module.kernel_size, module.stride, padding, module.groups) and any(products_pay())
 
 
