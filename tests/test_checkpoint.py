@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -24,6 +25,38 @@ def model() -> Classifier:
         for _ in range(3):
             made.train()(torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8))
     return made.eval()
+
+
+def test_a_model_of_which_another_would_be_made_is_not_saved(model: Classifier, tmp_path: Path) -> None:
+    for change, words in (
+        (lambda m: m.head.append(nn.Identity()), r"The head is another .* new_head\(model"),
+        (lambda m: setattr(m.backbone, "act1", nn.GELU()), r"The backbone is another .*: act1 is GELU, was ReLU"),
+        (lambda m: m.half(), r"The backbone is another .* float16"),
+        (lambda m: setattr(m, "class_names", ("a", "b", "c")), r"its head fits it no more"),
+        (lambda m: m.backbone.register_buffer("odd", torch.zeros(2, dtype=torch.int16)), r"odd is no tensor of floats"),
+    ):
+        other = copy.deepcopy(model)
+        change(other)
+        with pytest.raises(CheckpointError, match=words):
+            save(other, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    save(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)), tmp_path / "synced")
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "synced")(PICTURES), model(PICTURES))
+    save(torch.compile(model, backend="eager"), tmp_path / "compiled")
+    assert load(tmp_path / "compiled").head_spec == HEAD
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="No model can be written to"):
+        save(model, tmp_path / "file" / "run")
+    with pytest.raises(CheckpointError, match="describes the model's head, so head= would change nothing"):
+        load(tmp_path / "compiled", head=nn.Linear(8, 2))
+
+
+def test_a_mask_of_infinite_values_is_no_damage(tmp_path: Path) -> None:
+    head = nn.Linear(8, 2)
+    head.register_buffer("mask", torch.full((2,), -torch.inf))
+    save(create_classifier(TinyNet(), ("a", "b"), head=head, data_spec=SPEC), tmp_path)
+    assert torch.isinf(load(tmp_path, backbone=TinyNet(), head=copy.deepcopy(head)).head.mask).all()
 
 
 PICTURES = torch.randint(0, 255, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

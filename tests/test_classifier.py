@@ -15,6 +15,7 @@ from headstart.classifier import Classifier, create_classifier
 from headstart.dataspec import DataSpec
 from headstart.errors import ModelError
 from headstart.freezing import set_freeze_line
+from headstart.handover import change_classes, new_head
 from headstart.recipe import HeadSpec, HiddenLayer
 from headstart.tracing import evaluation_mode, trace
 from headstart.transforms import normalise
@@ -355,3 +356,49 @@ def test_weights_for_a_module_of_the_users_own_are_refused_not_ignored() -> None
 
     with pytest.raises(ModelError, match=r"weights='best\.safetensors' is for backbones by name"):
         create_classifier(TinyNet(), ("a", "b"), data_spec=SPEC, weights="best.safetensors")
+
+
+class Squash(nn.Module):
+    """A head that ends in a function, not in a module."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.soft, self.last, self.kind = nn.Softmax(1), nn.Linear(8, 3), kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.last(x)
+        return out if self.kind == "none" else out.softmax(1) if self.kind == "softmax" else out.sigmoid()
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid", "none"])
+def test_probabilities_are_told_by_what_the_head_gives_not_by_its_modules(kind: str) -> None:
+    if kind == "none":  # a softmax that is registered, and is no end
+        assert create_classifier(TinyNet(), ("a", "b", "c"), head=Squash(kind), data_spec=SPEC).head.kind == kind
+        return
+    with pytest.raises(ModelError, match=rf"The head gives probabilities; .* Leave the {kind} at its end out"):
+        create_classifier(TinyNet(), ("a", "b", "c"), head=Squash(kind), data_spec=SPEC)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_in_another_number_format_takes_the_same_pixels(dtype: torch.dtype) -> None:
+    model = tiny().eval()
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = model(pixels)
+        found = model.to(dtype)(pixels)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_classes_are_checked_when_they_are_changed_as_when_they_are_made() -> None:
+    model = create_classifier(TinyNet(), [0, 1, 2], data_spec=SPEC)  # type: ignore[list-item]
+    assert change_classes(model, [0, 1, 2, 3])[0].class_names == ("0", "1", "2", "3")  # type: ignore[list-item]
+    with pytest.raises(ModelError, match="class_names is 'abc'"):
+        change_classes(model, "abc")
+
+
+def test_a_new_head_is_behind_no_line() -> None:
+    model = tiny()
+    set_freeze_line(model, "head")
+    model.train()
+    assert new_head(model, ("x", "y")).train().backbone.norm.training

@@ -490,3 +490,38 @@ def test_numbers_that_another_thread_draws_are_no_reason() -> None:
     assert isinstance(
         cut_or_reason(Beside(lambda: 1.0), "block", example_shape=(3, 8, 8), forward=nn.Module.__call__), Cut
     )
+
+
+class Statements(nn.Module):
+    """Activations in place whose result nobody takes, as many write them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.act = kind, nn.ReLU(inplace=True)
+        self.c = nn.ModuleList(nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1) for i in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.c:
+            x = conv(x)
+            if self.kind == "method":
+                x.relu_()
+            elif self.kind == "module":
+                self.act(x)
+            else:
+                functional.relu(x, inplace=True)
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", ["method", "module", "function"])
+def test_what_is_done_in_place_as_a_statement_is_done_in_the_halves_too(kind: str) -> None:
+    torch.manual_seed(0)
+    net = Statements(kind).eval()
+    found = cut_or_reason(net, "c.2", example_shape=SHAPE, forward=nn.Module.__call__)
+    assert isinstance(found, Cut)
+    parts = segments(net, example_shape=SHAPE)
+    assert isinstance(parts, Segments)
+    x = pictures()
+    with torch.no_grad():
+        assert torch.equal(found.suffix.eval_graph(found.prefix(x)), net(x))
+        assert torch.equal(found.suffix.train_graph(found.prefix(x)), net(x))
+        assert torch.equal(parts(x), net(x))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.layers import DropPath
 from torch import nn
@@ -20,6 +22,7 @@ from headstart.freezing import (
     is_batchnorm,
     set_freeze_line,
 )
+from headstart.handover import new_head
 from headstart.rates import param_groups
 from headstart.recipe import HeadSpec, HiddenLayer
 from tiny import SPEC, TinyNet
@@ -28,8 +31,8 @@ NAMES = ("cat", "dog", "owl")
 HEAD = HeadSpec(batchnorm=True, hidden=(HiddenLayer(8),), dropout=0.1)
 
 
-def tiny(net: nn.Module | None = None, **options: Any) -> Classifier:
-    return create_classifier(net or TinyNet(), NAMES, data_spec=SPEC, **options)
+def tiny(net: nn.Module | None = None, names: tuple[str, ...] = NAMES, **options: Any) -> Classifier:
+    return create_classifier(net or TinyNet(), names, data_spec=SPEC, **options)
 
 
 class Tied(nn.Module):
@@ -374,12 +377,93 @@ def test_nothing_to_train_is_an_error() -> None:
     assert set_freeze_line(model, "all").trained == ("",)
 
 
-def test_batch_statistics_in_front_of_the_line() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 4, 3))
-    model = create_classifier(net, NAMES, head=HeadSpec(pool="avg"), data_spec=SPEC)
-    with pytest.raises(ModelError, match=r"1 \(BatchNorm2d\) keeps no running statistics"):
-        set_freeze_line(model, "2")
-    assert set_freeze_line(model, "1").frozen == ("0",)
+@pytest.mark.parametrize("affine", [True, False])
+def test_norms_without_statistics_of_their_own_are_refused(affine: bool) -> None:
+    norm = nn.BatchNorm2d(4, affine=affine, track_running_stats=False)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Conv2d(4, 4, 3))
+    with pytest.raises(ModelError, match=r"1 of the backbone \(BatchNorm2d\) keeps no running statistics"):
+        tiny(net, head=HeadSpec(pool="avg"))
+    with pytest.raises(ModelError, match=r"0 of the head \(BatchNorm1d\) keeps no running statistics"):
+        tiny(head=nn.Sequential(nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 3)))
+
+
+def test_modules_exchanged_behind_the_line_s_back_are_told_at_the_next_pass() -> None:
+    model = tiny()
+    set_freeze_line(model, "head")
+    old = model.backbone.norm
+    model.backbone.norm = nn.BatchNorm2d(8)
+    model.backbone.norm.weight, model.backbone.norm.bias = old.weight, old.bias  # as convert_sync_batchnorm does
+    model.train()
+    with pytest.raises(ModelError, match=r"1 of the backbone's modules \(norm\) were exchanged .* set_freeze_line"):
+        model(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(ModelError, match="were exchanged"):
+        Contract(model, torch.optim.SGD(model.head.parameters(), lr=0.1)).watch()
+    set_freeze_line(model, "head")
+    model.train()
+    assert not model.backbone.norm.training
+    copied = copy.deepcopy(model)
+    copied(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    assert not copied.backbone.norm.training
+
+
+def test_with_the_line_at_all_what_runs_before_the_first_weight_acts_too() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.Dropout2d(0.5), nn.Conv2d(3, 4, 3))
+    model = tiny(net, head=HeadSpec(pool="avg"))
+    set_freeze_line(model, "all", batchnorm="train")
+    model.train()
+    assert [module.training for module in net] == [True, True, True]
+    set_freeze_line(model, "head")
+    assert [module.training for module in net] == [False, False, False]
+
+
+def test_what_the_author_has_fixed_stays_fixed_wherever_the_line_stands() -> None:
+    net, head = TinyNet(), nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 3))
+    net.places = nn.Parameter(torch.zeros(2), requires_grad=False)
+    net.stem.register_forward_hook(lambda module, given, out: out + net.places.sum())
+    head[0].requires_grad_(False)
+    model = tiny(net, head=head)
+    for where in ("all", "head", "all"):
+        set_freeze_line(model, where)
+        assert not net.places.requires_grad
+        assert [p.requires_grad for p in head.parameters()] == [False, False, True, True]
+    other = new_head(model, NAMES)
+    set_freeze_line(other, "all")
+    assert not net.places.requires_grad
+    assert net.stem.weight.requires_grad
+
+
+def test_whole_numbers_among_the_parameters_are_left_alone() -> None:
+    head = nn.Linear(8, 3)
+    head.counts = nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)
+    set_freeze_line(tiny(head=head), "all")
+    assert not head.counts.requires_grad
+
+
+def test_a_wrapped_classifier_is_found_and_anything_else_refused() -> None:
+    model = tiny()
+    assert set_freeze_line(nn.DataParallel(model), "head") is model.freeze_line
+    with pytest.raises(ModelError, match=r"takes a Classifier, .* it was given TinyNet"):
+        set_freeze_line(TinyNet(), "head")
+
+
+def test_a_share_of_the_layers_is_one_of_a_wrapped_network_too() -> None:
+    plain = tiny(timm.create_model("resnet18", num_classes=0))
+    wrapped = tiny(nn.Sequential(nn.Sequential(timm.create_model("resnet18", num_classes=0)), nn.Flatten()))
+    shares = [len(set_freeze_line(model, "last:20%").trained) for model in (plain, wrapped)]
+    assert 0 < shares[1] < 20
+    assert len({group["name"] for group in param_groups(wrapped, lr=1.0, layer_decay=0.5)}) > 3
+
+
+def test_numbers_per_channel_are_not_decayed_in_any_shape_and_one_row_of_weights_is() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    net.scale = nn.Parameter(torch.ones(4, 1, 1))
+    net[1].register_forward_hook(lambda module, given, out: out * net.scale)
+    model = tiny(net, head=HeadSpec(pool="avg", output="sigmoid"), names=NAMES[:2])
+    set_freeze_line(model, "all")
+    groups = param_groups(model, lr=1.0, weight_decay=0.1)
+    spared = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
+    assert id(net.scale) in spared
+    assert id(model.head.classifier.weight) not in spared
 
 
 def test_moving_the_line_back_and_forth() -> None:

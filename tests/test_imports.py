@@ -105,6 +105,7 @@ LAYERS = (
     ),
 )
 SIDEWAYS = {
+    ("checkpoint", "backbones"),
     ("plots", "drawing"),
     ("sheets", "drawing"),
     ("recipe", "errors"),

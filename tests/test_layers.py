@@ -18,6 +18,26 @@ from tiny import SPEC, TinyNet
 
 NAMES = ("cat", "dog", "owl")
 
+
+def test_a_table_with_the_line_elsewhere_moves_nothing() -> None:
+    model = create_classifier(TinyNet(), NAMES, data_spec=SPEC)
+    line = set_freeze_line(model, "head")
+    kept = model.kept_in_eval
+    assert summary(model, freeze_line="all").frozen == 0
+    assert model.freeze_line is line
+    assert model.kept_in_eval == kept
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+
+
+def test_one_weight_under_two_names_counts_once() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3))
+    net[2].weight = net[0].weight
+    model = create_classifier(net, NAMES, head=HeadSpec(pool="avg"), data_spec=SPEC)
+    assert summary(model).parameters == sum(p.numel() for p in model.parameters())
+    with pytest.raises(ModelError, match="takes a Classifier"):
+        summary(net)
+
+
 # Keras's VGG16(include_top=False, input_shape=(180, 180, 3)).summary(): output [H, W, C] and parameters.
 KERAS_VGG16 = (
     ("input", (180, 180, 3), 0),

@@ -155,6 +155,7 @@ def test_a_share_of_the_layers_divides_no_block(name: str, where: str) -> None:
     [
         ("blocks.2.0.conv_pw", "blocks.2"), ("layer4.1.conv1", "layer4.1"), ("stages.2.norm", "stages.2"),
         ("features.12", "features.12"), ("stem.conv", "stem.conv"), ("head", "head"),
+        ("features.denseblock4.denselayer5.conv1", "features.denseblock4"), ("features.norm5", "features.norm5"),
     ],
 )  # fmt: skip
 def test_blocks_by_name(layer: str, block: str) -> None:

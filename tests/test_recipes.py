@@ -413,7 +413,9 @@ def test_fit_refuses_other_classes_and_a_freeze_by_hand(photos: Path) -> None:
     fit(model, splits, replace(short, freeze_line="head"), runtime=cpu, augment=None)
     designed = create_classifier(TinyNet(), splits.class_names, data_spec=SPEC)
     designed.backbone.norm.bias.requires_grad_(False)  # a small part, as positions that are fixed
+    before = designed.backbone.norm.bias.clone()
     fit(designed, splits, replace(short, freeze_line="all"), runtime=cpu, lr=np.float32(1e-3))
+    assert torch.equal(designed.backbone.norm.bias, before)
     with pytest.raises(RecipeError, match="it takes a Stage"):
         fit(model, splits, "head")
     set_freeze_line(model, "head")
@@ -504,9 +506,10 @@ def test_test_pictures_are_known_again_in_a_copy_of_their_folder(
     )
     seen = trained_on(run.run_path, again.splits.test).sum()
     assert again.metrics["test_without_leaks"]["n"] == len(again.splits.test) - seen < len(again.splits.test)
-    plain = fine_tune(photos, out=tmp_path / "plain", recipe=SHORT, cache=False, **TINY).run_path
-    assert plain is not None
-    assert not trained_on(plain, table).any(), "without the cache nothing is known of their bytes"
+    for data, how in ((photos, {"cache": False}), (load_images(photos), {"audit": False})):
+        other = fine_tune(data, out=tmp_path / "other", overwrite=True, recipe=SHORT, **how, **TINY)
+        assert other.run_path is not None
+        assert trained_on(other.run_path, table).sum() == len(other.splits.train) + len(other.splits.val)
 
 
 def test_the_public_names_are_sorted_and_none_is_shadowed_by_a_room() -> None:

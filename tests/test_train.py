@@ -363,6 +363,7 @@ def test_learning_rate_schedules() -> None:
     assert 0 < rates("cosine")[9] < 0.03
     assert rates("constant", 0.4)[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     one = rates("one-cycle")
+    assert learning_rate(0, steps=1, lr=1.0, schedule="one-cycle", warmup=0.0) == 1.0
     assert one[0] == pytest.approx(1 / 25)
     assert max(one) == one[3] == 1.0
     assert one[9] < 0.06
@@ -467,3 +468,11 @@ def test_training_pictures_that_layers_run_for_are_scored_in_proportion_to_valid
     for train, expected in ((stored, 256), (through_layers, scored)):
         run = SimpleNamespace(data=SimpleNamespace(train=train, val=val))
         assert Attempt._train_scored(run) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("starts_trained", [False, True])
+def test_features_that_are_no_numbers_are_not_blamed_on_the_rate(starts_trained: bool) -> None:
+    assert isinstance(DATA.val, FeatureSource)
+    nothing = FeatureSource(torch.full_like(DATA.val.features, math.nan), DATA.val.labels)
+    with pytest.raises(ModelError, match=r"validation loss is nan before the first step: the backbone gives NaN"):
+        fit(model_at(), StageData(DATA.train, nothing), QUICK, lr=0.05, runtime=CPU, starts_trained=starts_trained)

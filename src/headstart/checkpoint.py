@@ -12,10 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
-from .classifier import Classifier, create_classifier
+from .backbones import create_backbone
+from .classifier import Classifier, as_classifier, create_classifier
 from .dataspec import DataSpec
 from .errors import CheckpointError, HeadstartError
 from .files import to_json, write_atomic
+from .heads import create_head
 from .modelfile import read_header, read_json
 from .recipe import HeadSpec
 from .settings import own_settings
@@ -38,10 +40,30 @@ def save(model: Classifier, folder: str | Path) -> Path:
 
     The tensors are those of `model.state_dict()`; where the head or the backbone is a module of the user's, the
     JSON holds null for it, and `load` asks for the module.
+
+    Raises:
+        CheckpointError: see `check_savable`; a folder that cannot be made.
     """
+    model = as_classifier(model)
+    card = _card(model)
+    _check_card(model, card)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    card = {
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"The model cannot be written to {folder}: {error.strerror}. Name another folder."
+        ) from None
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
+    # Through bytes: safetensors' own writer makes files that nobody but the user may read.
+    write_atomic(folder / "model.safetensors", to_safetensors(tensors, metadata={"format": "pt"}))
+    write_atomic(folder / "model.json", to_json(card, indent=1) + b"\n")
+    return folder
+
+
+def _card(model: Classifier) -> dict[str, Any]:
+    """What `model.json` holds."""
+    return {
         "format": FORMAT,
         "version": VERSION,
         "backbone": None if model.backbone_name is None else {"name": model.backbone_name, "args": model.backbone_args},
@@ -52,11 +74,59 @@ def save(model: Classifier, folder: str | Path) -> Path:
         "preprocessing": asdict(model.spec),
         "versions": {name: version(name) for name in ("headstart", "torch", "timm")},
     }
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
-    # Through bytes: safetensors' own writer makes files that nobody but the user may read.
-    write_atomic(folder / "model.safetensors", to_safetensors(tensors, metadata={"format": "pt"}))
-    write_atomic(folder / "model.json", to_json(card, indent=1) + b"\n")
-    return folder
+
+
+def check_savable(model: Classifier) -> None:
+    """Refuse a model of which `load` would make another one, before it is trained for hours.
+
+    Raises:
+        CheckpointError: its tensors are of no kind that is written; it was changed by hand since it was made from a
+            name or a spec, which is all that the files hold.
+    """
+    _check_card(model, _card(model))
+
+
+def _check_card(model: Classifier, card: dict[str, Any]) -> None:
+    state: dict[str, Any] = model.state_dict()
+    odd = [n for n, t in state.items() if not isinstance(t, torch.Tensor) or t.dtype not in _DTYPES]
+    if odd:
+        raise CheckpointError(
+            f"This model cannot be saved: {', '.join(odd[:3])} is no tensor of floats, whole numbers of 32 or 64 bits,"
+            " bytes or flags. Keep it in another form."
+        )
+    with torch.device("meta"):
+        if model.backbone_name is not None:
+            net, _ = create_backbone(model.backbone_name, weights="none", **model.backbone_args)
+            advice = "make a classifier of the changed network: create_classifier(network, class_names, data_spec=...)"
+            _require_same("backbone", model.backbone, net, advice)
+        if model.head_spec is not None:
+            try:
+                head = create_head(model.head_spec, model.num_features, len(model.class_names))
+            except HeadstartError as error:  # names changed by hand
+                raise CheckpointError(f"This model cannot be saved: its head fits it no more. {error}") from None
+            advice = "put the head on as a module: new_head(model, class_names, head=module)"
+            _require_same("head", model.head, head, advice)
+
+
+def _require_same(part: str, own: nn.Module, made: nn.Module, advice: str) -> None:
+    """The part has the modules and tensors of one that is made anew."""
+    now, then = _described(own), _described(made)
+    changed = [name for name in (*now, *(n for n in then if n not in now)) if now.get(name) != then.get(name)]
+    if changed:
+        one = changed[0]
+        raise CheckpointError(
+            f"The {part} is another than its name or spec makes, which is all that the files hold: {one or 'it'} is"
+            f" {now.get(one, 'not there')}, was {then.get(one, 'not there')}. To keep it, {advice}."
+        )
+
+
+def _described(part: nn.Module) -> dict[str, str]:
+    """The kind of each module, and shape and format of each tensor; a BatchNorm over several processes is one."""
+    kinds = {name: type(module).__name__ for name, module in part.named_modules()}
+    plain = dict.fromkeys(("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"), "BatchNorm")
+    plain |= {"SyncBatchNormAct": "BatchNormAct2d"}
+    tensors = {n: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for n, t in part.state_dict().items()}
+    return {name: plain.get(kind, kind) for name, kind in kinds.items()} | tensors
 
 
 @own_settings()
@@ -81,6 +151,12 @@ def load(
     """
     folder = Path(folder)
     card = read_card(folder)
+    for part, given in (("backbone", backbone), ("head", head)):
+        if given is not None and card[part] is not None:
+            raise CheckpointError(
+                f"{folder / 'model.json'} describes the model's {part}, so {part}= would change nothing. Leave it out;"
+                " to put another head on its backbone there is new_head."
+            )
     tensors = folder / "model.safetensors"
     try:
         if card["backbone"] is not None:
@@ -147,7 +223,7 @@ def _check_tensors(model: Classifier, path: Path) -> None:
     problems = [f"missing: {name}" for name in wanted if name not in found]
     problems += [f"unexpected: {name}" for name in found if name not in wanted]
     for name, tensor in wanted.items():
-        expected = (tuple(tensor.shape), _DTYPES[tensor.dtype])
+        expected = (tuple(tensor.shape), _DTYPES.get(tensor.dtype, str(tensor.dtype)))
         if name in found and found[name] != expected:
             problems.append(f"{name}: {found[name]} in the file, {expected} in the model")
     if problems:
@@ -160,7 +236,8 @@ def _read_tensors(model: Classifier, path: Path) -> None:
             tensors = {name: file.get_tensor(name) for name in model.state_dict()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error}).") from None
-    refuse_not_finite(tensors, path)
+    weights = {n for n, _ in model.named_parameters()}
+    refuse_not_finite({n: t for n, t in tensors.items() if n in weights or "running_" in n}, path)
     model.load_state_dict(tensors)
 
 

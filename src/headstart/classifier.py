@@ -15,8 +15,10 @@ from .errors import HeadstartError, ModelError
 from .heads import create_head
 from .recipe import HeadSpec
 from .settings import own_settings
-from .tracing import Trace, trace
+from .tracing import Trace, evaluation_mode, trace
 from .transforms import normalise
+
+BY_DESIGN = 0.1  # share of a backbone up to which weights that take no gradient are taken for its own design
 
 _traces: dict[str, Trace] = {}  # names and shapes alone, some kilobytes for each backbone that was built by name
 
@@ -35,6 +37,7 @@ class Classifier(nn.Module):
         head_spec: what `create_head` was given; None for a module of the user's.
         backbone_name, backbone_args: what `create_backbone` was given; None and {} for a module of the user's.
         num_features: D; where it is not given, one pass of the backbone is watched for it.
+        fixed: parameters that take no gradient wherever the line stands, since whoever made the module wanted it so.
         freeze_line: where `set_freeze_line` last put the line; None while everything is trainable.
     """
 
@@ -57,6 +60,8 @@ class Classifier(nn.Module):
         self.head_spec, self.backbone_name, self.backbone_args = head_spec, backbone_name, dict(backbone_args or {})
         self.freeze_line: Any = None
         self._kept_in_eval: tuple[nn.Module, ...] = ()
+        self.fixed: tuple[nn.Parameter, ...] = ()
+        self._placed: tuple[nn.Module, ...] = ()  # the backbone's modules when the freeze line was placed
         self._traced: tuple[Any, Trace] | None = None
         # The same name and arguments make the same network, as when a saved one is built twice to be checked.
         same = backbone_name and repr((backbone_name, self.backbone_args, spec.image_size, pool))
@@ -125,7 +130,20 @@ class Classifier(nn.Module):
         return self
 
     def keep_frozen(self) -> None:
-        """Put what must not run in training mode back into evaluation mode; every forward pass does so itself."""
+        """Put what must not run in training mode back into evaluation mode; every forward pass does so itself.
+
+        Raises:
+            ModelError: modules were exchanged since the freeze line was placed, of which nobody knows the mode.
+        """
+        if self._placed:
+            known = {id(module) for module in self._placed}
+            new = [name for name, module in self.backbone.named_modules() if id(module) not in known]
+            if new:
+                raise ModelError(
+                    f"{len(new)} of the backbone's modules ({', '.join(new[:3])}) were exchanged after the freeze line"
+                    " was placed, as by convert_sync_batchnorm; what is frozen would not stay fixed. Place it again:"
+                    f" set_freeze_line(model, {self.freeze_line.where!r}, batchnorm={self.freeze_line.batchnorm!r})."
+                )
         for module in self._kept_in_eval:
             if module.training:
                 module.training = False
@@ -134,6 +152,7 @@ class Classifier(nn.Module):
         """Keep exactly these modules (each without its children) in evaluation mode from now on."""
         mode = self.training
         self._kept_in_eval = tuple(kept_in_eval)
+        self._placed = tuple(self.backbone.modules()) if kept_in_eval else ()
         self.train(mode)
 
     @property
@@ -165,7 +184,9 @@ class Classifier(nn.Module):
                 "The classifier takes pixels on the 0-255 scale and normalises them itself; it was given values from "
                 f"{float(pixels.min()):.3g} to {float(pixels.max()):.3g}. Leave out the scaling before it."
             )
-        return normalise(pixels, self.spec)
+        made = normalise(pixels, self.spec)
+        own = next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), torch.float32)
+        return made if own == torch.float32 else made.to(own)
 
     def _wrong_size(self, x: torch.Tensor, reason: str) -> ModelError:
         first = reason.strip().splitlines()[0] if reason.strip() else "no reason given"
@@ -173,6 +194,27 @@ class Classifier(nn.Module):
             f"{self.backbone_name or type(self.backbone).__name__} was made for {self.spec.image_size} px pictures and "
             f"does not take {x.shape[-2]} x {x.shape[-1]} ({first}). Create it with image_size={x.shape[-1]}."
         )
+
+
+def _fixed_by_design(part: nn.Module, most: float) -> list[nn.Parameter]:
+    """The parameters that take no gradient, where they are less than this share of all."""
+    off = [p for p in part.parameters() if not p.requires_grad]
+    return off if sum(p.numel() for p in off) < most * sum(p.numel() for p in part.parameters()) else []
+
+
+def as_classifier(given: Any) -> Classifier:
+    """The classifier, also where torch.compile or DataParallel has wrapped it.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    for inside in (given, getattr(given, "_orig_mod", None), getattr(given, "module", None)):
+        if isinstance(inside, Classifier):
+            return inside
+    raise ModelError(
+        f"This takes a Classifier, as create_classifier and load make it; it was given {type(given).__name__}. Make one"
+        " of a network of your own: create_classifier(network, class_names, data_spec=...)."
+    )
 
 
 @own_settings()
@@ -215,7 +257,7 @@ def create_classifier(
             "The backbone is a whole classifier already, which normalises and has a head. For a fresh head on it use"
             " new_head(model, class_names), to add or drop classes change_classes(model, class_names)."
         )
-    names = _checked_names(class_names)
+    names = checked_names(class_names)
     head = HeadSpec() if head is None else head
     check_head_kind(head)
     if isinstance(head, HeadSpec):
@@ -250,18 +292,26 @@ def create_classifier(
     model = Classifier(
         net, nn.Identity(), spec, names, pool=pool, backbone_name=name, backbone_args=args, num_features=num_features
     )
+    _refuse_batch_norms(model.backbone, "backbone")
     if isinstance(head, HeadSpec):
         model.head_spec = head
         with seeded(seed):
             model.head = create_head(head, model.num_features, len(names))
     else:
         model.head = head
+        _refuse_batch_norms(head, "head")
         _check_head(head, model.num_features, len(names))
+    model.fixed = (*_fixed_by_design(model.backbone, BY_DESIGN), *_fixed_by_design(model.head, 1.0))
     # Convolutions run faster so, and one layout everywhere gives the same bits everywhere.
     return model.to(memory_format=torch.channels_last)
 
 
-def _checked_names(class_names: Sequence[str]) -> tuple[str, ...]:
+def checked_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    """The class names as text.
+
+    Raises:
+        ModelError: no list of two or more different ones.
+    """
     names = tuple(map(str, class_names)) if isinstance(class_names, Iterable) else ()
     if isinstance(class_names, str) or len(names) < 2 or len(set(names)) != len(names):
         raise ModelError(f"class_names is {class_names!r}; it takes two or more different names.")
@@ -315,6 +365,16 @@ def check_head_kind(head: object) -> None:
         )
 
 
+def _refuse_batch_norms(part: nn.Module, what: str) -> None:
+    for name, module in part.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ModelError(
+                f"{name or type(part).__name__} of the {what} ({type(module).__name__}) keeps no running statistics:"
+                " what is said of a picture would depend on those beside it, and of one alone nothing could be said."
+                " Build it with track_running_stats=True."
+            )
+
+
 def _check_head(head: nn.Module, num_features: int, num_classes: int) -> None:
     try:
         shape = trace(head, lambda h, x: h(x), (2, num_features)).output_shape
@@ -325,8 +385,26 @@ def _check_head(head: nn.Module, num_features: int, num_classes: int) -> None:
             f"The head gives {shape} for two pictures with {num_features} features; expected (2, {num_classes}), one "
             "logit per class."
         )
-    if isinstance(list(head.modules())[-1], nn.Softmax):
+    squashed = _gives_probabilities(head, num_features)
+    if squashed:
         raise ModelError(
-            "The head gives probabilities; expected logits, of which the loss takes the softmax itself: after two"
-            " of them no class could be sure. Leave the softmax at its end out."
+            f"The head gives probabilities; expected logits, of which the loss takes the softmax itself: after two"
+            f" of them no class could be sure. Leave the {squashed} at its end out."
         )
+
+
+def _gives_probabilities(head: nn.Module, num_features: int) -> str:
+    """What a head seems to end in, by what it gives of some random features; empty where that is no probabilities."""
+    first = next(head.parameters(), torch.empty(0))
+    if first.is_meta or not first.is_floating_point():
+        return ""
+    noise = torch.randn(16, num_features, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([noise, 100 * noise]).to(first.device, first.dtype)
+    try:
+        with evaluation_mode(head), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            out = head(x).float()
+    except Exception:  # one that takes no such features has just run on others
+        return ""
+    if not bool(((out >= 0) & (out <= 1)).all()) or out.max() == out.min():
+        return ""
+    return "softmax" if bool((out.sum(1) - 1).abs().max() < 1e-3) else "sigmoid"

@@ -114,7 +114,8 @@ def cut_or_reason(
         at_eval = record(net, call, training=False)
         at_train = record(net, call, training=True, but=kept_in_eval)
         shapes = tensor_shapes(at_eval, net, example_shape)
-        check_same(at_eval, net, call, example_shape)
+        whole = fx.Interpreter(at_eval.whole, graph=at_eval.graph)
+        check_same(whole.run, net, call, example_shape)
         try:
             place, place_train = _choose(at_eval, at_train, names, shapes, max_bytes)
             is_last = not at_eval.layers(place, at_eval.first_touch(names))
@@ -123,9 +124,10 @@ def cut_or_reason(
         if not is_last:  # numbers that are alive all along may be in the way
             at_eval, at_train = (with_numbers_held(graph, net, example_shape) for graph in (at_eval, at_train))
             place, place_train = _choose(at_eval, at_train, names, shapes, max_bytes)
+        prefix, eval_suffix = at_eval.split(place)
+        check_same(lambda x: eval_suffix(prefix(x)), net, call, example_shape)
     except Uncuttable as reason:
         return str(reason)
-    prefix, eval_suffix = at_eval.split(place)
     train_suffix = at_train.split(place_train)[1]
     layers = at_eval.layers(place)
     first_alone = isinstance(behind, str)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .arrays import Pictures, pictures_of
 from .checkpoint import load
-from .classifier import Classifier
+from .classifier import Classifier, as_classifier
 from .dataset import ImageTable
 from .errors import DataError, RecipeError
 from .features import Source
@@ -228,7 +228,7 @@ def predictions(
     What is wrong with the arguments is told now, what is wrong with a picture when its part comes.
     """
     views = len(tta_views(tta))
-    model = run if isinstance(run, Classifier) else load(run, device=runtime.device)
+    model = load(run, device=runtime.device) if isinstance(run, (str, os.PathLike)) else as_classifier(run)
     items = _items(paths)
     if not items:
         raise DataError("There is no picture to predict: the list is empty.")

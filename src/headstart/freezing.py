@@ -11,12 +11,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from .backbones import block_aliases
-from .blocks import block_name, network_depths
-from .classifier import Classifier
+from .blocks import block_names, network_depths
+from .classifier import Classifier, as_classifier
 from .errors import ModelError, near_matches
 from .recipe import BATCHNORM_MODES
 from .tracing import Trace
@@ -146,7 +147,11 @@ def _last_n(where: str, count: int) -> int:
 def _start_of_block(net: nn.Module, layers: list[Layer], position: int) -> int:
     """The line moved in front of the block that it would split: a share of the layers is a share of whole blocks."""
     depths = network_depths(net)
-    blocks = [block_name(layer.name) if depths is None else depths.get(layer.parameters[0]) for layer in layers]
+    blocks: list[Any] = (
+        block_names([layer.name for layer in layers])
+        if depths is None
+        else [depths.get(layer.parameters[0]) for layer in layers]
+    )
     while position and blocks[position - 1] == blocks[position]:
         position -= 1
     return position
@@ -181,8 +186,8 @@ def set_freeze_line(model: Classifier, where: str, *, batchnorm: str = "fixed") 
             own parameters are trained), `last:N%` (that share of them, rounded up to whole blocks), or a block's or
             layer's name or wildcard (`layer4`, `blocks.6*`; VGG's `block1`..`block5`): the line stands before the
             first match in order of execution. On VGG16 `last:3` is `block5`, what Keras's `layers[:-4]` leaves
-            trainable, since Keras counts the pooling layer too. A block of the network that is itself called `head`
-            is `head.*`.
+            trainable, since Keras counts the pooling layer too. A block or layer of the network that is itself called
+            `head` is `head*`.
         batchnorm: of the backbone behind the line: `fixed` (statistics fixed, scale and shift trained), `frozen`
             (nothing of it trained) or `train` (statistics learned too). Other norms (LayerNorm, GroupNorm) keep no
             statistics and are trained like any layer. The head's own BatchNorm always learns.
@@ -206,32 +211,23 @@ def place_line(model: Classifier, where: str, *, batchnorm: str = "fixed") -> Fr
         )
     if not isinstance(where, str):
         raise ModelError(f"The freeze line is {where!r}; it takes a name: head, all, last:N or a block's.")
+    model = as_classifier(model)
     net, seen = model.backbone, model.backbone_trace()
     layers = layers_in_order(net, seen)
     position = _line_position(model, layers, where)
-    _check_pure(net, [layer.name for layer in layers[:position]])
     behind = layers[position:]
     norms = {id(p) for m in net.modules() if is_batchnorm(m) for p in m.parameters(recurse=False)}
-    trained = _trained(net, layers[:position], behind, but=norms if batchnorm == "frozen" else set())
+    fixed = {id(p) for p in model.fixed}
+    trained = _trained(net, layers[:position], behind, but=fixed | (norms if batchnorm == "frozen" else set()))
     for parameter in net.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
+        parameter.requires_grad_(id(parameter) in trained and parameter.is_floating_point())
     for parameter in model.head.parameters():
-        parameter.requires_grad_(True)
-    start = behind[0].start if behind else None
+        parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in fixed)
+    # With nothing in front of the line, what runs before the first weight (noise, dropout) is behind it, too.
+    start = None if not behind else behind[0].start if position else -1
     model.plan_modes(_kept_in_eval(net, seen, start, batchnorm))
     model.freeze_line = _describe(model, where, batchnorm, layers, position)
     return model.freeze_line  # type: ignore[no-any-return]
-
-
-def _check_pure(net: nn.Module, frozen: list[str]) -> None:
-    for name in frozen:
-        module = dict(net.named_modules()).get(name)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            raise ModelError(
-                f"{name} ({type(module).__name__}) keeps no running statistics, so that its output depends on the "
-                "other pictures of the batch; in front of the freeze line outputs must depend on the picture alone. "
-                "Build it with track_running_stats=True, or set the line in front of it."
-            )
 
 
 def _trained(net: nn.Module, frozen: Sequence[Layer], behind: Sequence[Layer], *, but: set[int]) -> set[int]:
@@ -301,7 +297,7 @@ def _cut_block(net: nn.Module, names: list[str], position: int) -> str | None:
     if not 0 < position < len(names):
         return None
     both = [n for n in _with_parents(names[position - 1]) if n in _with_parents(names[position])]
-    lists = (nn.Sequential, nn.ModuleList)
+    lists = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     if not both or isinstance(net.get_submodule(both[-1]), lists):
         return None  # the line stands between two members
     return next((n for n in reversed(both) if isinstance(net.get_submodule(n.rpartition(".")[0]), lists)), None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .classifier import Classifier, create_classifier
+from .classifier import Classifier, checked_names, create_classifier
 from .errors import ModelError, near_matches
 from .recipe import HeadSpec
 
@@ -61,8 +61,13 @@ def new_head(
     else:
         made = create_classifier(model.backbone, class_names, head=spec, data_spec=model.spec, pool=model.pool)
     made.backbone_name, made.backbone_args = model.backbone_name, dict(model.backbone_args)
+    own = {id(p) for p in made.backbone.parameters()}
+    in_head = (p for p in made.fixed if id(p) not in own)
+    made.fixed = (*(p for p in model.fixed if id(p) in own), *in_head)  # the flags of now are those of the old line
+    fixed = {id(p) for p in made.fixed}
     for parameter in made.backbone.parameters():
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(id(parameter) not in fixed and parameter.is_floating_point())
+    made.train(made.training)  # what the old line kept in evaluation mode is so no more
     return made.to(next(model.parameters()).device)
 
 
@@ -80,7 +85,7 @@ def change_classes(model: Classifier, class_names: Sequence[str], *, seed: int =
     Raises:
         ModelError: no class is known, or the head is a module of the user's own.
     """
-    names = tuple(class_names)
+    names = checked_names(class_names)
     kept = tuple(name for name in names if name in model.class_names)
     handover = Handover(
         kept, tuple(n for n in names if n not in kept), tuple(n for n in model.class_names if n not in names)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .backbones import create_backbone, within
-from .classifier import Classifier
+from .classifier import Classifier, as_classifier
 from .freezing import count_statistics, layers_in_order, place_line
 from .heads import create_head
 from .recipe import HeadSpec, load_recipe
@@ -99,8 +99,8 @@ def summary(
         ModelError: an unknown name, line or block.
         CheckpointError: the run folder holds no model that can be read.
     """
-    if isinstance(what, Classifier):
-        model = what
+    if isinstance(what, nn.Module):
+        model = as_classifier(what)
     elif Path(what).is_dir():
         from .checkpoint import load
 
@@ -110,9 +110,17 @@ def summary(
     else:
         model = _from_name(str(what), head or HeadSpec(), num_classes, image_size)
         freeze_line = freeze_line or "all"
-    if freeze_line is not None:
+    if freeze_line is None:
+        return make_summary(model)
+    line, kept, flags = model.freeze_line, model.kept_in_eval, [p.requires_grad for p in model.parameters()]
+    try:
         place_line(model, freeze_line, batchnorm=batchnorm)
-    return make_summary(model)
+        return make_summary(model)
+    finally:  # a table moves nothing
+        model.freeze_line = line
+        model.plan_modes(kept)
+        for parameter, flag in zip(model.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
 
 
 def _last_line(run: Path) -> tuple[str, str]:
@@ -168,12 +176,15 @@ def make_summary(model: Classifier) -> Summary:
 
 def _rows(net: nn.Module, seen: Trace) -> list[Row]:
     """Layers with parameters or statistics, and what else changes the shape (pooling), in order of execution."""
-    calls, modules, parameters = seen.first_calls(), dict(net.named_modules()), dict(net.named_parameters())
+    calls, modules = seen.first_calls(), dict(net.named_modules())
+    parameters = dict(net.named_parameters(remove_duplicate=False))
+    counted: set[int] = set()  # one under two names counts where it is used first
     found: list[tuple[int, Row]] = []
     layers = layers_in_order(net, seen)
     for layer in layers:
-        count = sum(parameters[n].numel() for n in layer.parameters)
-        trained = sum(parameters[n].numel() for n in layer.parameters if parameters[n].requires_grad)
+        own = [p for p in (parameters[n] for n in layer.parameters) if id(p) not in counted]
+        counted |= {id(p) for p in own}
+        count, trained = sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)
         module = modules.get(layer.name)
         kind = "parameter" if module is None else type(module).__name__
         shape = _shape(calls[layer.name]) if layer.name in calls else None

@@ -147,8 +147,18 @@ class PassGraph:
                 copied[node] = graph.node_copy(node, copied.__getitem__)
         if end is not None:
             graph.output(copied[end])
-        graph.eliminate_dead_code(is_impure_node=_keeps_input)
+        graph.eliminate_dead_code(is_impure_node=self._stays)
         return fx.GraphModule(self.whole, graph)
+
+    def _stays(self, node: fx.Node) -> bool:
+        """Placeholder and output have to, and what writes into its input (`x.relu_()`, as a statement); modules that
+        nothing reads may go."""
+        return node.op in ("placeholder", "output") or any(
+            _writes(node, given, self._module_of) for given in node.all_input_nodes
+        )
+
+    def _module_of(self, node: fx.Node) -> nn.Module:
+        return self.whole.get_submodule(str(node.target))
 
     def _guard(self, graph: fx.Graph, entry: fx.Node, at: fx.Node) -> fx.Node:
         """A copy of the stored tensor where something behind the cut would change it in place."""
@@ -163,7 +173,7 @@ class PassGraph:
 
     def is_written_to(self, node: fx.Node) -> bool:
         """Would what follows write into this result?"""
-        return is_written_to(node, lambda user: self.whole.get_submodule(str(user.target)))
+        return is_written_to(node, self._module_of)
 
 
 def is_written_to(node: fx.Node, module_of: Callable[[fx.Node], nn.Module]) -> bool:
@@ -218,11 +228,6 @@ def _learns(node: fx.Node) -> bool:
     mean, learns = ([*node.args, *[None] * 6][i] for i in (1, 5))
     learns = node.kwargs.get("training", node.kwargs.get("use_input_stats", learns))
     return bool(learns) and node.kwargs.get("running_mean", mean) is not None
-
-
-def _keeps_input(node: fx.Node) -> bool:
-    """Only the placeholder and the output have to stay: modules that nothing reads may go."""
-    return node.op in ("placeholder", "output")
 
 
 def _plain(node: fx.Node) -> str:
@@ -325,8 +330,16 @@ def with_numbers_held(graph: PassGraph, net: nn.Module, example_shape: tuple[int
     return PassGraph(graph.whole, graph.graph, (n for n in graph.graph.nodes if values.get(n.name) == lengths))
 
 
-def check_same(graph: PassGraph, net: nn.Module, forward: Forward, example_shape: tuple[int, ...]) -> None:
-    """A module of the user's own may do other things at each call, which a recording does not."""
+def check_same(
+    recorded: Callable[[Tensor], Any], net: nn.Module, forward: Forward, example_shape: tuple[int, ...]
+) -> None:
+    """Run what was recorded, whole or in its two halves, beside the network, which has to be in evaluation mode there.
+
+    A module of the user's own may do other things at each call, which a recording does not.
+
+    Raises:
+        Uncuttable: they do not give the same.
+    """
     weight = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
     if is_stock(net) or weight.is_meta:
         return
@@ -336,7 +349,7 @@ def check_same(graph: PassGraph, net: nn.Module, forward: Forward, example_shape
     name, tolerance = type(net).__name__, 1e-4 if weight.dtype.itemsize >= 4 else 5e-2
     try:
         with torch.no_grad(), mode(net, False):
-            outs = [fx.Interpreter(graph.whole, graph=graph.graph).run(x), forward(net, x), forward(net, x)]
+            outs = [recorded(x), forward(net, x), forward(net, x)]
             kept, *now = ([leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)] for out in outs)
             is_same = all(
                 torch.allclose(one, own, rtol=tolerance, atol=tolerance * float(own.abs().max()), equal_nan=True)

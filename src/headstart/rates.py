@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .blocks import block_name, network_depths
+from .blocks import block_names, network_depths
 from .classifier import Classifier
 from .errors import ModelError
 from .freezing import is_batchnorm, layers_in_order
@@ -73,8 +73,9 @@ def layer_depths(model: Classifier) -> dict[str, int]:
     if depths is not None:
         return dict(depths)
     layers = layers_in_order(net, model.backbone_trace())
-    blocks = {block: depth for depth, block in enumerate(dict.fromkeys(block_name(layer.name) for layer in layers))}
-    found = {name: blocks[block_name(layer.name)] for layer in layers for name in layer.parameters}
+    blocks = block_names([layer.name for layer in layers])
+    depth_of = {block: depth for depth, block in enumerate(dict.fromkeys(blocks))}
+    found = {name: depth_of[block] for layer, block in zip(layers, blocks, strict=True) for name in layer.parameters}
     lost = [name for name, p in net.named_parameters() if p.requires_grad and name not in found]
     if lost:
         more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
@@ -95,7 +96,8 @@ def _trainable(model: Classifier) -> Iterator[tuple[str, str, nn.Parameter, bool
             if not p.requires_grad or id(p) in seen:
                 continue
             seen.add(id(p))
-            spared = p.ndim <= 1 or id(p) in norms or name.endswith("bias") or (part == "backbone" and name in skip)
+            per_channel = p.ndim != 2 and p.numel() == max(p.shape, default=1)  # also as [C, 1, 1]
+            spared = per_channel or id(p) in norms or name.endswith("bias") or (part == "backbone" and name in skip)
             yield part, name, p, not spared
 
 

@@ -13,14 +13,15 @@ from torch import nn
 from .augment import as_augment
 from .backbones import check_overrides
 from .bench import Bench, Data, find_data, make_bench, require_validation, say_left_out
-from .checkpoint import load
-from .classifier import Classifier, check_head_kind, create_classifier
+from .checkpoint import check_savable, load
+from .classifier import BY_DESIGN, Classifier, as_classifier, check_head_kind, create_classifier
 from .closing import FitResult, finish, leaked_rows, leave_usable, trained_on, write_plan
 from .dataset import ImageTable, Splits, check_images, load_images
 from .dataspec import DataSpec
 from .diary import Diary
 from .errors import CheckpointError, HeadstartError, Interrupted, ModelError, RecipeError, SetupError
 from .evaluation import evaluate, require_classes, tta_views
+from .fields import check_number
 from .freezing import FreezeLine, set_freeze_line
 from .handover import change_classes
 from .harm import single_changes, transform_costs
@@ -42,8 +43,6 @@ from .settings import own_settings
 from .stage_result import Log, StageResult
 from .stage_run import look_at_stored_labels, run_stage, train_stage
 from .terminal import ProgressBar, say
-
-BY_DESIGN = 0.1  # share of a backbone up to which weights that take no gradient are taken for its own design
 
 
 @own_settings(draws=True)
@@ -140,6 +139,8 @@ def fine_tune(
         with diary.phase("load backbone"):
             if from_run is not None:
                 model, plan = _go_on_from(from_run, found.class_names, plan, diary)
+                if out is not None:
+                    check_savable(model)
             else:
                 try:
                     model = create_classifier(
@@ -233,8 +234,9 @@ def fit(
         where, batchnorm = (line.where, line.batchnorm) if line else ("all", "fixed")
         stage = replace(Stage() if where == "head" else FINE_TUNE_STAGE, freeze_line=where, batchnorm=batchnorm)
     augment = None if augment is None else as_augment(augment)
-    if lr is not None and (isinstance(lr, str) or not float(lr) > 0):
-        raise RecipeError(f"lr is {lr!r}; it takes a number above 0.")
+    if lr is not None:
+        lr = lr.item() if hasattr(lr, "item") and getattr(lr, "ndim", 0) == 0 else lr
+        check_number("fit", "lr", lr, 0, 100, above=True)
     if line is None:
         line = _place_first_line(model, stage)
     if (stage.freeze_line, stage.batchnorm) != (line.where, line.batchnorm):
@@ -360,7 +362,7 @@ def _go_on_from(
     earlier: str | Path | Classifier, class_names: Sequence[str], plan: Recipe, diary: Diary
 ) -> tuple[Classifier, Recipe]:
     """The earlier model for these classes, and the recipe as it is then: with that model's head and dropout."""
-    model = _own(earlier) if isinstance(earlier, Classifier) else load(earlier)
+    model = load(earlier) if isinstance(earlier, (str, Path)) else _own(as_classifier(earlier))
     model, diary.handover = change_classes(model, class_names, seed=plan.seed)
     own: dict[str, Any] = {"head": model.head_spec or HeadSpec()}
     own |= {name: model.backbone_args.get(name, 0.0) for name in ("drop_rate", "drop_path_rate")}
@@ -397,7 +399,8 @@ def _place_first_line(model: Classifier, stage: Stage) -> FreezeLine:
     thawed = [name for name, p in frozen if p.requires_grad]
     numbers = sum(p.numel() for _, p in frozen if p.requires_grad)
     if numbers < BY_DESIGN * sum(p.numel() for p in model.backbone.parameters()):  # such as positions that are fixed
-        return line
+        model.fixed += tuple(p for _, p in frozen)
+        return set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm) if thawed else line
     model.freeze_line = None
     model.plan_modes(())
     by_hand = {id(p) for _, p in frozen}

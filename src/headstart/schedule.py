@@ -25,7 +25,7 @@ def learning_rate(step: int, *, steps: int, lr: float, schedule: str, warmup: fl
     along half a cosine and falls to lr/1e4 (Smith and Topin 2018, arXiv 1708.07120; momentum is left alone).
     """
     if schedule == "one-cycle":
-        rise = max(1, round((warmup or 0.3) * steps))
+        rise = min(max(1, round((warmup or 0.3) * steps)), steps - 1)  # the only step there is has the full rate
         if step < rise:
             return _cosine(lr / 25, lr, step / rise)
         return _cosine(lr, lr / 1e4, (step - rise) / max(1, steps - rise))

@@ -124,6 +124,11 @@ def _attempt(
     """Train all epochs; returns the state that was kept, which the model then holds, and the epochs trained."""
     model, stage = run.model, run.stage
     entry = Candidate(entry_state, run.score_val(), 0)
+    if not math.isfinite(entry.val.loss) and not learns_statistics(model):  # statistics still to be learned may mend it
+        raise ModelError(
+            f"The validation loss is {entry.val.loss} before the first step: the backbone gives NaN or infinite"
+            " features, or the head such logits. No rate mends that: look at the weights, and at what is computed."
+        )
     alarm = None
     if watch:
         alarm = make_alarm(
