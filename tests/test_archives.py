@@ -93,6 +93,14 @@ def test_folders_around_the_pictures_may_be_several(tmp_path: Path) -> None:
     assert table.relative_paths == ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png")
 
 
+def test_the_folder_of_the_only_class_is_no_wrapper(tmp_path: Path) -> None:
+    (tmp_path / "p.zip").write_bytes(zipped([f"photos/cat/{i}.png" for i in range(3)]))
+    table = load_images(tmp_path / "p.zip", class_names=("cat", "dog"), check=False)
+    assert table.class_counts().tolist() == [3, 0]
+    (tmp_path / "q.zip").write_bytes(zipped([f"cat/{i}.png" for i in range(3)]))
+    assert load_images(tmp_path / "q.zip", class_names=("cat", "dog"), check=False).class_counts().tolist() == [3, 0]
+
+
 def test_names_in_utf_8_without_the_flag_are_read(tmp_path: Path) -> None:
     """As macOS writes them."""
     data = bytearray(zipped(["K\u00e4fer/0.png", "\u00d6tzi/0.png", "plain/0.png"]))
@@ -111,6 +119,7 @@ def test_a_prepared_folder_that_lost_a_file_is_made_anew(tmp_path: Path, monkeyp
     (tmp_path / "a.zip").write_bytes(zip_of())
     first = load_images(tmp_path / "a.zip")
     first.paths[0].unlink()
+    (first.root / ".DS_Store").write_bytes(b"")  # does not stand in for it
     assert load_images(tmp_path / "a.zip").paths == first.paths
     first.paths[0].unlink()
     monkeypatch.setattr(prepared, "_locked", lambda file: False)  # as where another process reads it

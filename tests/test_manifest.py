@@ -316,6 +316,22 @@ def test_groups_with_several_classes_are_shared_out_whole_and_near_the_shares(se
     assert set(split(table, val=0.1, test=0.2, seed=seed).test.paths) == set(parts.test.paths)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_of_very_unequal_sizes_leave_each_class_most_of_its_pictures(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = np.maximum(1, rng.lognormal(2.0, 1.0, 60)).astype(int)
+    mixes = rng.dirichlet([0.4] * 6, 60)
+    labels = np.concatenate([rng.choice(6, size, p=mix) for size, mix in zip(sizes, mixes, strict=True)])
+    groups = tuple(f"g{i}" for i, size in enumerate(sizes) for _ in range(size))
+    n = len(labels)
+    table = ImageTable(
+        Path("/r"), tuple(Path(f"/r/{i:05}.jpg") for i in range(n)), labels, tuple("abcdef"), ("",) * n, groups=groups
+    )
+    parts = split(table, seed=seed)
+    assert (parts.train.class_counts() / table.class_counts()).min() > 0.4
+    assert all(0.08 < len(part) / n < 0.22 for part in (parts.val, parts.test))
+
+
 def test_a_class_in_too_few_groups_is_refused_with_their_true_number() -> None:
     labels, groups = np.array([0, 0, 1] * 2 + [0] * 6), ("g", "g", "g", "h", "h", "h", *"uvwxyz")
     table = ImageTable(

@@ -65,14 +65,15 @@ def test_json_of_odd_values(tmp_path: Path) -> None:
 
 def test_lists_of_numbers_stand_on_one_line_and_read_back_equal() -> None:
     value = {
-        "matrix": [[1, -2], [3.5e-9, 4.0]], "none": [], "words": ["1", "[\n 1,\n 2\n]"], "mixed": [1, None],
-        "names": {"a": [7]},
+        "matrix": [[1, -2], [3.5e-9, 4.0]], "none": [], "words": ["1", "[\n 1,\n 2\n]"], "mixed": [1, "a"],
+        "gaps": [1, None, 2.5], "names": {"a": [7]},
     }  # fmt: skip
     text = to_json(value, indent=1).decode()
     assert json.loads(text) == value
     assert "[1, -2]" in text
     assert "[3.5e-09, 4.0]" in text
     assert '"a": [7]' in text
+    assert "[1, null, 2.5]" in text
     confusion = to_json({"confusion": [[0] * 300] * 300}, indent=1)
     assert len(confusion) < 3.1 * 300 * 300
 

@@ -125,8 +125,10 @@ def test_a_table_without_rows_is_its_header() -> None:
 
 
 def test_letters_of_two_columns_and_of_none_are_reckoned_with() -> None:
-    lines = format_table(["class", "n"], [["\u732b", "1"], ["e\u0301t\u00e9", "2"], ["plain", "3"]]).split("\n")
-    assert lines[2:] == ["\u732b     1", "e\u0301t\u00e9    2", "plain  3"]
+    lines = format_table(
+        ["class", "n"], [["\u732b", "1"], ["e\u0301t\u00e9", "2"], ["\u304b\u3099", "3"], ["plain", "4"]]
+    )
+    assert lines.split("\n")[2:] == ["\u732b     1", "e\u0301t\u00e9    2", "\u304b\u3099     3", "plain  4"]
 
 
 def test_top5_has_a_column_only_where_it_means_something() -> None:

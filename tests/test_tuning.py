@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -289,9 +291,16 @@ def test_a_value_out_of_range_is_found_before_any_trial(photos: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_storage_that_is_none_is_told(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="storage foo://bar cannot be opened"):
-        sweep(bench_of(photos), space=GRID, recipe=HEAD, out=tmp_path / "out", storage="foo://bar", **NET)
+@pytest.mark.parametrize("kind", ["foo://bar", "folder", "picture.jpg", "text.txt", "text.txt/journal.log"])
+def test_a_storage_that_is_none_is_told_and_stays_as_it_is(kind: str, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    shutil.copy(next(photos.rglob("*.jpg")), tmp_path / "picture.jpg")
+    (tmp_path / "text.txt").write_text("[1]\n")
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.*") if path.is_file()}
+    storage = kind if "://" in kind else str(tmp_path / kind)
+    with pytest.raises(RecipeError, match=rf"storage {re.escape(storage)} cannot be opened"):
+        sweep(bench_of(photos), space=GRID, recipe=HEAD, out=tmp_path / "out", storage=storage, **NET)
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("*.*") if path.is_file()}
 
 
 def test_weights_made_anew_in_their_place_are_not_those_of_earlier_trials(photos: Path, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ FREE_BYTES = 64 * MIB  # small archives may unpack to this much whatever their r
 MAX_NAME_BYTES, MAX_PART_BYTES, MAX_DEPTH = 1024, 255, 16
 TIMEOUT_SECONDS = 60
 
+_NAME = "archive-2"  # of folders in the cache; another number where members are named otherwise than before
 _WANTED = (*IMAGE_EXTENSIONS, *MANIFEST_SUFFIXES)
 _CENTRAL = b"PK\1\2"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -72,7 +73,7 @@ def unpack_archive(path: str | Path) -> Path:
     """
     file = Path(path).expanduser().absolute()
     return _top(
-        prepared_folder(f"archive-{_digest(file, str(path))[:32]}", lambda folder: _unpack(file, folder, str(path)))
+        prepared_folder(f"{_NAME}-{_digest(file, str(path))[:32]}", lambda folder: _unpack(file, folder, str(path)))
     )
 
 
@@ -90,7 +91,7 @@ def fetch_archive(url: str) -> Path:
             f"{url} needs the checksum of the file behind it: {address}#sha256=HEX with the 64 digits that `sha256sum` "
             "prints. It pins the pictures to what you have seen."
         )
-    done = prepared_path(f"archive-{digest[:32]}")
+    done = prepared_path(f"{_NAME}-{digest[:32]}")
     if is_ready(done):
         return _top(done)
     with _downloaded(address, digest) as file:
@@ -101,7 +102,10 @@ def _top(folder: Path) -> Path:
     """The folder itself, or the one folder that everything in it lies in, also several deep."""
     inside = _inside(folder)
     while len(inside) == 1 and inside[0].is_dir() and inside[0].name.casefold() not in SPLIT_FOLDERS:
-        folder, inside = inside[0], _inside(inside[0])
+        within = _inside(inside[0])
+        if not any(path.is_dir() or path.suffix.lower() in MANIFEST_SUFFIXES for path in within):
+            break  # the pictures of the one class there is
+        folder, inside = inside[0], within
     return folder
 
 

@@ -21,12 +21,12 @@ from .inspection import Look
 SERIES_SECONDS = 5.0  # between two shots of one series
 SERIES_LIKENESS = 0.9  # correlation of small grey pictures, where the files have no times
 
-COPIES = "copies-"  # how the name of a group of copies begins, here and in a manifest that follows an audit
+COPIES = "copies:"  # how the name of a group of copies begins, here and in a manifest that follows an audit
 
 
 def is_copies(group: str) -> bool:
     """Whether a group's name is one that was given to copies, not by the user."""
-    return group.startswith(COPIES)
+    return group.startswith(COPIES) or re.fullmatch(r"copies-\d+", group) is not None  # as earlier versions wrote it
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,6 +34,7 @@ from .features import Placement, StageData, make_source
 from .files import to_json, write_atomic
 from .findings import AuditResult
 from .groups import join_groups
+from .hashes import FileHashes
 from .once import Advance, Aside
 from .pixels import Augment, Pixels, is_augmented
 from .pixelstore import PixelStore
@@ -45,6 +46,7 @@ from .splitting import split
 from .stage_result import StageResult
 from .store import Cache
 from .terminal import ProgressBar, say
+from .threads import map_threads
 
 Data = str | Path | ImageTable | Splits | tuple[Pictures, Labels]
 
@@ -109,12 +111,20 @@ class Bench:
         return kept.with_views(augment, seed=seed)
 
     def contents(self, table: ImageTable) -> list[str]:
-        """The hash of each picture's file as a store has read it; empty where none has."""
+        """The hash of each picture's file, as a store has read it where one has; empty where it cannot be read."""
         for store in self._stores.values():
             found = store.contents(table.paths)
             if found is not None:
                 return found
-        return [""] * len(table)
+        hashes = FileHashes(Cache(limit_bytes=0), table.root)  # which keeps nothing here
+
+        def of(path: Path) -> str:
+            try:
+                return hashes.of(path)
+            except OSError:
+                return ""
+
+        return map_threads(of, table.paths)
 
     def evaluate(self, model: Classifier, name: str, *, advance: Advance | None = None) -> Evaluation:
         """Score split `name` in float32."""

@@ -39,7 +39,7 @@ def clean_rows(table: ImageTable, result: AuditResult) -> list[ManifestRow]:
 
 def counts_of(rows: list[ManifestRow]) -> Mapping[str, int]:
     """What the manifest does: pictures kept, dropped and relabelled."""
-    dropped, relabelled = sum(row.drop for row in rows), sum(bool(row.original_label) for row in rows)
+    dropped, relabelled = sum(row.drop for row in rows), sum(bool(row.original_label) and not row.drop for row in rows)
     return {"kept": len(rows) - dropped, "dropped": dropped, "relabelled": relabelled}
 
 

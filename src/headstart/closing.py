@@ -63,7 +63,7 @@ def trained_on(run: Path, table: ImageTable) -> NDArray[np.bool_]:
     except (OSError, ValueError, KeyError, TypeError, HeadstartError):
         return np.zeros(len(table), dtype=bool)  # a folder `save` wrote holds the model alone
     here = table.root.resolve()
-    hashes = FileHashes(Cache(), table.root)
+    hashes = FileHashes(Cache(limit_bytes=0), table.root)  # which keeps nothing here
 
     def is_known(place: int) -> bool:
         if str(here / table.relative_paths[place]) in used:
@@ -139,6 +139,7 @@ def finish(model: Classifier, bench: Bench, plan: Recipe, diary: Diary, last: St
 
 
 def _facts(model: Classifier, diary: Diary, splits: Splits, *, interrupted: bool = False) -> dict[str, Any]:
+    names = splits.test.names_from(splits.train.root)
     return {
         "stages": diary.stages,
         "phases": diary.phases,
@@ -152,9 +153,7 @@ def _facts(model: Classifier, diary: Diary, splits: Splits, *, interrupted: bool
             "bad_files": [[str(path), reason] for path, reason in splits.train.bad_files],
             "dropped": [[str(path), reason] for path, reason in splits.train.dropped],
             "sizes": input_sizes(splits.train.paths, model.spec.image_size),
-            "leaked": [
-                splits.test.names_from(splits.train.root)[i] for i in np.flatnonzero(leaked_rows(diary, splits))
-            ],
+            "leaked": [names[i] for i in np.flatnonzero(leaked_rows(diary, splits))],
             "doubtful_labels": diary.doubtful,
             "shared_groups": {group: list(names) for group, names in splits.shared_groups().items()},
         },

@@ -82,10 +82,11 @@ class Entrant:
 
     @property
     def folder(self) -> str:
-        """Of its run: the label, and some letters that tell equal labels of other weights, or what they were, apart."""
+        """Of its run: names, and some letters that tell equal ones of other weights, or what those were, apart."""
         contents = contents_of(self.weights) if self.weights else ""
         digest = hashlib.sha256(f"{self.backbone}={self.weights}{contents}".encode()).hexdigest()[:6]
-        return run_name(f"{self.label}-{digest}", 0)
+        of = f"{self.backbone} ({Path(self.weights).stem})" if self.weights and contents else self.label
+        return run_name(f"{of}-{digest}", 0)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any
 
 from .errors import CheckpointError
 
-# What stands between two brackets of indented JSON where there is nothing but numbers; in a string, breaks are escaped.
-_NUMBERS = re.compile(r"\[\n\s+((?:-?\d[\d.eE+-]*,\n\s+)*-?\d[\d.eE+-]*)\n\s*\]")
+# Between two brackets of indented JSON, where there are numbers alone, or gaps; in a string, breaks are escaped.
+_NUMBERS = re.compile(r"\[\n\s+((?:(?:null|-?\d[\d.eE+-]*),\n\s+)*(?:null|-?\d[\d.eE+-]*))\n\s*\]")
 
 
 def sync_folder(folder: Path) -> None:

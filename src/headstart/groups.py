@@ -71,7 +71,8 @@ def take_mixed_units(units: list[Unit], wanted: Mapping[int, int], labels: Seque
 
     for place, count in enumerate(counts):
         nearer = sum((abs(lacking[c]) - abs(lacking[c] - n)) / wanted[c] for c, n in count.items())
-        if nearer > 0 and is_free(place):
+        # No class gets half as much again as is wanted of it, whatever the others gain.
+        if nearer > 0 and all(2 * (n - lacking[c]) <= wanted[c] for c, n in count.items()) and is_free(place):
             take(place)
     for label in sorted(wanted, key=lambda label: left[label]):
         if not any(label in counts[place] for place in taken):

@@ -70,16 +70,19 @@ def is_ready(folder: Path) -> bool:
     if not hold(folder):
         return False
     try:
-        return _files(folder) >= int((folder / _COUNT).read_text())
+        is_whole = _files(folder) >= int((folder / _COUNT).read_text())
     except FileNotFoundError:  # made by an earlier version
         return True
     except ValueError:
-        return False
+        is_whole = False
+    if not is_whole and folder in _held:  # else it could be made anew by nobody
+        os.close(_held.pop(folder))
+    return is_whole
 
 
 def _files(folder: Path) -> int:
-    """How many files lie in it, at any depth, the one with this number aside."""
-    return sum(len(files) for _, _, files in os.walk(folder)) - (folder / _COUNT).is_file()
+    """How many files lie in it, at any depth; hidden ones, which file browsers leave, do not count."""
+    return sum(not name.startswith(".") for _, _, files in os.walk(folder) for name in files)
 
 
 def hold(folder: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from numbers import Real
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def split(table: ImageTable, *, val: float = 0.15, test: float = 0.15, seed: int
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise DataError(f"seed is {seed!r}; it takes a whole number from 0.")
     for name, share in (("val", val), ("test", test)):
-        if not isinstance(share, int | float) or not 0 <= share < 1:
+        if not isinstance(share, Real) or not 0 <= share < 1:
             raise DataError(f"{name} is {share!r}; it takes a share of the pictures from 0 to below 1.")
     seed = int(seed)
     given = set(table.split_names)

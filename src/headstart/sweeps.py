@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from hashlib import sha256
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class Space:
         for name, choices in asked:
             if name not in PARAMETERS:
                 raise RecipeError(f"A sweep knows no parameter {name!r}. Known: {', '.join(PARAMETERS)}.")
-            kind, what = (str, "words") if name in WORDS else ((int, float), "numbers")
+            kind, what = (str, "words") if name in WORDS else (Real, "numbers")
             if any(not isinstance(value, kind) or isinstance(value, bool) for value in choices):
                 raise RecipeError(f"The values of {name!r} are {tuple(choices)!r}; it takes {what}.")
         if len(self.published) not in (0, len(self.points)):
@@ -178,7 +179,8 @@ def sweep(
         progress=progress, **data_options,
     )  # fmt: skip
     bench = bench.without_test()
-    for point in space.grid():  # a value out of range is found before hours are spent on the trials in front of it
+    # A value out of range is found before hours are spent on the trials in front of it.
+    for point in space.points or [{name: v} for name, of in (space.values or {}).items() for v in of]:
         trial_recipe(plan, point)
     where = dict.fromkeys((str(p.get("backbone", backbone)), p.get("freeze_line")) for p in space.grid())
     for name, line in where:  # before hours are spent on the trials in front of one that cannot be
@@ -192,7 +194,8 @@ def sweep(
     }  # fmt: skip
     folder = settle(out, FILE, settings, overwrite=overwrite)
     # In a storage that several sweeps may share, a study is told apart by what its trials are.
-    name = folder.name if storage is None else f"{folder.name}-{sha256(to_json(settings)).hexdigest()[:12]}"
+    told = to_json({key: value for key, value in settings.items() if value != ""})
+    name = folder.name if storage is None else f"{folder.name}-{sha256(told).hexdigest()[:12]}"
     if overwrite and storage is None:
         (folder / JOURNAL).unlink(missing_ok=True)
     study = _study(optuna, str(storage or folder / JOURNAL), name=name, prune=prune, fresh=overwrite)
@@ -258,16 +261,8 @@ def _optuna() -> Any:
 
 
 def _study(optuna: Any, storage: str, *, name: str, prune: bool, fresh: bool) -> Any:
-    if "://" in storage:
-        kept: Any = storage
-    else:
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
-        path = Path(storage)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
     try:
+        kept = storage if "://" in storage else _journal(Path(storage))
         names = optuna.get_all_study_names(kept)
     except Exception as error:  # of SQLAlchemy, of a driver that is not installed, of a file that is none of these
         raise RecipeError(
@@ -278,6 +273,24 @@ def _study(optuna: Any, storage: str, *, name: str, prune: bool, fresh: bool) ->
         optuna.delete_study(study_name=name, storage=kept)
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=3) if prune else optuna.pruners.NopPruner()
     return optuna.create_study(storage=kept, study_name=name, load_if_exists=True, direction="minimize", pruner=pruner)
+
+
+def _journal(path: Path) -> Any:
+    """A journal file as a storage.
+
+    Raises:
+        ValueError, OSError: it is there and is something else, which Optuna would add its lines to.
+    """
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+    if path.exists():
+        with path.open("rb") as file:
+            first = file.readline(1 << 20)
+        if first and "op_code" not in json.loads(first):
+            raise ValueError("it is no journal")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
 
 
 def _ask(optuna: Any, study: Any, *, seed: int) -> Any:

@@ -122,8 +122,8 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
 
 def _columns(text: str) -> int:
     """How many columns of a terminal the text takes: Chinese, Japanese and Korean letters two each, accents none."""
-    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
-    return len(text) + wide - sum(unicodedata.combining(letter) > 0 for letter in text)
+    letters = [letter for letter in text if not unicodedata.combining(letter)]
+    return len(letters) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in letters)
 
 
 def scores_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
