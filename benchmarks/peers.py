@@ -92,6 +92,7 @@ KINDS = {
     "AVX-512, bfloat16": "On a CPU with bfloat16 (Zen 4)",
     "AVX-512, bfloat16 in AMX": "On a CPU with bfloat16 in matrix units (AMX)",
     "AVX-512": "On a CPU without bfloat16",
+    "AVX2": "On a CPU without AVX-512 (Zen 3)",
 }
 """Machines that have a table, by what they compute with: runs on one kind are never compared with runs on another."""
 

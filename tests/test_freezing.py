@@ -397,7 +397,7 @@ def test_modules_exchanged_behind_the_line_s_back_are_told_at_the_next_pass() ->
     with pytest.raises(ModelError, match=r"1 of the backbone's modules \(norm\) were exchanged .* set_freeze_line"):
         model(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ModelError, match="were exchanged"):
-        Contract(model, torch.optim.SGD(model.head.parameters(), lr=0.1)).watch()
+        Contract(model, torch.optim.SGD(model.head.parameters(), lr=0.1))
     set_freeze_line(model, "head")
     model.train()
     assert not model.backbone.norm.training

@@ -130,23 +130,25 @@ class Classifier(nn.Module):
         return self
 
     def keep_frozen(self) -> None:
-        """Put what must not run in training mode back into evaluation mode; every forward pass does so itself.
-
-        Raises:
-            ModelError: modules were exchanged since the freeze line was placed, of which nobody knows the mode.
-        """
-        if self._placed:
-            known = {id(module) for module in self._placed}
-            new = [name for name, module in self.backbone.named_modules() if id(module) not in known]
-            if new:
-                raise ModelError(
-                    f"{len(new)} of the backbone's modules ({', '.join(new[:3])}) were exchanged after the freeze line"
-                    " was placed, as by convert_sync_batchnorm; what is frozen would not stay fixed. Place it again:"
-                    f" set_freeze_line(model, {self.freeze_line.where!r}, batchnorm={self.freeze_line.batchnorm!r})."
-                )
+        """Put what must not run in training mode back into evaluation mode; every forward pass does so itself."""
         for module in self._kept_in_eval:
             if module.training:
                 module.training = False
+
+    def check_modules(self) -> None:
+        """See that the backbone's modules are those that the freeze line was placed among.
+
+        Raises:
+            ModelError: some were exchanged since, and nobody knows their mode.
+        """
+        known = {id(module) for module in self._placed}
+        if known and any(id(module) not in known for module in self.backbone.modules()):
+            new = [name for name, module in self.backbone.named_modules() if id(module) not in known]
+            raise ModelError(
+                f"{len(new)} of the backbone's modules ({', '.join(new[:3])}) were exchanged after the freeze line was"
+                " placed, as by convert_sync_batchnorm; what is frozen would not stay fixed. Place it again:"
+                f" set_freeze_line(model, {self.freeze_line.where!r}, batchnorm={self.freeze_line.batchnorm!r})."
+            )
 
     def plan_modes(self, kept_in_eval: Sequence[nn.Module]) -> None:
         """Keep exactly these modules (each without its children) in evaluation mode from now on."""
@@ -177,6 +179,8 @@ class Classifier(nn.Module):
             ModelError: another shape, or pixels that were normalised before.
         """
         self.keep_frozen()
+        if not are_ours:  # a stage asks once for each of its epochs
+            self.check_modules()
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ModelError(f"The classifier takes pixels [N, 3, S, S]; it was given {tuple(pixels.shape)}.")
         if not are_ours and _looks_normalised(pixels):

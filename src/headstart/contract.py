@@ -36,6 +36,7 @@ class Contract:
     def __init__(self, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
         self._line = model.freeze_line
+        model.check_modules()
         self._trainable = {n: p.requires_grad for n, p in model.named_parameters()}
         if not any(self._trainable.values()):
             raise ModelError(
@@ -74,6 +75,7 @@ class Contract:
         written = [n for n, t in now.items() if t._version != self._versions[n]]
         if written:
             raise ModelError(f"Frozen tensors were written to during the stage: {_listed(written)}.")
+        self.model.check_modules()
         self.model.keep_frozen()
 
     def finish(self) -> None:
