@@ -35,6 +35,7 @@ _ARGS: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
+@own_settings()
 def save(model: Classifier, folder: str | Path) -> Path:
     """Write `model.safetensors` and `model.json` into `folder` (made if absent), each replaced in one step.
 
@@ -51,9 +52,7 @@ def save(model: Classifier, folder: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(
-            f"The model cannot be written to {folder}: {error.strerror}. Name another folder."
-        ) from None
+        raise CheckpointError(f"No model can be written to {folder}: {error.strerror}. Name another folder.") from None
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
     # Through bytes: safetensors' own writer makes files that nobody but the user may read.
     write_atomic(folder / "model.safetensors", to_safetensors(tensors, metadata={"format": "pt"}))
