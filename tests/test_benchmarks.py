@@ -76,15 +76,16 @@ def test_runs_on_two_kinds_of_machine_are_not_compared(peers: ModuleType) -> Non
         record("headstart", seconds=50, flags=BFLOAT16), record("fastai", seconds=300),
         record("headstart", seconds=20, flags=AMX), record("keras", seconds=100, flags=AMX),
         record("headstart", seconds=10, flags=ZEN5), record("fastai", seconds=40, flags=ZEN5),
-        record("keras", seconds=1000, flags=("avx2", "fma")),
+        record("headstart", seconds=30, flags=("avx2", "fma")), record("keras", seconds=60, flags=("avx2", "fma")),
+        record("keras", seconds=1000, flags=()),
     )  # fmt: skip
     ratios = [
         [peers.ratios(peers.records(kind), run, "seconds") for run in ("keras", "fastai")] for kind in peers.KINDS
     ]
-    assert ratios == [[[], [4.0]], [[16.0], []], [[5.0], []], [[], [3.0]]]
+    assert ratios == [[[], [4.0]], [[16.0], []], [[5.0], []], [[], [3.0]], [[2.0], []]]
     rows = ["\n".join(peers.bar_rows(peers.records(kind))) for kind in peers.KINDS]
-    assert ["Keras" in found for found in rows] == [False, True, True, False]
-    assert [title in peers.table() for title in peers.KINDS.values()] == [True] * 4
+    assert ["Keras" in found for found in rows] == [False, True, True, False, True]
+    assert [title in peers.table() for title in peers.KINDS.values()] == [True] * 5
     assert "1,000" not in peers.table()  # a kind without a table
 
 
