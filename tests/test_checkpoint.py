@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from headstart import CheckpointError, HeadSpec, HiddenLayer, create_classifier, load, save
+from headstart import CheckpointError, HeadSpec, HiddenLayer, SetupError, create_classifier, load, save
 from headstart.classifier import Classifier
 from tiny import SPEC, TinyNet
 
@@ -83,6 +83,14 @@ def test_a_model_of_an_earlier_version_says_nothing_of_its_features(model: Class
     assert again.num_features == model.num_features
     with torch.no_grad():
         assert torch.equal(model(PICTURES), again(PICTURES))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_device_that_is_not_there_is_told(model: Classifier, tmp_path: Path) -> None:
+    save(model, tmp_path)
+    with pytest.raises(SetupError, match="'cuda' cannot be used here"):
+        load(tmp_path, device="cuda")
+    assert next(load(tmp_path, device="auto").parameters()).device.type in ("cpu", "mps")
 
 
 def test_loading_watches_no_pass_of_the_backbone(tmp_path: Path) -> None:

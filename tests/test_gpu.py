@@ -36,7 +36,7 @@ from headstart.once import store_activations, store_features
 from headstart.pixels import Pixels, views_at_once
 from headstart.recipe import FINE_TUNE_STAGE, HEAD_STAGE, POLICIES, AugmentSpec, HeadSpec, Recipe, Stage
 from headstart.recording import CAN_RECORD, Recording
-from headstart.runtime import Runtime, _device
+from headstart.runtime import Runtime, find_device
 from headstart.stock import is_stock
 from pretend import GPU, PretendedGpu
 
@@ -158,14 +158,14 @@ def test_as_many_views_are_drawn_together_as_memory_allows() -> None:
 
 def test_a_gpu_that_processes_share_is_not_touched_before_each_has_its_own() -> None:
     with mock.patch("torch.cuda.is_available", return_value=True), mock.patch("torch.empty") as made:
-        assert _device("cuda", shared=True) == torch.device("cuda")
+        assert find_device("cuda", shared=True) == torch.device("cuda")
         assert not made.called
     with (
         mock.patch("torch.cuda.is_available", return_value=False),
         mock.patch("torch.empty", side_effect=RuntimeError("no CUDA")),
         pytest.raises(headstart.SetupError, match="cannot be used here"),
     ):
-        _device("cuda", shared=True)
+        find_device("cuda", shared=True)
 
 
 def test_bfloat16_is_tried_on_the_gpu_that_is_meant() -> None:

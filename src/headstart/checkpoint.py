@@ -20,6 +20,7 @@ from .files import to_json, write_atomic
 from .heads import create_head
 from .modelfile import read_header, read_json
 from .recipe import HeadSpec
+from .runtime import find_device
 from .settings import own_settings
 from .weights import refuse_not_finite
 
@@ -144,11 +145,13 @@ def load(
     Args:
         folder: a run folder, or any folder `save` wrote to.
         backbone, head: the user's own modules, where the model was made with them; their weights are overwritten.
+        device: as in `make_runtime`.
     Raises:
+        SetupError: no such device here.
         CheckpointError: no model there, a module of the user's not given, an unknown key, a missing, unexpected or
             misshapen tensor.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), find_device(str(device))
     card = read_card(folder)
     for part, given in (("backbone", backbone), ("head", head)):
         if given is not None and card[part] is not None:

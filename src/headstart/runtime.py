@@ -210,7 +210,7 @@ def make_runtime(
     if workers is not None and workers < 1:
         raise RecipeError(f"workers is {workers}; it takes a whole number from 1.")
     rank, world = 0, launched()[1]
-    chosen = _device(device, shared=world > 1)
+    chosen = find_device(device, shared=world > 1)
     if world > 1:
         from accelerate import PartialState
 
@@ -226,8 +226,13 @@ def make_runtime(
     return Runtime(chosen, dtype, workers or min(8, os.cpu_count() or 1), rank, world, compile, times_formats)
 
 
-def _device(name: str, *, shared: bool) -> torch.device:
-    """The device of this name; `shared` by several processes, of which each is given its own, it is not touched."""
+def find_device(name: str, *, shared: bool = False) -> torch.device:
+    """The device of this name, `auto` included, once it was used; one that is `shared` by several processes is not
+    touched: each is given its own.
+
+    Raises:
+        SetupError: it cannot be used here.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
