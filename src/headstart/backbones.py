@@ -55,7 +55,8 @@ def create_backbone(
         pool: `backbone` keeps what the network does before its classifier; `avg`, `max` and `flatten` act on the
             feature map, and everything behind it is removed (VGG's fully connected layers).
         features_from: an earlier block to take the feature map from; everything behind it is removed.
-        drop_rate, drop_path_rate: dropout and stochastic depth of the network; 0 leaves timm's default alone.
+        drop_rate, drop_path_rate: dropout and stochastic depth of the network while it is trained; 0 leaves timm's
+            default alone. Most networks drop where they pool: with another `pool` there is none.
         image_size: side of the square input in pixels; None is the weights' own. Position embeddings are resampled.
         seed: seeds the random initialisation; None draws from the global generator.
     Returns:

@@ -133,7 +133,12 @@ STAGE_OPTIONS = (
 RECIPE_OPTIONS = (
     Option("lr", read_number, "X", "nominal learning rate of the head; each stage takes a multiple of it"),
     Option("seed", read_whole, "N", "of the split, the head's first weights, the order and the augmentation"),
-    Option("drop_rate", read_number, "X", "dropout in the backbone"),
+    Option(
+        "drop_rate",
+        read_number,
+        "X",
+        "dropout in the backbone while it is trained; mostly where it pools, so that another --pool takes it out",
+    ),
     Option("drop_path_rate", read_number, "X", "stochastic depth in the backbone"),
 )
 
