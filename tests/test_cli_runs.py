@@ -189,6 +189,18 @@ def test_evaluate_scores_every_picture(folder: Path, run: Path, capsys: pytest.C
     assert [row["name"] for row in metrics["per_class"]] == list(CLASSES)
 
 
+def test_evaluate_writes_a_report_where_it_is_told_to(
+    folder: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = command(capsys, "evaluate", run, folder, *MACHINE, "--out", tmp_path / "scored")
+    assert code == 0
+    assert out.splitlines()[-1] == f"report  {tmp_path / 'scored' / 'report.html'}"
+    assert (tmp_path / "scored/report.html").is_file()
+    code, _, err = command(capsys, "evaluate", run, folder, *MACHINE, "--out", tmp_path / "x", "--transforms")
+    assert code == 2
+    assert "--out goes with the figures" in err
+
+
 def test_predict_says_what_training_said(folder: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (run / "predictions.csv").open(encoding="utf-8", newline="") as file:
         saved = [row for row in csv.DictReader(file) if row["split"] == "test"]

@@ -153,6 +153,47 @@ def test_evaluate_run_scores_a_labelled_folder_with_the_models_class_map(
         headstart.evaluate_run(tmp_path / "run", part, device="cpu")
 
 
+def test_an_evaluation_leaves_a_report_and_replaces_nothing_unasked(
+    run: headstart.FitResult, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "scored"
+    metrics = headstart.evaluate_run(tmp_path / "run", photos, device="cpu", out=out)
+    assert sorted(path.name for path in out.iterdir()) == ["metrics.json", "predictions.csv", "report.html"]
+    written = json.loads((out / "metrics.json").read_bytes())
+    assert written["test"]["confusion"] == metrics["confusion"]
+    seen = len(run.splits.train) + len(run.splits.val)
+    assert (written["seen"], written["evaluated"]) == (seen, str(tmp_path / "run"))
+    rows = rows_of(out / "predictions.csv")
+    assert [row["pred"] == row["label"] for row in rows].count(True) == round(metrics["accuracy"] * metrics["n"])
+    again = {row["path"]: row for row in rows_of(tmp_path / "run/predictions.csv") if row["split"] == "test"}
+    assert again
+    now = {row["path"]: row for row in rows}
+    assert all(now[path]["pred"] == row["pred"] for path, row in again.items())
+    assert all(float(now[path]["p:red"]) == pytest.approx(float(row["p:red"]), abs=1e-6) for path, row in again.items())
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert f"{seen:,} of these {len(rows):,} pictures were trained on" in report
+    for heading in ("What is taken for what", "Class by class", "Worst mistakes", "Data"):
+        assert f">{heading}</h2>" in report
+    for other in (
+        "How it learned",
+        "Recipe and environment",
+        "The training split is learned from",
+        "stopped before its end",
+    ):
+        assert other not in report
+
+    with pytest.raises(CheckpointError, match=r"an earlier evaluation.*--overwrite"):
+        headstart.evaluate_run(tmp_path / "run", photos, device="cpu", out=out)
+    (out / "report.html").write_text("old")
+    headstart.evaluate_run(tmp_path / "run", photos, device="cpu", out=out, overwrite=True)
+    assert (out / "report.html").read_text(encoding="utf-8") == report
+    with pytest.raises(CheckpointError, match=r"audit\.json, .* Choose another folder with --out\.$"):
+        headstart.evaluate_run(tmp_path / "run", photos, device="cpu", out=tmp_path / "run", overwrite=True)
+    with pytest.raises(DataError):
+        headstart.evaluate_run(tmp_path / "run", tmp_path / "nowhere", device="cpu", out=tmp_path / "left")
+    assert not (tmp_path / "left").exists()
+
+
 def test_an_earlier_run_lends_its_backbone_to_a_new_task(
     run: headstart.FitResult, photos: Path, tmp_path: Path
 ) -> None:

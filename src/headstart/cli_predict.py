@@ -29,6 +29,9 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="RUN", help="run folder written by `headstart fit`")
     parser.add_argument("folder", metavar="PHOTOS", help="folder or manifest, classes named as in training")
     parser.add_argument("--json", action="store_true", help="print every figure as JSON instead of tables")
+    parser.add_argument("--out", metavar="DIR", help="write metrics.json, predictions.csv and report.html there")
+    overwritten = "replace an earlier evaluation in that folder"
+    parser.add_argument("--overwrite", action="store_true", default=None, help=overwritten)
     add_quiet_option(parser)
     add_root_option(parser)
     add_tta_option(parser)
@@ -46,12 +49,14 @@ def _evaluate(args: argparse.Namespace) -> int:
         args.model,
         args.folder,
         progress=not args.quiet,
-        **given(args, "device", "precision", "workers", "bad_files", "root", "tta"),
+        **given(args, "device", "precision", "workers", "bad_files", "root", "tta", "out", "overwrite"),
     )
     if args.json:
         print(json.dumps(metrics, indent=1))
         return 0
     print(terminal.per_class_table(metrics), "\n\n", terminal.scores_table({source_name(args.folder): metrics}), sep="")
+    if args.out:
+        print(f"\nreport  {terminal.printable(str(Path(args.out) / 'report.html'))}")
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from . import terminal
 from .cli_options import given
 from .cli_overrides import read_augment
+from .errors import RecipeError
 from .recipe import POLICIES
 
 
@@ -26,6 +27,9 @@ def add_transforms_option(parser: argparse.ArgumentParser) -> None:
 
 def run_transforms(args: argparse.Namespace) -> int:
     """Try the changes, print the table; returns the exit code."""
+    for option, value in (("--tta", args.tta), ("--out", args.out)):
+        if value is not None:
+            raise RecipeError(f"{option} goes with the figures; --transforms only prints what each change costs.")
     policy = read_augment(args.transforms, "--transforms") if args.transforms else None
     from . import recipes
 

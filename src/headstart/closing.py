@@ -6,7 +6,7 @@ import json
 import shlex
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -127,8 +127,7 @@ def finish(model: Classifier, bench: Bench, plan: Recipe, diary: Diary, last: St
     report_path = None
     if run:
         save(model, run.path)
-        header = ["path", "split", "label", "pred", "prob", *(f"p:{name}" for name in splits.class_names)]
-        run.write_csv("predictions.csv", header, _predictions(results, splits))
+        _write_predictions(run, results, splits.class_names, splits.train.root)
         run.write_json("metrics.json", metrics)
         with diary.phase("report"):
             from .report import write_report
@@ -164,13 +163,41 @@ def _facts(model: Classifier, diary: Diary, splits: Splits, *, interrupted: bool
     }
 
 
-def _predictions(results: dict[str, Evaluation], splits: Splits) -> Iterator[list[str]]:
-    class_names = splits.class_names
-    for name, result in results.items():
-        paths = result.table.names_from(splits.train.root)
-        for path, label, row in zip(paths, result.table.labels, result.probs, strict=True):
-            pred = int(row.argmax())
-            yield [path, name, class_names[label], class_names[pred], repr(float(row[pred])), *map(repr, row.tolist())]
+def _write_predictions(run: Run, results: dict[str, Evaluation], class_names: Sequence[str], root: Path) -> None:
+    def rows() -> Iterator[list[str]]:
+        for name, result in results.items():
+            paths = result.table.names_from(root)
+            for path, label, row in zip(paths, result.table.labels, result.probs, strict=True):
+                pred = int(row.argmax())
+                answer = class_names[label], class_names[pred], repr(float(row[pred]))
+                yield [path, name, *answer, *map(repr, row.tolist())]
+
+    header = ["path", "split", "label", "pred", "prob", *(f"p:{name}" for name in class_names)]
+    run.write_csv("predictions.csv", header, rows())
+
+
+def write_evaluation(folder: Run, run: str | Path, model: Classifier, scored: Evaluation, *, seen: int) -> Path:
+    """Scores, predictions and a report of pictures that a saved model was asked about; returns the report.
+
+    Args:
+        folder: what `open_evaluation` made. run: where the model came from.
+        seen: how many of the pictures that run had trained on, or had chosen its state by.
+    """
+    table = scored.table
+    counts = dict(zip(table.class_names, map(int, table.class_counts()), strict=True))
+    data = {
+        "root": str(table.root), "n_test": len(table), "class_counts": {"test": counts},
+        "bad_files": [[str(path), reason] for path, reason in table.bad_files],
+        "dropped": [[str(path), reason] for path, reason in table.dropped],
+    }  # fmt: skip
+    _write_predictions(folder, {"test": scored}, table.class_names, table.root)
+    folder.write_json("metrics.json", {
+        "test": scored.metrics, "data": data, "backbone": model.backbone_name or type(model.backbone).__name__,
+        "evaluated": str(run), "seen": seen,
+    })  # fmt: skip
+    from .report import write_evaluation_report
+
+    return write_evaluation_report(folder.path)
 
 
 def leave_usable(model: Classifier, diary: Diary, splits: Splits) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from .backbones import check_overrides
 from .bench import Bench, Data, find_data, make_bench, require_validation, say_left_out
 from .checkpoint import check_savable, load
 from .classifier import BY_DESIGN, Classifier, as_classifier, check_head_kind, create_classifier
-from .closing import FitResult, finish, leaked_rows, leave_usable, trained_on, write_plan
+from .closing import FitResult, finish, leaked_rows, leave_usable, trained_on, write_evaluation, write_plan
 from .dataset import ImageTable, Splits, check_images, load_images
 from .dataspec import DataSpec
 from .diary import Diary
@@ -37,7 +38,7 @@ from .recipe import (
     Stage,
     load_recipe,
 )
-from .run import check_run_path, open_run
+from .run import check_run_path, open_evaluation, open_run
 from .runtime import Runtime, make_runtime
 from .settings import own_settings
 from .stage_result import Log, StageResult
@@ -268,27 +269,37 @@ def evaluate_run(
     precision: str = "fp32",
     workers: int | None = None,
     bad_files: str = "error",
+    out: str | Path | None = None,
+    overwrite: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Score a saved model on a folder or manifest of labelled pictures: the figures of `metrics.json`, per split.
 
     With `tta` (see `tta_views`) the probabilities are means over several views of each picture.
+
+    Args:
+        out: a folder for metrics.json, predictions.csv and report.html; `overwrite` replaces an earlier evaluation.
     """
     views = len(tta_views(tta))
-    runtime = make_runtime(device=device, precision=precision, workers=workers)
-    model = load(run, device=runtime.device)
-    table = load_images(folder, root=root, bad_files=bad_files, class_names=model.class_names, workers=runtime.workers)
-    say_left_out(table, True)
-    seen = int(trained_on(Path(run), table).sum())
-    if seen:
-        say(
-            f"{seen:,} of these {len(table):,} pictures were trained on or chose the model: the figure is too good.",
-            enabled=True,
+    with nullcontext() if out is None else open_evaluation(out, overwrite=overwrite) as target:
+        runtime = make_runtime(device=device, precision=precision, workers=workers)
+        model = load(run, device=runtime.device)
+        table = load_images(
+            folder, root=root, bad_files=bad_files, class_names=model.class_names, workers=runtime.workers
         )
-    with ProgressBar(len(table) * views, "Evaluating", enabled=progress) as bar:
-        return evaluate(model, table, tta=tta, runtime=runtime, advance=bar.advance).metrics
+        say_left_out(table, True)
+        seen = int(trained_on(Path(run), table).sum())
+        if seen:
+            pictures = f"{seen:,} of these {len(table):,} pictures"
+            say(f"{pictures} were trained on or chose the model: the figure is too good.", enabled=True)
+        with ProgressBar(len(table) * views, "Evaluating", enabled=progress) as bar:
+            scored = evaluate(model, table, tta=tta, runtime=runtime, advance=bar.advance)
+        if target:
+            write_evaluation(target, run, model, scored, seen=seen)
+    return scored.metrics
 
 
+@own_settings()
 def check_transforms(
     run: str | Path,
     folder: str | Path,

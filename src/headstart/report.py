@@ -16,7 +16,7 @@ from .report_audit import audit_section
 from .report_charts import curves, freeze_strip, interval_scale
 from .report_page import NONE, details, duration, esc, facts, long_path, number, page, percent, section, span, table
 from .report_results import SPLITS, confusion_section, data_section, mistakes_section, per_class_section
-from .run import RunRecord, read_run
+from .run import RunRecord, environment, read_run
 from .verdicts import Verdict, verdicts
 
 __all__ = ["Verdict", "verdicts", "write_report"]
@@ -32,6 +32,31 @@ def write_report(run_folder: str | Path) -> Path:
     path = run.path / "report.html"
     write_atomic(path, render_report(run).encode("utf-8", errors="replace"))
     return path
+
+
+def write_evaluation_report(folder: str | Path) -> Path:
+    """Write `report.html` of an evaluation (see `closing.write_evaluation`) and return its path."""
+    folder = Path(folder)
+    metrics = json.loads((folder / "metrics.json").read_bytes())
+    record = RunRecord(folder, recipe={}, environment=environment(), history=[], metrics=metrics, model={})
+    scored = metrics["test"]
+    seen = ""
+    if metrics["seen"]:
+        pictures = f"{metrics['seen']:,} of these {scored['n']:,} pictures"
+        words = f"{pictures} were trained on or chose the model: the figures are too good."
+        seen = f'<p class="banner" role="note">{words}</p>'
+    sections = (
+        _headline(record, scored, "test"),
+        seen,
+        confusion_section(scored, "test"),
+        per_class_section(scored, "test"),
+        mistakes_section(record, "test"),
+        data_section(record),
+        _footer(record),
+    )
+    text = page(f"{_data_name(record)} ({percent(scored['accuracy'])}): headstart evaluation", "\n".join(sections))
+    write_atomic(folder / "report.html", text.encode("utf-8", errors="replace"))
+    return folder / "report.html"
 
 
 def render_report(run: RunRecord) -> str:
@@ -107,6 +132,7 @@ def _facts(run: RunRecord) -> str:
     created = str(run.environment.get("created", "")).replace("T", " ")
     created = f"{created[:16]} UTC" if created.endswith("+00:00") else created
     pairs = [
+        ("Model", long_path(run.metrics["evaluated"])) if run.metrics.get("evaluated") else None,
         ("Backbone", esc(run.metrics["backbone"])) if run.metrics.get("backbone") else None,
         ("Weights", long_path(run.metrics["weights"])) if run.metrics.get("weights") else None,
         ("Classes", f"{len(names):,}") if names else None,

@@ -169,13 +169,12 @@ def data_section(run: RunRecord) -> str:
     if not splits:
         return ""
     names = list(counts[splits[0]])
-    rows = [
-        (esc(n), *(f"{counts[s].get(n, 0):,}" for s in splits), f"{sum(counts[s].get(n, 0) for s in splits):,}")
-        for n in names
-    ]
-    totals = [sum(counts[s].values()) for s in splits]
-    foot = ("all", *(f"{t:,}" for t in totals), f"{sum(totals):,}")
-    header = ("Class", *(SPLITS[s].capitalize() for s in splits), "All")
+    several = len(splits) > 1
+    numbers = [[counts[s].get(n, 0) for s in splits] for n in names]
+    numbers = [[*row, sum(row)] if several else row for row in numbers]
+    rows = [(esc(n), *(f"{number:,}" for number in row)) for n, row in zip(names, numbers, strict=True)]
+    foot = ("all", *(f"{sum(column):,}" for column in zip(*numbers, strict=True)))
+    header = ("Class", *(SPLITS[s].capitalize() for s in splits), *(("All",) if several else ()))
     body = table(header, rows, label="pictures per class and split", numbers=range(1, len(header)), foot=foot)
     if len(names) > MANY_CLASSES:
         total = table(header, [foot], label="pictures per split", numbers=range(1, len(header)))
@@ -187,10 +186,13 @@ def data_section(run: RunRecord) -> str:
     shared = data.get("shared_groups") or {}
     small = small_pictures_sentence(data.get("sizes") or {})
     leak = f"<p>{len(shared):,} groups of pictures stand in several splits: the scores are too good.</p>"
+    what = (
+        "<p>The training split is learned from, the validation split chooses the state that is kept, the test split is "
+        "scored once, at the end.</p>"
+    )
     return section(
         "Data",
-        "<p>The training split is learned from, the validation split chooses the state that is kept, the test split is "
-        f'scored once, at the end.</p><p class="note">Read from <code>{esc(data.get("root", ""))}</code>.</p>',
+        f'{what if "train" in splits else ""}<p class="note">Read from <code>{esc(data.get("root", ""))}</code>.</p>',
         f"<p>{esc(small)}</p>" if small else "",
         body,
         skipped or '<p class="note">No file was left out as unreadable.</p>',

@@ -10,7 +10,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -33,6 +34,7 @@ RUN_FILES = (
     "predictions.csv",
     "report.html",
 )
+EVALUATION_FILES = ("metrics.json", "predictions.csv", "report.html")
 _LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file browsers leave in a folder they have shown
 _PACKAGES = (
     "headstart",
@@ -148,6 +150,36 @@ def open_run(path: str | Path, *, overwrite: bool = False) -> Run:
         return Run(staging, target)
     except OSError as error:
         raise CheckpointError(f"Run {path}: the folder cannot be made ({error}). Choose another with --out.") from None
+
+
+@contextmanager
+def open_evaluation(path: str | Path, *, overwrite: bool = False) -> Iterator[Run]:
+    """Make the folder of an evaluation, which is no run: its files are written one by one, into their place.
+
+    A new folder that an error leaves empty goes again.
+
+    Raises:
+        CheckpointError: something else is there, or an earlier evaluation and `overwrite` is not set.
+    """
+    folder = Path(path).expanduser().absolute()
+    try:
+        there = {entry.name for entry in folder.iterdir()} - set(_LITTER) if folder.exists() else set()
+        others = sorted(there - set(EVALUATION_FILES))
+        if others or (there and not overwrite):
+            what, way = (", ".join(others[:3]), "") if others else ("an earlier evaluation", ", or pass --overwrite")
+            raise CheckpointError(
+                f"{path} holds {what}, and is not overwritten unasked. Choose another folder with --out{way}."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: the folder cannot be made ({error}). Choose another with --out.") from None
+    try:
+        yield Run(folder, folder)
+    except BaseException:
+        if not there:
+            with suppress(OSError):  # not empty: what was written is of use
+                folder.rmdir()
+        raise
 
 
 def check_run_path(path: str | Path, *, overwrite: bool = False) -> Path:
