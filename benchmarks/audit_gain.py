@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from real_sets import records_of_default
+from real_sets import records_of
 from records import HERE, SHARED, WEIGHTS, Record, append, newest, parser, show
 
 import headstart
@@ -94,7 +94,7 @@ def _mean_accuracy(runs: list[Record]) -> str:
 
 def _of_real_sets(name: str, recipe: str, seeds: list[int]) -> str:
     """The same recipe and seeds on the labels as they are, where benchmarks/real_sets.py has run them."""
-    runs = {r["seed"]: r["stages"][-1] for r in records_of_default() if r["set"] == name}
+    runs = {r["seed"]: r["stages"][-1] for r in records_of() if r["set"] == name}
     held = recipe == "fine-tune" and all(seed in runs for seed in seeds)
     return _mean_accuracy([runs[seed] for seed in seeds]) if held else "-"
 

@@ -19,6 +19,7 @@ from headstart import (
     Stage,
     create_classifier,
     evaluate,
+    evaluate_run,
     fine_tune,
     fit,
     load,
@@ -154,6 +155,22 @@ def test_test_pictures_the_earlier_run_knows_are_told_and_left_out_of_a_second_s
         assert set(leaked) == tested & used
         assert leaked
         assert f"{len(leaked)} of the {len(tested)} test pictures were trained on" in capsys.readouterr().err
+
+
+def test_what_a_run_before_the_earlier_one_was_trained_on_is_told_too(
+    photos: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = replace(HEAD, seed=5, head=HeadSpec(), stages=(replace(HEAD.stages[0], epochs=1),))
+    second = fine_tune(photos, recipe=quick, from_run=run, out=tmp_path / "second", **MACHINE)
+    leaked = second.metrics["data"]["leaked"]
+    assert leaked
+    for options in ({"from_run": tmp_path / "second"}, {"weights": tmp_path / "second", "backbone": "test_resnet"}):
+        third = fine_tune(photos, recipe=quick, out=tmp_path / "third", overwrite=True, **options, **MACHINE)
+        assert third.metrics["data"]["leaked"] == leaked  # the same seed, and so the same test pictures
+    capsys.readouterr()
+    evaluate_run(tmp_path / "third", photos, device="cpu")
+    everything = len(third.splits.train) + len(third.splits.val) + len(leaked)
+    assert capsys.readouterr().err.startswith(f"{everything} of these")
 
 
 @pytest.mark.parametrize(

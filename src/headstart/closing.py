@@ -7,7 +7,7 @@ import shlex
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from .store import Cache
 from .terminal import ProgressBar
 from .threads import map_threads
 
+EARLIER_PICTURES = "earlier_pictures.csv"
 CONTENT, CONTENT_LETTERS = "content", 20  # the column of splits.csv with the beginning of the hash of each file's bytes
 
 
@@ -49,17 +50,27 @@ class FitResult:
     report_path: Path | None
 
 
+def _contents_met(run: Path) -> set[str]:
+    """The contents of the pictures in a run's train and validation splits, and in those of the runs it went on from.
+
+    Raises:
+        OSError, ValueError, KeyError: no run, or one whose tables cannot be read.
+    """
+    rows = [row for row in read_csv(run / "splits.csv") if row["split"] != "test"]
+    return {row[CONTENT] for row in (*rows, *read_csv(run / EARLIER_PICTURES)) if row.get(CONTENT)}
+
+
 def trained_on(run: Path, table: ImageTable) -> NDArray[np.bool_]:
     """Mask of the pictures that stand in the run's train or validation split: the files there, and copies of them.
 
-    A copy is told by its bytes, where the run has noted those of its own files.
+    A copy is told by its bytes, where the run has noted those of its own files; so are the pictures of the runs that
+    it went on from, one after the other.
     """
     try:
         root = json.loads((run / "metrics.json").read_bytes())["data"]["root"]
         here = Path(root).resolve()  # the same folder under another name, too
-        rows = [row for row in read_csv(run / "splits.csv") if row["split"] != "test"]
-        used = {str(here / row["path"]) for row in rows}
-        contents = {row[CONTENT] for row in rows if row.get(CONTENT)}
+        used = {str(here / row["path"]) for row in read_csv(run / "splits.csv") if row["split"] != "test"}
+        contents = _contents_met(run)
     except (OSError, ValueError, KeyError, TypeError, HeadstartError):
         return np.zeros(len(table), dtype=bool)  # a folder `save` wrote holds the model alone
     here = table.root.resolve()
@@ -85,8 +96,8 @@ def leaked_rows(diary: Diary, splits: Splits) -> NDArray[np.bool_]:
     return diary.leaked
 
 
-def write_plan(run: Run, plan: Recipe, bench: Bench) -> None:
-    """What is going to be done, on which machine, and with which pictures."""
+def write_plan(run: Run, plan: Recipe, bench: Bench, earlier: object = None) -> None:
+    """What is going to be done, on which machine, and with which pictures, those of the run `earlier` included."""
     run.write_json("recipe.json", plan.to_dict())
     run.write_json("environment.json", environment())
     splits = bench.splits
@@ -98,6 +109,10 @@ def write_plan(run: Run, plan: Recipe, bench: Bench) -> None:
         )
     ]
     run.write_csv("splits.csv", ("path", "split", "label", CONTENT), rows)
+    if isinstance(earlier, (str, Path)):
+        with suppress(OSError, ValueError, KeyError, HeadstartError):  # no run: a weights file, or a model alone
+            if met := _contents_met(Path(earlier)):
+                run.write_csv(EARLIER_PICTURES, (CONTENT,), [(content,) for content in sorted(met)])
 
 
 def _tables(splits: Splits) -> tuple[tuple[str, ImageTable], ...]:

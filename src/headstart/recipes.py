@@ -172,7 +172,7 @@ def fine_tune(
         if out is None:
             return
         diary.run = open_run(out, overwrite=overwrite)
-        write_plan(diary.run, plan, bench)
+        write_plan(diary.run, plan, bench, origin)
         if bench.audit is not None:
             diary.run.write_json("audit.json", bench.audit.to_dict())
 

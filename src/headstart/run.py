@@ -28,6 +28,7 @@ RUN_FILES = (
     "recipe.json",
     "environment.json",
     "splits.csv",
+    "earlier_pictures.csv",
     "audit.json",
     "history.jsonl",
     "metrics.json",
