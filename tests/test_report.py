@@ -358,6 +358,29 @@ def test_curves_mark_the_move_of_the_freeze_line_and_the_kept_state(tmp_path: Pa
     assert curves([], "loss") == ""
 
 
+def test_a_mixture_is_no_epoch_of_the_curves() -> None:
+    """`--wise` writes a record numbered one more than the last epoch: nothing was trained there."""
+    stop = {"kind": "early-stop", "message": "No better score."}
+    history = [record("head", 0, e, 1.0 - 0.25 * e, best=True) for e in range(4)]
+    history[-1]["event"] = stop
+    plain = ElementTree.fromstring(curves(history, "loss"))
+    wise = {"kind": "wise", "message": "Kept by validation: half of the way.", "alpha": 0.5, "epoch": 3}
+    mixed = ElementTree.fromstring(curves([*history, record("head", 0, 4, 0.2, best=True, event=wise)], "loss"))
+
+    def drawn(svg: ElementTree.Element, tag: str, class_: str) -> list[ElementTree.Element]:
+        return [e for e in svg.iter(tag) if e.get("class") == class_]
+
+    for class_ in ("val", "train"):
+        assert drawn(mixed, "polyline", class_)[0].get("points") == drawn(plain, "polyline", class_)[0].get("points")
+    last = float(drawn(plain, "polyline", "val")[0].attrib["points"].split()[-1].split(",")[0])
+    assert [float(e.attrib["x1"]) for e in drawn(mixed, "line", "event")] == [last, last]
+    assert float(drawn(mixed, "circle", "kept")[0].attrib["cx"]) == last
+    assert "4" not in [e.text for e in mixed.iter("text")]
+    names = drawn(mixed, "text", "small eventname")
+    assert [e.text for e in names] == ["early stop", "mixed"]
+    assert len({e.get("y") for e in names}) == 2  # one does not lie on the other
+
+
 def test_curves_map_epochs_and_values_to_the_frame() -> None:
     history = [record("head", 0, e, 1.0 - 0.25 * e, best=True) for e in range(4)]
     root = ElementTree.fromstring(curves(history, "loss"))

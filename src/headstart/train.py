@@ -228,7 +228,11 @@ def _ridge(run: Attempt, entry: Candidate) -> tuple[Candidate, Record]:
 
 
 def _wise(run: Attempt, entry: Candidate, best: Candidate, last: Candidate, write: Log) -> Candidate:
-    """Mix what the stage started from with its best and its last state; the history says which share was kept."""
+    """Mix what the stage started from with its best and its last state; the history says which share was kept.
+
+    Its record stands behind the last epoch's with the next number, which keeps the numbers of an attempt growing; no
+    such epoch is trained.
+    """
     started = time.perf_counter()
     ends = [best] * (best.epoch > 0) + [last] * (last.epoch != best.epoch)
     kept = best_mixture(

@@ -125,8 +125,18 @@ def axis_range(stages: Sequence[Sequence[Sequence[Record]]], quantity: str) -> t
 
 
 def epoch_records(attempt: Sequence[Record]) -> list[Record]:
-    """Without the record of a mixture made at the stage's end (WiSE): it is no step of training."""
-    return [record for record in attempt if (record.get("event") or {}).get("kind") != "wise"]
+    """The states that training itself came to, without a mixture of them."""
+    return [record for record in attempt if not is_mixture(record)]
+
+
+def drawn_epoch(record: Record) -> int:
+    """The epoch at which a record is drawn: a mixture, numbered one more than the last, at the last one trained."""
+    return int(record.get("epoch", 0)) - is_mixture(record)
+
+
+def is_mixture(record: Record) -> bool:
+    """Whether a record is that of a mixture made at the stage's end (WiSE), which is no step of training."""
+    return (record.get("event") or {}).get("kind") == "wise"
 
 
 def _losses(records: Sequence[Record], split: str) -> NDArray[np.float64]:
