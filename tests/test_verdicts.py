@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from headstart.metrics import evaluate_probs
+from headstart.schedule import learning_rate
 from headstart.verdicts import (
     Verdict,
     evenly_good,
@@ -112,6 +113,81 @@ def test_still_learning_needs_enough_scores() -> None:
     broken = made_history(FALLING)
     broken[-1]["val"]["loss"] = None  # was not finite
     assert still_learning(broken).answer == "unclear"
+
+
+def test_a_gap_in_the_scores_is_not_called_too_few() -> None:
+    broken = made_history(FALLING)
+    broken[-2]["val"]["loss"] = None
+    sentence = still_learning(broken).sentence
+    assert "last 5 scores of the validation split some are missing or not finite" in sentence
+    assert "3 scores of the validation split; a trend needs 4" in still_learning(made_history([0.9, 0.6, 0.4])).sentence
+
+
+def cosine(epochs: int, warmup: float = 0.0, schedule: str = "cosine", steps: int = 10) -> np.ndarray:
+    """The rates that a history of so many epochs holds, of a highest rate of 0.01."""
+    of = [max(0, steps * epoch - 1) for epoch in range(epochs + 1)]
+    how: Any = {"steps": steps * epochs, "lr": 0.01, "schedule": schedule, "warmup": warmup}
+    return np.array([learning_rate(step, **how) for step in of])
+
+
+def way(rates: np.ndarray) -> np.ndarray:
+    """Epochs at the highest rate gone until each state: what a smooth curve goes by."""
+    return np.concatenate([[0.0], np.cumsum((rates[1:] + rates[:-1]) / 2)]) / rates.max()
+
+
+def history_at(rates: np.ndarray, losses: Sequence[float]) -> list[dict[str, Any]]:
+    return [{**r, "lr": float(lr)} for r, lr in zip(made_history(losses), rates, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "rates", [cosine(8), cosine(40), cosine(150), cosine(30, 0.1), cosine(10, schedule="one-cycle")]
+)
+def test_a_curve_that_only_the_schedule_has_flattened_is_not_called_done(rates: np.ndarray) -> None:
+    epochs = len(rates) - 1
+    falling = still_learning(history_at(rates, 0.4 + 0.7 * np.exp(-2 * way(rates) / epochs)))
+    assert (falling.answer, falling.good) == ("unclear", None)
+    assert "as the rate ran down" in falling.sentence
+    assert "compare with twice the epochs" in falling.sentence
+    # Flat already, or past its best, while the rate was high.
+    assert still_learning(history_at(rates, 0.5 - 0.001 * way(rates) / epochs)).answer == "no"
+    turned = 0.4 + 0.7 * np.exp(-5 * way(rates) / epochs)
+    turned[: epochs // 2] -= 0.6
+    assert still_learning(history_at(rates, turned)).answer == "no"
+
+
+@pytest.mark.parametrize(
+    ("falling", "flat"),
+    [
+        ([0.40, 0.35, 0.32, 0.30, 0.295, 0.294], [0.40, 0.399, 0.398, 0.3975, 0.397, 0.3969]),  # the default's length
+        ([0.50, 0.44, 0.428, 0.4275], [0.50, 0.495, 0.492, 0.491]),  # that of `quick`: three states at a high rate
+    ],
+)
+def test_short_stages_are_judged_by_what_they_did_at_a_high_rate(falling: list[float], flat: list[float]) -> None:
+    rates = cosine(len(flat) - 1, 0.2)
+    verdict = still_learning(history_at(rates, falling))
+    assert verdict.answer == "unclear"
+    assert "as the rate ran down" in verdict.sentence
+    assert still_learning(history_at(rates, flat)).answer == "no"
+    assert still_learning(history_at(rates, [0.2, *falling[1:]])).answer == "no"  # nothing below what it began with
+
+
+def test_a_plateau_at_a_high_rate_is_done_whatever_came_before() -> None:
+    rates = cosine(30)
+    verdict = still_learning(history_at(rates, 0.4 + 0.7 * np.exp(-way(rates))))
+    assert (verdict.answer, verdict.good) == ("no", True)
+
+
+def test_a_flat_curve_whose_rate_stayed_or_is_not_known_is_done() -> None:
+    losses = 0.4 + 0.7 * np.exp(-2 * way(cosine(30)) / 30)
+    assert still_learning(made_history(losses)).answer == "no"
+    assert still_learning(history_at(np.full(31, 0.01), losses)).answer == "no"
+    assert still_learning(history_at(cosine(30), losses)).answer == "unclear"
+
+
+def test_flat_but_noisy_losses_are_rarely_laid_on_the_schedule() -> None:
+    rng = np.random.default_rng(0)
+    told = [still_learning(history_at(cosine(30), rng.normal(0.5, 0.03, 31))).sentence for _ in range(300)]
+    assert sum("ran down" in sentence for sentence in told) / 300 < 0.03
 
 
 def test_only_the_last_attempt_of_the_last_stage_counts() -> None:

@@ -44,7 +44,10 @@ def _thin_classes(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 
 def _cut_short(history: Sequence[Record]) -> list[str]:
-    """Stages before the last that were still learning when they ended."""
+    """Stages before the last that were still learning when they ended.
+
+    Of one that went flat as its rate ran down nobody can say so, and the next stage goes on from it: no caution.
+    """
     found = []
     for attempts in stage_attempts(history)[:-1]:
         epochs = epoch_records(attempts[-1])

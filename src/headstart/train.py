@@ -288,7 +288,9 @@ def _record(
     event: Record | None = None,
 ) -> Record:
     last = max(0, run.step - 1)
-    rate = learning_rate(last, steps=run.steps, lr=run.lr, schedule=run.stage.schedule, warmup=run.stage.warmup)
+    # L-BFGS finds the length of its steps itself: no schedule acts, and none may explain why a curve is flat.
+    schedule = "constant" if run.stage.optimizer == "lbfgs" else run.stage.schedule
+    rate = learning_rate(last, steps=run.steps, lr=run.lr, schedule=schedule, warmup=run.stage.warmup)
     return {
         "stage": run.stage.name,
         "epoch": epoch,

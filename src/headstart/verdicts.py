@@ -22,6 +22,11 @@ from .metrics import Z95
 LEARNING_DROP = 0.05
 LEARNING_DROP_NATS = 0.01
 LEARNING_STATES = 4
+# A schedule that has run down flattens any curve: where the rate ends below a fifth of the stage's highest and the best
+# state is one of the last three, the last third of the states above that fifth is judged, against the way gone (epochs
+# at the highest rate), by what as long a stretch at the highest rate would bring.
+RUN_DOWN = 0.2
+RUN_DOWN_BEST = 2
 # Overfitting in time: 3 or more states after its best the validation loss lies higher by 10 %, by 0.02 nats and by 1.5
 # jitters from epoch to epoch more than the best of N jittering figures lies too low by itself, sqrt(2 ln N) jitters;
 # the training loss fell meanwhile. Of level, jittering losses 0.5 to 7 % pass for it.
@@ -174,13 +179,12 @@ def still_learning(history: Sequence[Record]) -> Verdict:
     losses = _losses(attempt, "val")
     states = max(LEARNING_STATES, math.ceil(len(losses) / 3))
     tail = losses[-states:]
-    if len(tail) < LEARNING_STATES or not np.isfinite(tail).all():
-        return Verdict(
-            question,
-            "unclear",
-            f"The last stage has {np.isfinite(losses).sum()} usable scores of the validation split; "
-            f"a trend needs {LEARNING_STATES}.",
-        )
+    if len(tail) < LEARNING_STATES:
+        few = f"The last stage has {len(losses)} scores of the validation split; a trend needs {LEARNING_STATES}."
+        return Verdict(question, "unclear", few)
+    if not np.isfinite(tail).all():
+        gap = f"Of the last stage's last {len(tail)} scores of the validation split some are missing or not finite:"
+        return Verdict(question, "unclear", f"{gap} a trend needs them all.")
     name, epochs = attempt[-1].get("stage", ""), states - 1
     drop = clear_fall(losses)
     if drop is not None:
@@ -191,6 +195,15 @@ def still_learning(history: Sequence[Record]) -> Verdict:
             f"{tail[-1]:.3f}, steadily enough not to be jitter: more epochs would probably help.",
         )
     best = int(np.nanargmin(losses))
+    last = _fell_until(losses, np.array([record.get("lr", math.nan) for record in attempt], dtype=np.float64))
+    if last is not None:
+        return Verdict(
+            question,
+            "unclear",
+            f"Up to epoch {attempt[last].get('epoch', last)} of stage {name!r} the validation loss fell, then it "
+            f"flattened (from {losses[last]:.3f} to {losses[-1]:.3f}) as the rate ran down, which flattens any curve. "
+            "A longer schedule may help: compare with twice the epochs.",
+        )
     if best == len(losses) - 1 and _is_much(tail[0] - tail[-1], tail):
         return Verdict(
             question,
@@ -216,23 +229,37 @@ def clear_fall(losses: NDArray[np.float64]) -> float | None:
     tail = losses[-max(LEARNING_STATES, math.ceil(len(losses) / 3)) :]
     if len(tail) < LEARNING_STATES or not np.isfinite(tail).all() or tail.min() > np.nanmin(losses):
         return None
-    epochs = len(tail) - 1
-    slope, error = _trend(tail)
-    drop = -slope * epochs
-    is_trend = drop > _T95[min(len(tail) - 2, len(_T95)) - 1] * error * epochs
-    return drop if is_trend and _is_much(drop, tail) else None
+    drop = _falling(tail, np.arange(len(tail))) * (len(tail) - 1)
+    return drop if _is_much(drop, tail) else None
+
+
+def _fell_until(losses: NDArray[np.float64], rates: NDArray[np.float64]) -> int | None:
+    """The last state above `RUN_DOWN`, where the losses fell up to it and only the rate's end may have stopped that."""
+    highest, best = rates.max(initial=0.0), int(np.nanargmin(losses))
+    if not rates[-1] < RUN_DOWN * highest or best < len(losses) - 1 - RUN_DOWN_BEST:  # NaN where no rates are kept
+        return None
+    states = max(LEARNING_STATES, math.ceil(len(losses) / 3))
+    last = int(np.flatnonzero(rates >= RUN_DOWN * highest)[-1])
+    way = np.concatenate([[0.0], np.cumsum((rates[1:] + rates[:-1]) / 2)]) / highest
+    part, x = losses[: last + 1][-states:], way[: last + 1][-states:]
+    if not np.isfinite(part).all() or len(part) < 2:
+        return None
+    if len(part) < LEARNING_STATES:  # no trend can be told from jitter, so any fall that counts leaves it open
+        return last if _is_much(part[0] - part[-1], part) else None
+    return last if _is_much(_falling(part, x) * (states - 1), part) else None
 
 
 def _is_much(drop: float, losses: NDArray[np.float64]) -> bool:
     return bool(drop > max(LEARNING_DROP * losses.mean(), LEARNING_DROP_NATS))
 
 
-def _trend(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Slope per step of the straight line through `values`, and its standard error."""
-    x = np.arange(len(values)) - (len(values) - 1) / 2
-    slope = float(x @ values / (x @ x))
-    rest = values - values.mean() - slope * x
-    return slope, math.sqrt(float(rest @ rest) / (len(values) - 2) / float(x @ x))
+def _falling(values: NDArray[np.float64], at: NDArray[np.float64]) -> float:
+    """Fall per unit of `at` of the straight line through `values`; 0 where their scatter explains it."""
+    x = at - at.mean()
+    fall = -float(x @ values / (x @ x))
+    rest = values - values.mean() + fall * x
+    error = math.sqrt(float(rest @ rest) / (len(values) - 2) / float(x @ x))
+    return fall if fall > _T95[min(len(values) - 2, len(_T95)) - 1] * error else 0.0
 
 
 def generalising(val: Mapping[str, Any], test: Mapping[str, Any]) -> Verdict:
