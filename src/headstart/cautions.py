@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .verdicts import Record, clear_fall, difference_interval, epoch_records, figure, stage_attempts
+from .trends import clear_fall
+from .verdicts import Record, difference_interval, epoch_records, figure, stage_attempts
 
 FEW_PICTURES = 5  # training pictures of a class
 LISTED = 5

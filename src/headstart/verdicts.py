@@ -16,24 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .metrics import Z95
+from .trends import (
+    LEARNING_STATES,
+    OVERFIT_JITTERS,
+    OVERFIT_RISE,
+    OVERFIT_RISE_NATS,
+    OVERFIT_STATES,
+    clear_fall,
+    fell_until,
+    is_much,
+    jitter,
+)
 
-# Still learning: over the last third of the last stage (at least 4 states) the validation loss has a falling trend
-# that the scatter around it does not explain (one-sided t test at 5 %), worth 5 % of the loss and 0.01 nats.
-LEARNING_DROP = 0.05
-LEARNING_DROP_NATS = 0.01
-LEARNING_STATES = 4
-# A schedule that has run down flattens any curve: where the rate ends below a fifth of the stage's highest and the best
-# state is one of the last three, the last third of the states above that fifth is judged, against the way gone (epochs
-# at the highest rate), by what as long a stretch at the highest rate would bring.
-RUN_DOWN = 0.2
-RUN_DOWN_BEST = 2
-# Overfitting in time: 3 or more states after its best the validation loss lies higher by 10 %, by 0.02 nats and by 1.5
-# jitters from epoch to epoch more than the best of N jittering figures lies too low by itself, sqrt(2 ln N) jitters;
-# the training loss fell meanwhile. Of level, jittering losses 0.5 to 7 % pass for it.
-OVERFIT_STATES = 3
-OVERFIT_RISE = 0.10
-OVERFIT_RISE_NATS = 0.02
-OVERFIT_JITTERS = 1.5
 # Overfitting in the state that was kept: training accuracy above validation accuracy by 5 points and by more than
 # the 95 % interval of their difference.
 OVERFIT_GAP = 0.05
@@ -44,9 +38,6 @@ UNEVEN_P = 0.01
 UNEVEN_GAP = 0.05
 UNEVEN_DRAWS = 4000
 EVEN_PICTURES = 10
-
-# One-sided 5 % points of Student's t distribution for 1, 2, ... degrees of freedom.
-_T95 = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81)
 
 Record = Mapping[str, Any]
 
@@ -195,7 +186,7 @@ def still_learning(history: Sequence[Record]) -> Verdict:
             f"{tail[-1]:.3f}, steadily enough not to be jitter: more epochs would probably help.",
         )
     best = int(np.nanargmin(losses))
-    last = _fell_until(losses, np.array([record.get("lr", math.nan) for record in attempt], dtype=np.float64))
+    last = fell_until(losses, np.array([record.get("lr", math.nan) for record in attempt], dtype=np.float64))
     if last is not None:
         return Verdict(
             question,
@@ -204,7 +195,7 @@ def still_learning(history: Sequence[Record]) -> Verdict:
             f"flattened (from {losses[last]:.3f} to {losses[-1]:.3f}) as the rate ran down, which flattens any curve. "
             "A longer schedule may help: compare with twice the epochs.",
         )
-    if best == len(losses) - 1 and _is_much(tail[0] - tail[-1], tail):
+    if best == len(losses) - 1 and is_much(tail[0] - tail[-1], tail):
         return Verdict(
             question,
             "unclear",
@@ -219,47 +210,6 @@ def still_learning(history: Sequence[Record]) -> Verdict:
         "more epochs of this kind would probably not help.",
         good=True,
     )
-
-
-def clear_fall(losses: NDArray[np.float64]) -> float | None:
-    """By how much the last third of these validation losses falls, where it falls clearly; else None.
-
-    A fall that has not come down to what was reached before is a way back from overfitting, not learning.
-    """
-    tail = losses[-max(LEARNING_STATES, math.ceil(len(losses) / 3)) :]
-    if len(tail) < LEARNING_STATES or not np.isfinite(tail).all() or tail.min() > np.nanmin(losses):
-        return None
-    drop = _falling(tail, np.arange(len(tail))) * (len(tail) - 1)
-    return drop if _is_much(drop, tail) else None
-
-
-def _fell_until(losses: NDArray[np.float64], rates: NDArray[np.float64]) -> int | None:
-    """The last state above `RUN_DOWN`, where the losses fell up to it and only the rate's end may have stopped that."""
-    highest, best = rates.max(initial=0.0), int(np.nanargmin(losses))
-    if not rates[-1] < RUN_DOWN * highest or best < len(losses) - 1 - RUN_DOWN_BEST:  # NaN where no rates are kept
-        return None
-    states = max(LEARNING_STATES, math.ceil(len(losses) / 3))
-    last = int(np.flatnonzero(rates >= RUN_DOWN * highest)[-1])
-    way = np.concatenate([[0.0], np.cumsum((rates[1:] + rates[:-1]) / 2)]) / highest
-    part, x = losses[: last + 1][-states:], way[: last + 1][-states:]
-    if not np.isfinite(part).all() or len(part) < 2:
-        return None
-    if len(part) < LEARNING_STATES:  # no trend can be told from jitter, so any fall that counts leaves it open
-        return last if _is_much(part[0] - part[-1], part) else None
-    return last if _is_much(_falling(part, x) * (states - 1), part) else None
-
-
-def _is_much(drop: float, losses: NDArray[np.float64]) -> bool:
-    return bool(drop > max(LEARNING_DROP * losses.mean(), LEARNING_DROP_NATS))
-
-
-def _falling(values: NDArray[np.float64], at: NDArray[np.float64]) -> float:
-    """Fall per unit of `at` of the straight line through `values`; 0 where their scatter explains it."""
-    x = at - at.mean()
-    fall = -float(x @ values / (x @ x))
-    rest = values - values.mean() + fall * x
-    error = math.sqrt(float(rest @ rest) / (len(values) - 2) / float(x @ x))
-    return fall if fall > _T95[min(len(values) - 2, len(_T95)) - 1] * error else 0.0
 
 
 def generalising(val: Mapping[str, Any], test: Mapping[str, Any]) -> Verdict:
@@ -362,23 +312,12 @@ def _late_rise(history: Sequence[Record]) -> tuple[str, int, float] | None:
             continue
         late = after[len(after) // 2 :]
         rise = float(late.mean() - val[best])
-        noise = (OVERFIT_JITTERS + math.sqrt(2 * math.log(len(val)))) * _jitter(val)
+        noise = (OVERFIT_JITTERS + math.sqrt(2 * math.log(len(val)))) * jitter(val)
         clear = rise > max(OVERFIT_RISE * val[best], OVERFIT_RISE_NATS, noise)
         if clear and train[best + 1 :][len(after) // 2 :].mean() < train[best]:
             record = attempt[best]
             return str(record.get("stage", "")), int(record.get("epoch", best)), rise
     return None
-
-
-def _jitter(values: NDArray[np.float64]) -> float:
-    """Standard deviation of a curve from epoch to epoch, apart from where it is going.
-
-    Second differences leave out any straight line and have s * sqrt(6) for a deviation s; those of the first quarter,
-    where the curve bends, are left out.
-    """
-    bends = np.diff(values, n=2)
-    bends = bends[len(bends) // 4 :]
-    return float(np.sqrt(np.mean(bends**2) / 6)) if len(bends) else 0.0
 
 
 def evenly_good(scored: Mapping[str, Any], split: str = "test") -> Verdict:
