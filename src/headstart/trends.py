@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ RUN_DOWN_BEST = 2
 # jitters from epoch to epoch more than the best of N jittering figures lies too low by itself, sqrt(2 ln N) jitters;
 # the training loss fell meanwhile. Of level, jittering losses 0.5 to 7 % pass for it.
 OVERFIT_STATES = 3
+OVERFIT_SCORES = 4  # fewer of a stage tell no jitter
 OVERFIT_RISE = 0.10
 OVERFIT_RISE_NATS = 0.02
 OVERFIT_JITTERS = 1.5
@@ -78,7 +80,49 @@ def _falling(values: NDArray[np.float64], at: NDArray[np.float64]) -> float:
     return fall if fall > _T95[min(len(values) - 2, len(_T95)) - 1] * error else 0.0
 
 
-def jitter(values: NDArray[np.float64]) -> float:
+@dataclass(frozen=True)
+class Turn:
+    """What the validation loss did after its lowest state, in nats.
+
+    kind: `none`, no rise that counts; `overfit`, a clear one while the training loss fell; `both`, the training loss
+    rose, too; `jitter`, no more than from epoch to epoch anyway; `few`, too few states to judge.
+    best: place of the lowest state. rise: how far the late states lie above it. states: how many those are that rose.
+    """
+
+    kind: str
+    best: int
+    rise: float
+    states: int
+
+
+def turn_of(val: NDArray[np.float64], train: NDArray[np.float64]) -> Turn:
+    """Whether the validation loss [N] of a stage's states turned upwards, and whether their training loss [N] did."""
+    best = int(val.argmin())
+    states = len(val) - 1 - best
+    if not states:
+        return Turn("none", best, 0.0, 0)
+    late = slice(best + 1 + states // 2, None)
+    rise = float(val[late].mean() - val[best])
+    if not is_rise(rise, val[best]):  # nor may the last state lie above alone
+        late, states, rise = slice(-1, None), 1, float(val[-1] - val[best])
+        if not is_rise(rise, val[best]):
+            return Turn("none", best, rise, states)
+    alone = math.sqrt(2) if len(val[late]) == 1 else 1.0  # one state is jitter more often than a mean
+    noise = (alone * OVERFIT_JITTERS + math.sqrt(2 * math.log(len(val)))) * _jitter(val)
+    if train[late].mean() >= train[best]:
+        return Turn("both", best, rise, states)
+    if len(val) >= OVERFIT_SCORES and rise <= noise:
+        return Turn("jitter", best, rise, states)
+    judged = len(val) >= OVERFIT_SCORES and states >= OVERFIT_STATES
+    return Turn("overfit" if judged else "few", best, rise, states)
+
+
+def is_rise(rise: float, lowest: float) -> bool:
+    """Whether a rise of the validation loss above its lowest counts (nats)."""
+    return rise > max(OVERFIT_RISE * lowest, OVERFIT_RISE_NATS)
+
+
+def _jitter(values: NDArray[np.float64]) -> float:
     """Standard deviation of a curve [N] from epoch to epoch, apart from where it is going.
 
     Second differences leave out any straight line and have s * sqrt(6) for a deviation s; those of the first quarter,

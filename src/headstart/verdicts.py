@@ -16,17 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .metrics import Z95
-from .trends import (
-    LEARNING_STATES,
-    OVERFIT_JITTERS,
-    OVERFIT_RISE,
-    OVERFIT_RISE_NATS,
-    OVERFIT_STATES,
-    clear_fall,
-    fell_until,
-    is_much,
-    jitter,
-)
+from .trends import LEARNING_STATES, clear_fall, fell_until, is_much, is_rise, turn_of
 
 # Overfitting in the state that was kept: training accuracy above validation accuracy by 5 points and by more than
 # the 95 % interval of their difference.
@@ -273,51 +263,89 @@ def overfitting(history: Sequence[Record]) -> Verdict:
     chance = difference_interval(train, int(kept["train"]["n"]), val, int(kept["val"]["n"]))
     gap = train - val
     both = f"{_points(train)} % of the training and {_points(val)} % of the validation pictures"
-    rise = _late_rise(history)
-    late = (
-        f" In stage {rise[0]!r} the validation loss rose by {rise[2]:.3f} after epoch {rise[1]} while the training "
-        "loss went on falling; the state kept is from before that."
-        if rise
-        else ""
-    )
+    turns = _turns(history)
+    last, earlier = turns[-1:], [turn for turn in turns[:-1] if turn.kind == "overfit"][-1:]
+    rose = [turn for turn in last if turn.kind == "overfit"]
     if gap > max(chance, OVERFIT_GAP):
         return Verdict(
             question,
             "yes",
-            f"The state kept gets {both} right: {_points(gap)} points apart, where chance explains {_points(chance)}. "
-            "It knows its training pictures better than new ones; more pictures or stronger augmentation would help."
-            f"{late}",
+            " ".join([
+                f"The state kept gets {both} right: {_points(gap)} points apart, where chance explains "
+                f"{_points(chance)}. It knows its training pictures better than new ones; more pictures or stronger "
+                "augmentation would help.",
+                *(turn.words for turn in rose or earlier),
+            ]),
             good=False,
-        )
+        )  # fmt: skip
     within = "no more than chance explains" if gap <= chance else "a small difference"
     apart = f"The state kept gets {both} right: {within}."
-    if rise:
-        return Verdict(question, "partly", f"{late.strip()} {apart}", good=None)
+    if rose:
+        kept_risen = rose[0].keeps_rise
+        answer = "yes" if kept_risen else "partly"
+        return Verdict(question, answer, f"{rose[0].words} {apart}", good=False if kept_risen else None)
     if chance > OVERFIT_BLIND:
         few = f"with so few, chance alone can set them {_points(chance)} points apart, so this tells little"
         return Verdict(question, "unclear", f"The state kept gets {both} right; {few}.")
-    return Verdict(question, "no", f"{apart} The validation loss did not turn upwards.", good=True)
+    # An earlier stage that overfitted has cost its time alone: the next one started from what that stage kept. The
+    # answer is about the model that came of it, so that stage is told and does not change the answer.
+    words = " ".join([apart, *(turn.words for turn in (*last, *earlier))])
+    few_states = any(turn.kind == "few" for turn in last)
+    return Verdict(question, "unclear" if few_states else "no", words, good=None if few_states else True)
 
 
-def _late_rise(history: Sequence[Record]) -> tuple[str, int, float] | None:
-    """(stage, best epoch, rise in nats) of the last stage whose validation loss clearly rose after its best state."""
-    for attempts in reversed(stage_attempts(history)):
-        attempt = epoch_records(attempts[-1])
-        val, train = _losses(attempt, "val"), _losses(attempt, "train")
-        if len(val) < 4 or not (np.isfinite(val).all() and np.isfinite(train).all()):
-            continue
-        best = int(val.argmin())
-        after = val[best + 1 :]
-        if len(after) < OVERFIT_STATES:
-            continue
-        late = after[len(after) // 2 :]
-        rise = float(late.mean() - val[best])
-        noise = (OVERFIT_JITTERS + math.sqrt(2 * math.log(len(val)))) * jitter(val)
-        clear = rise > max(OVERFIT_RISE * val[best], OVERFIT_RISE_NATS, noise)
-        if clear and train[best + 1 :][len(after) // 2 :].mean() < train[best]:
-            record = attempt[best]
-            return str(record.get("stage", "")), int(record.get("epoch", best)), rise
-    return None
+@dataclass(frozen=True)
+class _StageTurn:
+    """How a stage's validation loss turned (see `trends.Turn`), in words, and whether the state kept has risen, too."""
+
+    kind: str
+    words: str
+    keeps_rise: bool
+
+
+def _turns(history: Sequence[Record]) -> list[_StageTurn]:
+    """Of each stage that was trained."""
+    attempts = [_scored(attempts[-1]) for attempts in stage_attempts(history)]
+    trained = [attempt for attempt in attempts if len(epoch_records(attempt)) > 1]
+    return [
+        _stage_turn(attempt, after=len(trained) - 1 - i, alone=len(trained) == 1) for i, attempt in enumerate(trained)
+    ]
+
+
+def _scored(attempt: Sequence[Record]) -> list[Record]:
+    return [r for r in attempt if all(math.isfinite(figure(r, split, "loss")) for split in ("train", "val"))]
+
+
+def _stage_turn(attempt: Sequence[Record], *, after: int, alone: bool) -> _StageTurn:
+    """after: how many stages follow."""
+    states = epoch_records(attempt)
+    turn = turn_of(_losses(states, "val"), _losses(states, "train"))
+    lowest, kept = states[turn.best], kept_record(attempt)
+    assert kept is not None
+    name, loss = lowest.get("stage", ""), figure(kept, "val", "loss")
+    epoch, kept_epoch = (int(r.get("epoch", 0)) for r in (lowest, kept))
+    if is_mixture(kept):
+        kept_epoch = int(kept["event"].get("epoch", kept_epoch))
+    if turn.kind == "none":
+        where = "The" if alone else "In the last stage the"
+        return _StageTurn(turn.kind, f"{where} validation loss did not turn upwards.", False)
+    if turn.kind == "overfit":
+        of = "the next stage started from" if after else "the state kept is"
+        then = f"{of} {'a mixture with a later one' if is_mixture(kept) else 'a later one'}, with a validation loss of"
+        then = f"{then} {loss:.3f}"
+        if kept_epoch <= epoch:
+            then = f"{of} {'the state before that' if after else 'from before that'}"
+        words = f"In stage {name!r} the validation loss rose by {turn.rise:.3f} after epoch {epoch} while the training "
+        risen = kept_epoch > epoch and is_rise(loss - figure(lowest, "val", "loss"), figure(lowest, "val", "loss"))
+        return _StageTurn(turn.kind, f"{words}loss went on falling; {then}.", risen)
+    ends = {
+        "both": "and the training loss rose with it",
+        "jitter": "by no more than it jitters",
+        "few": "while the training loss went on falling: too few to judge",
+    }
+    span = f"the last {turn.states} epochs" if turn.states > 1 else "the last epoch"
+    words = f"In {span} of stage {name!r} the validation loss rose by {turn.rise:.3f} above its lowest"
+    return _StageTurn(turn.kind, f"{words}, {ends[turn.kind]}.", False)
 
 
 def evenly_good(scored: Mapping[str, Any], split: str = "test") -> Verdict:
