@@ -378,6 +378,34 @@ def test_no_better_than_the_largest_class_is_not_generalising() -> None:
     assert "90.0 %" in verdict.sentence
 
 
+def test_of_one_class_there_is_nothing_to_tell() -> None:
+    verdict = generalising(scored([0.9, 0.9]), scored([1.0, 0.0], [30, 0]))
+    assert (verdict.answer, verdict.good) == ("unclear", None)
+    assert "one class alone (class 0): there is nothing to tell apart" in verdict.sentence
+    assert "Of its 30 pictures 100.0 % are right" in verdict.sentence
+
+
+@pytest.mark.parametrize(
+    ("recalls", "sizes"),
+    [
+        ([1.0, 0.0], [6, 4]),  # a tie of ten pictures
+        ([0.5, 0.5], [10, 10]),
+        ([0.33, 0.33, 0.4], [3, 3, 5]),  # below it, of eleven
+        ([0.96, 1.0], [970, 30]),  # of a rare class all are found
+    ],
+)
+def test_what_does_not_show_guessing_is_unclear(recalls: list[float], sizes: list[int]) -> None:
+    verdict = generalising({}, scored(recalls, sizes))
+    assert (verdict.answer, verdict.good) == ("unclear", None)
+    assert "not shown to be better than that" in verdict.sentence
+
+
+@pytest.mark.parametrize(("recalls", "sizes"), [([0.5, 0.5], 1000), ([0.1, 0.1, 0.1], 30), ([1.0, 0.0], [30, 30])])
+def test_as_good_as_guessing_by_many_pictures_is_a_no(recalls: list[float], sizes: Any) -> None:
+    verdict = generalising({}, scored(recalls, sizes))
+    assert (verdict.answer, verdict.good) == ("no", False)
+
+
 def test_better_than_guessing_by_less_than_chance_is_unclear() -> None:
     small = scored([0.7, 0.6], [10, 10])
     assert generalising(small, small).answer == "unclear"
