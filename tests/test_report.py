@@ -149,6 +149,21 @@ def test_the_report_holds_the_run(tmp_path: Path) -> None:
     assert [t for t, _ in page.tags].count("h2") == 9
 
 
+def test_the_accuracy_of_the_pictures_that_chose_is_no_forecast(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    assert "On more pictures of the same kind expect" in read(write_report(path))[1]
+    metrics = json.loads((path / "metrics.json").read_text())
+    del metrics["test"]
+    Run(path, path).write_json("metrics.json", metrics)
+    _, words = read(write_report(path))
+    low, high = metrics["val"]["accuracy_ci95"]
+    assert (
+        f"95 % interval: {100 * low:.1f} to {100 * high:.1f} %. These pictures chose the state that was kept" in words
+    )
+    assert "expect somewhat less on new ones" in words
+    assert "of the same kind expect" not in words
+
+
 def test_top5_is_shown_with_more_than_five_classes(tmp_path: Path) -> None:
     _, words = read(write_report(make_run(tmp_path / "run", SIX)))
     assert words.count("Top-5 accuracy") >= 2  # among the figures, and as a curve
