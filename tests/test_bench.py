@@ -10,8 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from headstart import DataError, Recipe, RecipeError, Stage, create_classifier, fine_tune, fit, load_images, split
+from headstart import (
+    DataError,
+    Recipe,
+    RecipeError,
+    Stage,
+    create_classifier,
+    evaluate,
+    fine_tune,
+    fit,
+    load_images,
+    split,
+)
 from headstart.bench import Bench, make_bench
+from headstart.metrics import paired_difference
 from headstart.recipe import POLICIES
 from headstart.runtime import make_runtime
 from tiny import SPEC, TinyNet
@@ -27,6 +39,18 @@ def bench_of(photos: Path, *, share: bool) -> Bench:
 
 def weights(result: Any) -> dict[str, torch.Tensor]:
     return result.model.state_dict()
+
+
+def test_what_a_stage_changed_is_told_picture_by_picture(photos: Path) -> None:
+    bench = bench_of(photos, share=True)
+    slow = replace(HEAD, epochs=1, lr_scale=1e-6)
+    plan = replace(PLAN, stages=(slow, replace(HEAD, name="again", lr_scale=10.0)))
+    head = fine_tune(bench, recipe=replace(plan, stages=(slow,)), **TINY)
+    both = fine_tune(bench, recipe=plan, **TINY)  # whose head stage is recalled
+    val = bench.splits.val
+    after, before = (evaluate(run.model, val).preds == val.labels for run in (both, head))
+    assert (after != before).any()
+    assert [stage["val_change"] for stage in both.metrics["stages"]] == [None, paired_difference(after, before)]
 
 
 def test_a_shared_head_stage_changes_no_bit_and_is_told(photos: Path) -> None:

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from headstart import (
 from headstart.bench import make_bench
 from headstart.cli import main
 from headstart.comparison import _pair_sentence, named_recipe, run_name
+from headstart.comparison_page import _curve_chart
 from headstart.metrics import holm, judge_pairs, paired_difference
 from headstart.recipe import RECIPES, load_recipe
 from headstart.runtime import make_runtime
@@ -289,6 +291,23 @@ def test_the_command_prints_the_tables(folder: Path, tmp_path: Path, capsys: pyt
     assert [layer.width for layer in recipe.head.hidden] == [8]
     assert "1 epochs at 32 px" in out
     assert (tmp_path / "out" / "compare.html").is_file()
+
+
+def test_a_mixture_is_no_epoch_of_the_compared_curves() -> None:
+    def record(index: int, epoch: int, kind: str = "") -> dict[str, Any]:
+        score = {"loss": 1.0 / (1 + epoch), "accuracy": 0.8}
+        event = {"kind": kind, "message": ""} if kind else None
+        return {"stage_index": index, "epoch": epoch, "train": score, "val": score, "best": True, "event": event}
+
+    def curve(*more: dict[str, Any]) -> ElementTree.Element:
+        history = [*(record(0, e) for e in range(7)), *(record(1, e) for e in range(4))]
+        return ElementTree.fromstring(_curve_chart(["one"], {"one": [[*history, *more]]}, "loss"))
+
+    plain, mixed = curve(), curve(record(1, 4, "wise"))
+    for tag in ("polyline", "text"):
+        assert [(e.attrib, e.text) for e in mixed.iter(tag)] == [(e.attrib, e.text) for e in plain.iter(tag)]
+    rings = [[e.get("cx") for e in svg.iter("circle") if e.get("class") == "ring"] for svg in (plain, mixed)]
+    assert rings[0] == rings[1] != []
 
 
 # ---- paired figures --------------------------------------------------------------------------------------------

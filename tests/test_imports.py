@@ -73,7 +73,7 @@ LAYERS = (
             "handover",
             "checkpoint",
         ),
-        *("verdicts", "cautions"),
+        *("trends", "verdicts", "cautions"),
         *("pixels", "pixelstore", "rowstore", "filling", "once"),
     ),
     (
@@ -214,7 +214,9 @@ SIDEWAYS = {
     ("mixing", "freezing"),
     ("checkpoint", "classifier"),
     ("checkpoint", "weights"),
+    ("cautions", "trends"),
     ("cautions", "verdicts"),
+    ("verdicts", "trends"),
     ("pixels", "pixelstore"),
     ("rowstore", "classifier"),
     ("rowstore", "contract"),

@@ -140,6 +140,11 @@ def test_it_is_refused_where_it_cannot_be_done(stage: Stage) -> None:
             fit(model_of(spec), DATA, stage, lr=0.1, runtime=CPU)
 
 
+def test_no_schedule_is_noted_of_lbfgs_on_which_none_acts() -> None:
+    result = fit(model_of(), DATA, Stage(epochs=4, optimizer="lbfgs"), lr=0.02, runtime=CPU)
+    assert [record["lr"] for record in result.history] == [0.02] * 5
+
+
 def test_lbfgs_ends_once_it_has_found_the_least_loss() -> None:
     stage = Stage(epochs=400, optimizer="lbfgs", weight_decay=0.05)
     result = fit(model_of(), DATA, stage, lr=1.0, runtime=CPU)

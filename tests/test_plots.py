@@ -69,6 +69,15 @@ def test_history_draws_what_was_rolled_back_pale() -> None:
     assert len(pale) == 2
 
 
+def test_a_mixture_is_no_epoch_of_the_history() -> None:
+    mixed = record(0, 3, 0.5, 0.65) | {"event": {"kind": "wise", "message": "", "alpha": 0.5, "epoch": 2}}
+    drawn = lines(plot_history([*HISTORY[:3], mixed]))
+    assert drawn["validation"].get_xdata().tolist() == [0, 1, 2]
+    assert drawn["kept"].get_xydata().tolist() == [[2, 0.65]]
+    start = [line for line in plot_history([*HISTORY[:3], mixed, *HISTORY[3:]]).lines if line.get_linestyle() == ":"]
+    assert start[0].get_xdata()[0] == 2  # the next stage begins where the epochs end
+
+
 def test_history_of_run_folder_record_and_result(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run")
     run.write_json("recipe.json", Recipe().to_dict())

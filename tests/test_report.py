@@ -149,6 +149,21 @@ def test_the_report_holds_the_run(tmp_path: Path) -> None:
     assert [t for t, _ in page.tags].count("h2") == 9
 
 
+def test_the_accuracy_of_the_pictures_that_chose_is_no_forecast(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    assert "On more pictures of the same kind expect" in read(write_report(path))[1]
+    metrics = json.loads((path / "metrics.json").read_text())
+    del metrics["test"]
+    Run(path, path).write_json("metrics.json", metrics)
+    _, words = read(write_report(path))
+    low, high = metrics["val"]["accuracy_ci95"]
+    assert (
+        f"95 % interval: {100 * low:.1f} to {100 * high:.1f} %. These pictures chose the state that was kept" in words
+    )
+    assert "expect somewhat less on new ones" in words
+    assert "of the same kind expect" not in words
+
+
 def test_top5_is_shown_with_more_than_five_classes(tmp_path: Path) -> None:
     _, words = read(write_report(make_run(tmp_path / "run", SIX)))
     assert words.count("Top-5 accuracy") >= 2  # among the figures, and as a curve
@@ -356,6 +371,29 @@ def test_curves_mark_the_move_of_the_freeze_line_and_the_kept_state(tmp_path: Pa
     assert "moves" not in curves(history, "loss", freeze_lines=("all", "all"))
     assert curves(history, "top5") == ""
     assert curves([], "loss") == ""
+
+
+def test_a_mixture_is_no_epoch_of_the_curves() -> None:
+    """`--wise` writes a record numbered one more than the last epoch: nothing was trained there."""
+    stop = {"kind": "early-stop", "message": "No better score."}
+    history = [record("head", 0, e, 1.0 - 0.25 * e, best=True) for e in range(4)]
+    history[-1]["event"] = stop
+    plain = ElementTree.fromstring(curves(history, "loss"))
+    wise = {"kind": "wise", "message": "Kept by validation: half of the way.", "alpha": 0.5, "epoch": 3}
+    mixed = ElementTree.fromstring(curves([*history, record("head", 0, 4, 0.2, best=True, event=wise)], "loss"))
+
+    def drawn(svg: ElementTree.Element, tag: str, class_: str) -> list[ElementTree.Element]:
+        return [e for e in svg.iter(tag) if e.get("class") == class_]
+
+    for class_ in ("val", "train"):
+        assert drawn(mixed, "polyline", class_)[0].get("points") == drawn(plain, "polyline", class_)[0].get("points")
+    last = float(drawn(plain, "polyline", "val")[0].attrib["points"].split()[-1].split(",")[0])
+    assert [float(e.attrib["x1"]) for e in drawn(mixed, "line", "event")] == [last, last]
+    assert float(drawn(mixed, "circle", "kept")[0].attrib["cx"]) == last
+    assert "4" not in [e.text for e in mixed.iter("text")]
+    names = drawn(mixed, "text", "small eventname")
+    assert [e.text for e in names] == ["early stop", "mixed"]
+    assert len({e.get("y") for e in names}) == 2  # one does not lie on the other
 
 
 def test_curves_map_epochs_and_values_to_the_frame() -> None:

@@ -33,6 +33,7 @@ from headstart.cli import main
 from headstart.cli_transforms import costs_table
 from headstart.dataset import open_image
 from headstart.harm import single_changes, transform_costs
+from headstart.metrics import paired_difference
 from headstart.order import epoch_order
 from headstart.recipe import POLICIES
 from headstart.report import write_report
@@ -250,10 +251,27 @@ def stages(*accuracies: float) -> list[dict[str, Any]]:
     return [{"name": f"stage {i}", "best_val_accuracy": value} for i, value in enumerate(accuracies)]
 
 
+def changed(only_after: int, only_before: int) -> dict[str, Any]:
+    """Two stages on 100 validation pictures, of which the first gets 80 right."""
+    before, after = np.arange(100) < 80, (np.arange(100) < 80 + only_after) & (np.arange(100) >= only_before)
+    both = stages(0.80, float(after.mean()))
+    both[1]["val_change"] = paired_difference(after, before)
+    return {"stages": both, "data": {"n_val": 100}}
+
+
 def test_25_a_gain_that_chance_explains_is_told() -> None:
+    (sentence,) = cautions([], changed(7, 3))
+    assert sentence.startswith("Stage 'stage 1' changed the validation accuracy by +4.0 points: of 100 pictures 7 are")
+    assert sentence.endswith("right only after it and 3 only before, which chance explains (p = 0.34).")
+    # As two samples of 100 these 8 points would be chance; on the same pictures all changes go one way.
+    assert cautions([], changed(8, 0)) == []
+    assert cautions([], changed(0, 0)) == []
+
+
+def test_of_older_runs_the_accuracies_of_stages_are_compared() -> None:
     (sentence,) = cautions([], {"stages": stages(0.90, 0.92), "data": {"n_val": 100}})
-    assert sentence.startswith("Stage 'stage 1' changed the validation accuracy by +2.0 points; with 100 pictures")
-    assert sentence.endswith("the two cannot be told apart.")
+    assert sentence.startswith("Stage 'stage 1' changed the validation accuracy by +2.0 points; of two samples of 100")
+    assert sentence.endswith("on the same pictures less.")
     assert cautions([], {"stages": stages(0.60, 0.92), "data": {"n_val": 100}}) == []
     assert cautions([], {"stages": stages(0.90, 0.92), "data": {"n_val": 10_000}}) == []
 

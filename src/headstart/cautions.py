@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from .verdicts import Record, clear_fall, difference_interval, epoch_records, figure, stage_attempts
+from .trends import clear_fall
+from .verdicts import Record, difference_interval, epoch_records, figure, stage_attempts
 
 FEW_PICTURES = 5  # training pictures of a class
 LISTED = 5
+BY_CHANCE = 0.05  # p of the exact test on the pictures that a stage changed
 
 
 def cautions(history: Sequence[Record], metrics: Mapping[str, Any]) -> list[str]:
@@ -44,7 +46,10 @@ def _thin_classes(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 
 def _cut_short(history: Sequence[Record]) -> list[str]:
-    """Stages before the last that were still learning when they ended."""
+    """Stages before the last that were still learning when they ended.
+
+    Of one that went flat as its rate ran down nobody can say so, and the next stage goes on from it: no caution.
+    """
     found = []
     for attempts in stage_attempts(history)[:-1]:
         epochs = epoch_records(attempts[-1])
@@ -58,16 +63,29 @@ def _cut_short(history: Sequence[Record]) -> list[str]:
 
 
 def _within_noise(metrics: Mapping[str, Any]) -> list[str]:
-    """Gains from stage to stage that chance explains."""
+    """Gains from stage to stage that chance explains, by the pictures that only one of both states gets right."""
     n = (metrics.get("data") or {}).get("n_val") or 0
     found = []
     for before, after in pairwise(metrics.get("stages") or []):
         first, second = before["best_val_accuracy"], after["best_val_accuracy"]
-        chance = difference_interval(first, n, second, n) if n else 0.0
-        if n and 0 < abs(second - first) <= chance:
+        if not n or first == second:
+            continue
+        words = f"Stage {after['name']!r} changed the validation accuracy by {100 * (second - first):+.1f} points"
+        change = after.get("val_change")
+        if change:
+            if change["p"] >= BY_CHANCE:
+                found.append(
+                    f"{words}: of {n:,} pictures {change['a_only']:.0f} are right only after it and"
+                    f" {change['b_only']:.0f} only before, which chance explains (p = {change['p']:.2f})."
+                )
+            continue
+        # A run of an earlier version: its stages' answers are not known, so that their accuracies can only be taken for
+        # those of two samples. That is too careful.
+        chance = difference_interval(first, n, second, n)
+        if abs(second - first) <= chance:
             found.append(
-                f"Stage {after['name']!r} changed the validation accuracy by {100 * (second - first):+.1f} points;"
-                f" with {n:,} pictures chance alone explains {100 * chance:.1f}: the two cannot be told apart."
+                f"{words}; of two samples of {n:,} pictures chance alone explains {100 * chance:.1f}, on the same"
+                " pictures less."
             )
     return found
 

@@ -14,7 +14,7 @@ from .report_charts import freeze_strip
 from .report_page import NONE, duration, esc, facts, number, page, percent, section, span, table
 from .run import read_run
 from .svg import nice_ticks, svg, tag, text
-from .verdicts import Record, axis_range, figure, kept_record, stage_attempts
+from .verdicts import Record, axis_range, drawn_epoch, figure, is_mixture, kept_record, stage_attempts
 
 Entry = Mapping[str, Any]
 
@@ -232,7 +232,7 @@ def _curve_chart(names: Sequence[str], histories: Mapping[str, Sequence[Sequence
 
 
 def _length(attempts: Sequence[Sequence[Record]]) -> int:
-    return max(int(r.get("epoch", 0)) for r in attempts[-1])
+    return max(map(drawn_epoch, attempts[-1]))
 
 
 def _series(history: Sequence[Record], quantity: str, x: Any, y: Any, *, first: bool) -> str:
@@ -242,8 +242,8 @@ def _series(history: Sequence[Record], quantity: str, x: Any, y: Any, *, first: 
     marks = ""
     for attempts in stage_attempts(history):
         for record in attempts[-1]:
-            at = start + int(record.get("epoch", 0))
-            for split in points:
+            at = start + drawn_epoch(record)
+            for split in () if is_mixture(record) else points:
                 value = figure(record, split, quantity)
                 if math.isfinite(value):
                     points[split].append(f"{x(at):.1f},{y(value):.1f}")

@@ -31,6 +31,8 @@ class Diary:
     phases: list[dict[str, Any]] = field(default_factory=list)
     earlier: str | Path | Classifier | None = None
     """What the weights come from; a run folder tells which pictures they have been trained on."""
+    right: NDArray[np.bool_] | None = None
+    """Which validation pictures the state is right about that the last stage kept, [n_val]."""
     handover: Handover | None = None
     """What the head took over from an earlier run; None where it is a new one."""
     leaked: NDArray[np.bool_] | None = None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -283,12 +284,16 @@ def _scored(compute: Callable[[Tensor], Tensor], batch: Tensor, runtime: Runtime
 
 @dataclass(frozen=True)
 class Score:
-    """Plain cross-entropy and accuracies of one pass, the figures that choose between states."""
+    """Plain cross-entropy and accuracies of one pass, the figures that choose between states.
+
+    right: which of the n pictures are right, in their order; None where that is not known.
+    """
 
     loss: float
     accuracy: float
     top5: float | None
     n: int
+    right: NDArray[np.bool_] | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         return {"loss": self.loss, "accuracy": self.accuracy, "top5": self.top5, "n": self.n}
@@ -301,7 +306,8 @@ def score(model: Classifier, source: Source, *, indices: Tensor, runtime: Runtim
     ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
     top5 = (ranks < 5).double().mean().item() if logits.shape[1] > 5 else None
     loss = torch.nn.functional.cross_entropy(logits.double(), labels).item()
-    return Score(loss, (logits.argmax(1) == labels).double().mean().item(), top5, len(indices))
+    right = logits.argmax(1) == labels
+    return Score(loss, right.double().mean().item(), top5, len(indices), right.numpy())
 
 
 def source_logits(model: Classifier, source: Source, *, indices: Tensor, runtime: Runtime) -> Tensor:

@@ -18,7 +18,7 @@ from .drawing import axes_or_new, drawable, new_figure, picture_path, rendered
 from .errors import DataError, near_matches
 from .files import write_atomic
 from .run import RunRecord, read_run
-from .verdicts import Record, axis_range, figure, kept_record, stage_attempts
+from .verdicts import Record, axis_range, drawn_epoch, epoch_records, figure, kept_record, stage_attempts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,7 @@ def plot_history(
             ax.axvline(start, color="0.3", linestyle=":", linewidth=1.5)
         where = ax.get_xaxis_transform()
         ax.text(start, 1.02, f" {name}", transform=where, fontsize=9, parse_math=False)
-        start += max(1, *(int(r.get("epoch", 0)) for attempt in attempts for r in attempt))
+        start += max(1, *(drawn_epoch(r) for attempt in attempts for r in attempt))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     low, high = axis_range(stages, quantity)
     ax.set(xlabel="epoch", ylabel=_QUANTITIES[quantity], ylim=(low, high + 0.02 * (high - low)))
@@ -80,14 +80,15 @@ def plot_history(
 def _plot_attempt(
     ax: Axes, attempt: Sequence[Record], quantity: str, start: int, *, counts: bool, kept: Record | None, label: bool
 ) -> None:
-    epochs = [start + int(r.get("epoch", 0)) for r in attempt]
+    trained = epoch_records(attempt)
+    epochs = [start + drawn_epoch(r) for r in trained]
     for split, color, style in (("train", _TRAIN, "--"), ("val", _VAL, "-")):
-        values = [figure(r, split, quantity) for r in attempt]
+        values = [figure(r, split, quantity) for r in trained]
         words = {"train": "training", "val": "validation"}[split] if label and counts else None
         ax.plot(epochs, values, style, color=color, marker=".", alpha=1.0 if counts else 0.35, label=words)
-    for epoch, record in zip(epochs, attempt, strict=True):
+    for record in attempt:
         if record is kept:
-            value = figure(record, "val", quantity)
+            epoch, value = start + drawn_epoch(record), figure(record, "val", quantity)
             ax.plot([epoch], [value], "o", markersize=11, markerfacecolor="none", markeredgecolor="0.15", label="kept")
 
 

@@ -99,9 +99,14 @@ def _headline(run: RunRecord, scored: Mapping[str, Any], split: str) -> str:
         )
     if scored:
         right, n = round(scored["accuracy"] * scored["n"]), scored["n"]
+        interval = span(scored["accuracy_ci95"])
+        expect = f"On more pictures of the same kind expect {interval} (95\u00a0% interval)."
+        if split == "val":
+            chose = "These pictures chose the state that was kept: expect somewhat less on new ones."
+            expect = f"95\u00a0% interval: {interval}. {chose}"
         words = (
-            f"<p><strong>{SPLITS[split].capitalize()} accuracy</strong>: {right:,} of {n:,} pictures right. On more "
-            f"pictures of the same kind expect {span(scored['accuracy_ci95'])} (95\u00a0% interval).</p>"
+            f"<p><strong>{SPLITS[split].capitalize()} accuracy</strong>: {right:,} of {n:,} pictures right. "
+            f"{expect}</p>"
             f'<p class="soft">Always answering the most frequent class: {percent(scored["majority_baseline"])}.</p>'
         )
         scale = interval_scale(scored["accuracy"], scored["accuracy_ci95"], scored["majority_baseline"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -14,7 +15,7 @@ from .svg import nice_ticks
 from .svg import svg as _svg
 from .svg import tag as _tag
 from .svg import text as _text
-from .verdicts import Record, axis_range, figure, kept_record, stage_attempts
+from .verdicts import Record, axis_range, drawn_epoch, epoch_records, figure, kept_record, stage_attempts
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 44.0, 42.0
 _WIDTH, _HEIGHT = 520.0, 316.0
@@ -81,7 +82,7 @@ _NAMES = {"loss": "Loss", "accuracy": "Accuracy", "top5": "Top-5 accuracy"}
 
 
 def _frame(stages: Sequence[Sequence[Sequence[Record]]], quantity: str) -> _Frame:
-    epochs = tuple(max(1, *(int(r.get("epoch", 0)) for a in attempts for r in a)) for attempts in stages)
+    epochs = tuple(max(1, *(drawn_epoch(r) for a in attempts for r in a)) for attempts in stages)
     room = _WIDTH - _LEFT - _RIGHT - _GAP * (len(stages) - 1)
     # The square root keeps a short stage readable beside a long one.
     weights = np.sqrt(np.array(epochs, dtype=float) + 1)
@@ -142,7 +143,8 @@ def _stage_lines(frame: _Frame, stage: int, attempts: Sequence[Sequence[Record]]
     for number, attempt in enumerate(attempts):
         counts = number == len(attempts) - 1
         for split in ("train", "val"):
-            points = [(frame.x(stage, r.get("epoch", 0)), figure(r, split, quantity), r) for r in attempt]
+            epochs = epoch_records(attempt)
+            points = [(frame.x(stage, drawn_epoch(r)), figure(r, split, quantity), r) for r in epochs]
             points = [(x, v, r) for x, v, r in points if math.isfinite(v)]
             path = " ".join(f"{x:.1f},{frame.y(v):.1f}" for x, v, _ in points)
             if len(points) > 1:
@@ -152,8 +154,12 @@ def _stage_lines(frame: _Frame, stage: int, attempts: Sequence[Sequence[Record]]
                 words = f"{_SPLITS[split]}, epoch {r.get('epoch')}: {v:.4g}"
                 dot = _tag("circle", _tag("title", escape(words)), cx=x, cy=frame.y(v), r=radius, class_=f"{split} dot")
                 parts.append(dot)
+        named: Counter[int] = Counter()  # the names of several events of one epoch stand one above the other
         for record in attempt:
-            parts.append(_event_mark(frame, stage, record, low=quantity != "loss"))
+            if record.get("event"):
+                epoch = drawn_epoch(record)
+                parts.append(_event_mark(frame, stage, record, low=quantity != "loss", line=named[epoch]))
+                named[epoch] += 1
     return "".join(parts)
 
 
@@ -170,15 +176,13 @@ _EVENTS = {
 }
 
 
-def _event_mark(frame: _Frame, stage: int, record: Record, *, low: bool) -> str:
-    event = record.get("event")
-    if not event:
-        return ""
-    x, words = frame.x(stage, record.get("epoch", 0)), _EVENTS.get(event.get("kind"), str(event.get("kind")))
+def _event_mark(frame: _Frame, stage: int, record: Record, *, low: bool, line: int) -> str:
+    event = record["event"]
+    x, words = frame.x(stage, drawn_epoch(record)), _EVENTS.get(event.get("kind"), str(event.get("kind")))
     room_right = frame.panels[stage][1] - x
     anchor, dx = ("start", 5) if room_right > 70 else ("end", -5)
     mark = _tag("line", x1=x, x2=x, y1=_TOP, y2=frame.bottom, class_="event")
-    y = frame.bottom - 6 if low else _TOP + 9  # where the curves are not
+    y = frame.bottom - 6 - 12 * line if low else _TOP + 9 + 12 * line  # where the curves are not
     label = _text(x + dx, y, words, class_="small eventname", text_anchor=anchor)
     return _tag("g", _tag("title", escape(str(event.get("message", words)))) + mark + label)
 
@@ -193,7 +197,7 @@ def _kept_mark(
             if math.isfinite(value):
                 words = _tag("title", "the state that was kept")
                 return _tag(
-                    "circle", words, cx=frame.x(stage, kept.get("epoch", 0)), cy=frame.y(value), r=7.0, class_="kept"
+                    "circle", words, cx=frame.x(stage, drawn_epoch(kept)), cy=frame.y(value), r=7.0, class_="kept"
                 )
     return ""
 

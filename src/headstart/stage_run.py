@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
 
+import numpy as np
+from numpy.typing import NDArray
+
 from . import train as training
 from .audit_sheet import finding_line
 from .auditing import for_labels, look_at_labels
@@ -17,6 +20,7 @@ from .cut import Cut
 from .diary import Diary
 from .features import FeatureSource, PixelSource, StageData, place_source
 from .freezing import set_freeze_line
+from .metrics import paired_difference
 from .pixels import Pixels
 from .recipe import Recipe, Stage
 from .stage_result import Log, Progress, StageResult
@@ -52,6 +56,7 @@ def run_stage(
             "best_epoch": result.best_epoch,
             "best_val_loss": best.loss,
             "best_val_accuracy": best.accuracy,
+            "val_change": _change(best.right, diary.right),
             "freeze_line": stage.freeze_line,
             "batchnorm": stage.batchnorm,
             "trainable_parameters": line.trainable_parameters,
@@ -62,7 +67,13 @@ def run_stage(
             "events": [*bench.runtime.portion.take(), *result.events],
         }
     )
+    diary.right = best.right
     return done.source
+
+
+def _change(now: NDArray[np.bool_] | None, before: NDArray[np.bool_] | None) -> dict[str, float] | None:
+    """What a stage changed on the validation pictures, as `paired_difference` tells it; None for the first stage."""
+    return None if now is None or before is None else paired_difference(now, before)
 
 
 def look_at_stored_labels(source: StageData, diary: Diary, bench: Bench) -> None:

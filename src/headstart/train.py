@@ -228,7 +228,11 @@ def _ridge(run: Attempt, entry: Candidate) -> tuple[Candidate, Record]:
 
 
 def _wise(run: Attempt, entry: Candidate, best: Candidate, last: Candidate, write: Log) -> Candidate:
-    """Mix what the stage started from with its best and its last state; the history says which share was kept."""
+    """Mix what the stage started from with its best and its last state; the history says which share was kept.
+
+    Its record stands behind the last epoch's with the next number, which keeps the numbers of an attempt growing; no
+    such epoch is trained.
+    """
     started = time.perf_counter()
     ends = [best] * (best.epoch > 0) + [last] * (last.epoch != best.epoch)
     kept = best_mixture(
@@ -284,7 +288,9 @@ def _record(
     event: Record | None = None,
 ) -> Record:
     last = max(0, run.step - 1)
-    rate = learning_rate(last, steps=run.steps, lr=run.lr, schedule=run.stage.schedule, warmup=run.stage.warmup)
+    # L-BFGS finds the length of its steps itself: no schedule acts, and none may explain why a curve is flat.
+    schedule = "constant" if run.stage.optimizer == "lbfgs" else run.stage.schedule
+    rate = learning_rate(last, steps=run.steps, lr=run.lr, schedule=schedule, warmup=run.stage.warmup)
     return {
         "stage": run.stage.name,
         "epoch": epoch,

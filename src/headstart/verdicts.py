@@ -15,20 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .metrics import Z95
+from .metrics import Z95, paired_difference
+from .trends import LEARNING_STATES, clear_fall, fell_until, is_much, is_rise, turn_of
 
-# Still learning: over the last third of the last stage (at least 4 states) the validation loss has a falling trend
-# that the scatter around it does not explain (one-sided t test at 5 %), worth 5 % of the loss and 0.01 nats.
-LEARNING_DROP = 0.05
-LEARNING_DROP_NATS = 0.01
-LEARNING_STATES = 4
-# Overfitting in time: 3 or more states after its best the validation loss lies higher by 10 %, by 0.02 nats and by 1.5
-# jitters from epoch to epoch more than the best of N jittering figures lies too low by itself, sqrt(2 ln N) jitters;
-# the training loss fell meanwhile. Of level, jittering losses 0.5 to 7 % pass for it.
-OVERFIT_STATES = 3
-OVERFIT_RISE = 0.10
-OVERFIT_RISE_NATS = 0.02
-OVERFIT_JITTERS = 1.5
+# Not generalising: no more right than always answering the most frequent class gives, picture by picture, with a 95 %
+# interval that ends below 5 points, and the mean recall of the classes at most 5 points above that of guessing.
+GUESS_MARGIN = 0.05
 # Overfitting in the state that was kept: training accuracy above validation accuracy by 5 points and by more than
 # the 95 % interval of their difference.
 OVERFIT_GAP = 0.05
@@ -39,9 +31,6 @@ UNEVEN_P = 0.01
 UNEVEN_GAP = 0.05
 UNEVEN_DRAWS = 4000
 EVEN_PICTURES = 10
-
-# One-sided 5 % points of Student's t distribution for 1, 2, ... degrees of freedom.
-_T95 = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81)
 
 Record = Mapping[str, Any]
 
@@ -125,8 +114,18 @@ def axis_range(stages: Sequence[Sequence[Sequence[Record]]], quantity: str) -> t
 
 
 def epoch_records(attempt: Sequence[Record]) -> list[Record]:
-    """Without the record of a mixture made at the stage's end (WiSE): it is no step of training."""
-    return [record for record in attempt if (record.get("event") or {}).get("kind") != "wise"]
+    """The states that training itself came to, without a mixture of them."""
+    return [record for record in attempt if not is_mixture(record)]
+
+
+def drawn_epoch(record: Record) -> int:
+    """The epoch at which a record is drawn: a mixture, numbered one more than the last, at the last one trained."""
+    return int(record.get("epoch", 0)) - is_mixture(record)
+
+
+def is_mixture(record: Record) -> bool:
+    """Whether a record is that of a mixture made at the stage's end (WiSE), which is no step of training."""
+    return (record.get("event") or {}).get("kind") == "wise"
 
 
 def _losses(records: Sequence[Record], split: str) -> NDArray[np.float64]:
@@ -164,13 +163,12 @@ def still_learning(history: Sequence[Record]) -> Verdict:
     losses = _losses(attempt, "val")
     states = max(LEARNING_STATES, math.ceil(len(losses) / 3))
     tail = losses[-states:]
-    if len(tail) < LEARNING_STATES or not np.isfinite(tail).all():
-        return Verdict(
-            question,
-            "unclear",
-            f"The last stage has {np.isfinite(losses).sum()} usable scores of the validation split; "
-            f"a trend needs {LEARNING_STATES}.",
-        )
+    if len(tail) < LEARNING_STATES:
+        few = f"The last stage has {len(losses)} scores of the validation split; a trend needs {LEARNING_STATES}."
+        return Verdict(question, "unclear", few)
+    if not np.isfinite(tail).all():
+        gap = f"Of the last stage's last {len(tail)} scores of the validation split some are missing or not finite:"
+        return Verdict(question, "unclear", f"{gap} a trend needs them all.")
     name, epochs = attempt[-1].get("stage", ""), states - 1
     drop = clear_fall(losses)
     if drop is not None:
@@ -181,7 +179,16 @@ def still_learning(history: Sequence[Record]) -> Verdict:
             f"{tail[-1]:.3f}, steadily enough not to be jitter: more epochs would probably help.",
         )
     best = int(np.nanargmin(losses))
-    if best == len(losses) - 1 and _is_much(tail[0] - tail[-1], tail):
+    last = fell_until(losses, np.array([record.get("lr", math.nan) for record in attempt], dtype=np.float64))
+    if last is not None:
+        return Verdict(
+            question,
+            "unclear",
+            f"Up to epoch {attempt[last].get('epoch', last)} of stage {name!r} the validation loss fell, then it "
+            f"flattened (from {losses[last]:.3f} to {losses[-1]:.3f}) as the rate ran down, which flattens any curve. "
+            "A longer schedule may help: compare with twice the epochs.",
+        )
+    if best == len(losses) - 1 and is_much(tail[0] - tail[-1], tail):
         return Verdict(
             question,
             "unclear",
@@ -198,33 +205,6 @@ def still_learning(history: Sequence[Record]) -> Verdict:
     )
 
 
-def clear_fall(losses: NDArray[np.float64]) -> float | None:
-    """By how much the last third of these validation losses falls, where it falls clearly; else None.
-
-    A fall that has not come down to what was reached before is a way back from overfitting, not learning.
-    """
-    tail = losses[-max(LEARNING_STATES, math.ceil(len(losses) / 3)) :]
-    if len(tail) < LEARNING_STATES or not np.isfinite(tail).all() or tail.min() > np.nanmin(losses):
-        return None
-    epochs = len(tail) - 1
-    slope, error = _trend(tail)
-    drop = -slope * epochs
-    is_trend = drop > _T95[min(len(tail) - 2, len(_T95)) - 1] * error * epochs
-    return drop if is_trend and _is_much(drop, tail) else None
-
-
-def _is_much(drop: float, losses: NDArray[np.float64]) -> bool:
-    return bool(drop > max(LEARNING_DROP * losses.mean(), LEARNING_DROP_NATS))
-
-
-def _trend(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Slope per step of the straight line through `values`, and its standard error."""
-    x = np.arange(len(values)) - (len(values) - 1) / 2
-    slope = float(x @ values / (x @ x))
-    rest = values - values.mean() - slope * x
-    return slope, math.sqrt(float(rest @ rest) / (len(values) - 2) / float(x @ x))
-
-
 def generalising(val: Mapping[str, Any], test: Mapping[str, Any]) -> Verdict:
     """Whether the test split, scored once, beats guessing and agrees with the validation split."""
     question = "Does it generalise to new pictures?"
@@ -232,15 +212,20 @@ def generalising(val: Mapping[str, Any], test: Mapping[str, Any]) -> Verdict:
         return Verdict(question, "unclear", "The test split has not been scored in this run.")
     accuracy, baseline, n = test["accuracy"], test["majority_baseline"], test["n"]
     low, high = test["accuracy_ci95"]
+    present = [row["name"] for row in test["per_class"] if row["n"]]
+    if len(present) == 1:
+        one = f"The test split holds one class alone ({present[0]}): there is nothing to tell apart in it."
+        return Verdict(question, "unclear", f"{one} Of its {n:,} pictures {_points(accuracy)} % are right.")
     scored = f"On {n:,} test pictures it had never seen, {_points(accuracy)} % are right"
     scored += f" ({_points(low)} to {_points(high)} %)"
     if low <= baseline:
+        guesses = _guesses(test, len(present))
         return Verdict(
             question,
-            "no" if accuracy <= baseline else "unclear",
+            "no" if guesses else "unclear",
             f"{scored}; always answering the most frequent class would give {_points(baseline)} %, "
             "so it is not shown to be better than that.",
-            good=False if accuracy <= baseline else None,
+            good=False if guesses else None,
         )
     if val:
         gap = val["accuracy"] - accuracy
@@ -265,6 +250,20 @@ def generalising(val: Mapping[str, Any], test: Mapping[str, Any]) -> Verdict:
     )
 
 
+def _guesses(test: Mapping[str, Any], present: int) -> bool:
+    """Whether it is shown that a model does no better than guessing, by accuracy and by the mean recall of the classes.
+
+    Picture by picture against the answer that is always the most frequent class: of few pictures a tie shows nothing.
+    """
+    confusion = np.array(test["confusion"], dtype=np.int64)
+    hits, n = confusion.diagonal(), confusion.sum(axis=1)
+    big = int(n.argmax())
+    counts = [hits[big], n[big] - hits[big], hits.sum() - hits[big], n.sum() - n[big] - hits.sum() + hits[big]]
+    found = paired_difference(np.repeat([1, 0, 1, 0], counts), np.repeat([1, 1, 0, 0], counts))
+    alike = test["balanced_accuracy"] <= 1 / present + GUESS_MARGIN
+    return bool(found["difference"] <= 0 and found["high"] < GUESS_MARGIN and alike)
+
+
 def difference_interval(p: float, n: int, q: float, m: int) -> float:
     """Half width of the 95 % interval of the difference of two shares, each eased by one success and one failure.
 
@@ -286,62 +285,89 @@ def overfitting(history: Sequence[Record]) -> Verdict:
     chance = difference_interval(train, int(kept["train"]["n"]), val, int(kept["val"]["n"]))
     gap = train - val
     both = f"{_points(train)} % of the training and {_points(val)} % of the validation pictures"
-    rise = _late_rise(history)
-    late = (
-        f" In stage {rise[0]!r} the validation loss rose by {rise[2]:.3f} after epoch {rise[1]} while the training "
-        "loss went on falling; the state kept is from before that."
-        if rise
-        else ""
-    )
+    turns = _turns(history)
+    last, earlier = turns[-1:], [turn for turn in turns[:-1] if turn.kind == "overfit"][-1:]
+    rose = [turn for turn in last if turn.kind == "overfit"]
     if gap > max(chance, OVERFIT_GAP):
         return Verdict(
             question,
             "yes",
-            f"The state kept gets {both} right: {_points(gap)} points apart, where chance explains {_points(chance)}. "
-            "It knows its training pictures better than new ones; more pictures or stronger augmentation would help."
-            f"{late}",
+            " ".join([
+                f"The state kept gets {both} right: {_points(gap)} points apart, where chance explains "
+                f"{_points(chance)}. It knows its training pictures better than new ones; more pictures or stronger "
+                "augmentation would help.",
+                *(turn.words for turn in rose or earlier),
+            ]),
             good=False,
-        )
+        )  # fmt: skip
     within = "no more than chance explains" if gap <= chance else "a small difference"
     apart = f"The state kept gets {both} right: {within}."
-    if rise:
-        return Verdict(question, "partly", f"{late.strip()} {apart}", good=None)
+    if rose:
+        kept_risen = rose[0].keeps_rise
+        answer = "yes" if kept_risen else "partly"
+        return Verdict(question, answer, f"{rose[0].words} {apart}", good=False if kept_risen else None)
     if chance > OVERFIT_BLIND:
         few = f"with so few, chance alone can set them {_points(chance)} points apart, so this tells little"
         return Verdict(question, "unclear", f"The state kept gets {both} right; {few}.")
-    return Verdict(question, "no", f"{apart} The validation loss did not turn upwards.", good=True)
+    # An earlier stage that overfitted has cost its time alone: the next one started from what that stage kept. The
+    # answer is about the model that came of it, so that stage is told and does not change the answer.
+    words = " ".join([apart, *(turn.words for turn in (*last, *earlier))])
+    few_states = any(turn.kind == "few" for turn in last)
+    return Verdict(question, "unclear" if few_states else "no", words, good=None if few_states else True)
 
 
-def _late_rise(history: Sequence[Record]) -> tuple[str, int, float] | None:
-    """(stage, best epoch, rise in nats) of the last stage whose validation loss clearly rose after its best state."""
-    for attempts in reversed(stage_attempts(history)):
-        attempt = epoch_records(attempts[-1])
-        val, train = _losses(attempt, "val"), _losses(attempt, "train")
-        if len(val) < 4 or not (np.isfinite(val).all() and np.isfinite(train).all()):
-            continue
-        best = int(val.argmin())
-        after = val[best + 1 :]
-        if len(after) < OVERFIT_STATES:
-            continue
-        late = after[len(after) // 2 :]
-        rise = float(late.mean() - val[best])
-        noise = (OVERFIT_JITTERS + math.sqrt(2 * math.log(len(val)))) * _jitter(val)
-        clear = rise > max(OVERFIT_RISE * val[best], OVERFIT_RISE_NATS, noise)
-        if clear and train[best + 1 :][len(after) // 2 :].mean() < train[best]:
-            record = attempt[best]
-            return str(record.get("stage", "")), int(record.get("epoch", best)), rise
-    return None
+@dataclass(frozen=True)
+class _StageTurn:
+    """How a stage's validation loss turned (see `trends.Turn`), in words, and whether the state kept has risen, too."""
+
+    kind: str
+    words: str
+    keeps_rise: bool
 
 
-def _jitter(values: NDArray[np.float64]) -> float:
-    """Standard deviation of a curve from epoch to epoch, apart from where it is going.
+def _turns(history: Sequence[Record]) -> list[_StageTurn]:
+    """Of each stage that was trained."""
+    attempts = [_scored(attempts[-1]) for attempts in stage_attempts(history)]
+    trained = [attempt for attempt in attempts if len(epoch_records(attempt)) > 1]
+    return [
+        _stage_turn(attempt, after=len(trained) - 1 - i, alone=len(trained) == 1) for i, attempt in enumerate(trained)
+    ]
 
-    Second differences leave out any straight line and have s * sqrt(6) for a deviation s; those of the first quarter,
-    where the curve bends, are left out.
-    """
-    bends = np.diff(values, n=2)
-    bends = bends[len(bends) // 4 :]
-    return float(np.sqrt(np.mean(bends**2) / 6)) if len(bends) else 0.0
+
+def _scored(attempt: Sequence[Record]) -> list[Record]:
+    return [r for r in attempt if all(math.isfinite(figure(r, split, "loss")) for split in ("train", "val"))]
+
+
+def _stage_turn(attempt: Sequence[Record], *, after: int, alone: bool) -> _StageTurn:
+    """after: how many stages follow."""
+    states = epoch_records(attempt)
+    turn = turn_of(_losses(states, "val"), _losses(states, "train"))
+    lowest, kept = states[turn.best], kept_record(attempt)
+    assert kept is not None
+    name, loss = lowest.get("stage", ""), figure(kept, "val", "loss")
+    epoch, kept_epoch = (int(r.get("epoch", 0)) for r in (lowest, kept))
+    if is_mixture(kept):
+        kept_epoch = int(kept["event"].get("epoch", kept_epoch))
+    if turn.kind == "none":
+        where = "The" if alone else "In the last stage the"
+        return _StageTurn(turn.kind, f"{where} validation loss did not turn upwards.", False)
+    if turn.kind == "overfit":
+        of = "the next stage started from" if after else "the state kept is"
+        then = f"{of} {'a mixture with a later one' if is_mixture(kept) else 'a later one'}, with a validation loss of"
+        then = f"{then} {loss:.3f}"
+        if kept_epoch <= epoch:
+            then = f"{of} {'the state before that' if after else 'from before that'}"
+        words = f"In stage {name!r} the validation loss rose by {turn.rise:.3f} after epoch {epoch} while the training "
+        risen = kept_epoch > epoch and is_rise(loss - figure(lowest, "val", "loss"), figure(lowest, "val", "loss"))
+        return _StageTurn(turn.kind, f"{words}loss went on falling; {then}.", risen)
+    ends = {
+        "both": "and the training loss rose with it",
+        "jitter": "by no more than it jitters",
+        "few": "while the training loss went on falling: too few to judge",
+    }
+    span = f"the last {turn.states} epochs" if turn.states > 1 else "the last epoch"
+    words = f"In {span} of stage {name!r} the validation loss rose by {turn.rise:.3f} above its lowest"
+    return _StageTurn(turn.kind, f"{words}, {ends[turn.kind]}.", False)
 
 
 def evenly_good(scored: Mapping[str, Any], split: str = "test") -> Verdict:
