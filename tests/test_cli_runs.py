@@ -87,6 +87,22 @@ def test_fit_tells_on_stderr_what_it_does(folder: Path, tmp_path: Path, capsys: 
     assert "Stage head:" not in out
 
 
+def test_a_reader_of_stderr_that_goes_away_ends_no_fit(folder: Path, tmp_path: Path) -> None:
+    loud = [word for word in QUICK if word != "--quiet"]
+    path = tmp_path / "run"
+    command = [sys.executable, "-m", "headstart.cli", "fit", folder, *loud, "--recipe", "head", "--out", path]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*command, "--epochs", "1"], stdout=subprocess.PIPE, stderr=writer, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    os.close(writer)
+    assert done.returncode == 0
+    assert done.stdout.decode().splitlines()[-1] == f"report  {path / 'report.html'}"
+    assert (path / "report.html").is_file()
+
+
 def test_an_existing_run_is_kept_unless_told_otherwise(
     folder: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """What the terminal shows: progress bars with rate and time left, plain tables, predictions in their three forms.
 
-Bars and spoken lines go to stderr, so that stdout holds nothing but results. Needs neither torch nor numpy.
+Bars and spoken lines go to stderr, so that stdout holds nothing but results. Where they cannot be shown the work goes
+on without them. Needs neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -10,7 +11,55 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
+
+
+class _Screen:
+    """Stderr, as bars and spoken lines are written to it: after the first failure nothing more is, and no work ends.
+
+    Its reader may go away, its disk be full; it may be closed, or None.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream, self._lost = stream, stream is None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        if self.stream is None or self._lost:
+            return
+        try:
+            self.stream.write(text)
+        except UnicodeEncodeError:  # of one word, not of the stream
+            self.write(text.encode("ascii", "backslashreplace").decode())
+        except (OSError, ValueError):
+            self._lost = True
+
+    def flush(self) -> None:
+        if self.stream is None or self._lost:
+            return
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self._lost = True
+
+    def isatty(self) -> bool:
+        try:
+            return self.stream is not None and self.stream.isatty()
+        except (OSError, ValueError):
+            return False
+
+
+_screen = _Screen(None)
+
+
+def _stderr() -> _Screen:
+    """The screen of what is stderr now; the same one as long as that is the same, by which tqdm knows its bars."""
+    global _screen
+    if _screen.stream is not sys.stderr:
+        _screen = _Screen(sys.stderr)
+    return _screen
 
 
 class ProgressBar:
@@ -37,7 +86,7 @@ class ProgressBar:
             disable=None if enabled else True,  # None: tqdm looks whether the file is a terminal
             leave=keep,
             dynamic_ncols=True,
-            file=sys.stderr,
+            file=_stderr(),
         )
 
     def advance(self, n: int = 1) -> None:
@@ -72,11 +121,11 @@ def printable(text: str) -> str:
 
 
 def say(text: str, *, enabled: bool = True) -> None:
-    """Print a line on stderr, above a bar that may be running there."""
+    """Print a line on stderr, above a bar that may be running there; nothing where stderr cannot be written to."""
     if enabled:
         from tqdm import tqdm
 
-        tqdm.write(printable(text), file=sys.stderr)
+        tqdm.write(printable(text), file=_stderr())
 
 
 def duration(seconds: float) -> str:
