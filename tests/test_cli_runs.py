@@ -257,6 +257,33 @@ def test_predict_forms(folder: Path, run: Path, tmp_path: Path, capsys: pytest.C
     assert len(out.splitlines()) == 3
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predict", "{run}", "{folder}", "--csv", "{out}/x.csv"],
+        ["evaluate", "{run}", "{folder}", "--out", "{out}"],
+        ["fit", "{folder}", "--out", "{out}"],
+        ["audit", "{folder}", "--out", "{out}"],
+        ["audit", "{folder}", "--write-clean", "{out}/x.csv"],
+    ],
+)
+def test_what_may_not_be_written_is_told_before_pictures_are_read(
+    arguments: list[str],
+    folder: Path,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and may(path, mode))
+    monkeypatch.setattr("headstart.isolate.ask_all", lambda *_, **__: pytest.fail("a picture was read"))
+    words = [word.format(folder=folder, run=run, out=tmp_path) for word in arguments]
+    code, out, err = command(capsys, *words)
+    assert (code, out) == (2, "")
+    assert f"{words[-1]}: no permission to write in {tmp_path}. Name another" in err
+
+
 def test_predict_names_what_cannot_be_read_and_does_the_others(
     folder: Path, run: Path, broken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from .cli_options import (
 )
 from .cli_overrides import picture_overrides
 from .errors import DataError, RecipeError
+from .files import check_folder, check_target
 from .recipe import DEFAULT_BACKBONE
 
 
@@ -52,6 +53,8 @@ def _run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else None
     if out is not None and out.exists() and not out.is_dir():
         raise DataError(f"--out is {args.out}, which is a file. Name a folder.")
+    if out is not None:
+        check_folder(out, f"--out is {args.out}")
     overrides = picture_overrides(vars(args))
     machine = given(args, "device", "precision", "cache")
     idle = [*given(args, "backbone", "weights"), *overrides, *machine] if args.fast else []
@@ -95,6 +98,7 @@ def _clean_path(text: str | None, photos: str) -> Path | None:
         raise DataError(f"--write-clean is {text}; it takes a .csv file in a folder that is there.")
     if path.exists() and Path(photos).exists() and path.samefile(photos):
         raise DataError(f"--write-clean is {text}, the manifest that is read, which stays as it is. Name another.")
+    check_target(path)
     return path
 
 
