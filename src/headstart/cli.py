@@ -47,6 +47,7 @@ from .cli_options import (
 from .cli_overrides import apply_overrides, override_head, picture_overrides
 from .cli_predict import EVALUATE, PREDICT
 from .cli_recipe import follow_tuned
+from .drawing import check_picture
 from .errors import HeadstartError, Interrupted, RecipeError, SetupError, in_words, near_matches
 from .owners import launched
 from .recipe import DEFAULT_BACKBONE, HeadSpec, load_recipe
@@ -198,9 +199,7 @@ def _preview(args: argparse.Namespace) -> int:
     recipe = apply_overrides(load_recipe(DEFAULT_RECIPE), {"augment": args.augment, "erasing": args.erasing})
     overrides = picture_overrides(vars(args))
     out = args.out or "preview.png"
-    from .files import check_target
-
-    check_target(out)
+    check_picture("Preview", out)
     from .backbones import create_backbone, override_spec
     from .bench import say_left_out
     from .dataset import load_images
