@@ -299,6 +299,30 @@ def test_predict_names_what_cannot_be_read_and_does_the_others(
 
 
 @pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["{folder}"], "model.json"),
+        (["{run}", "--device", "warp"], "warp"),
+        (["{run}", "--tta", "rotate"], "rotate"),
+        (["{run}", "--workers", "-1"], "workers"),
+    ],
+)
+def test_predict_reads_no_picture_for_a_call_that_is_wrong(
+    wrong: list[str],
+    message: str,
+    folder: Path,
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("headstart.isolate.ask_all", lambda *_, **__: pytest.fail("a picture was read"))
+    model, *options = [word.format(folder=folder, run=run) for word in wrong]
+    code, out, err = command(capsys, "predict", model, folder, *MACHINE, *options)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["predict", "{folder}", "{folder}"], "model.json"),
@@ -415,7 +439,9 @@ def test_quiet_leaves_the_bars_out(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     work = (what[0], run, folder, *what[1:], *MACHINE)
-    assert "0%|" in command(capsys, *work)[2]
+    told = command(capsys, *work)[2]
+    assert "Reading pictures:   0%|" in told
+    assert told.count("0%|") > told.count("Reading pictures:   0%|")
     code, out, err = command(capsys, *work, "--quiet")
     assert code == 0
     assert "0%|" not in err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,26 +80,26 @@ def _predict(args: argparse.Namespace) -> int:
 
     if args.csv not in (None, "-"):
         check_target(args.csv)
+    from . import evaluation
+    from .checkpoint import load
     from .dataset import bad_reasons, list_image_files
+    from .runtime import make_runtime
 
-    files = list_image_files(args.paths)
-    reasons = bad_reasons(files, workers=args.workers or 0)
+    files, tta, show = list_image_files(args.paths), args.tta or "none", not args.quiet
+    evaluation.tta_views(tta)  # what is wrong with the call is told before pictures are read
+    runtime = make_runtime(**({"precision": "fp32"} | given(args, "device", "precision", "workers")))
+    model = load(args.model, device=runtime.device)
+    with terminal.ProgressBar(len(files), "Reading pictures", enabled=show) as bar:
+        reasons = bad_reasons(files, workers=args.workers or 0, progress=lambda done, _: bar.move_to(done))
     good = [path for path, reason in zip(files, reasons, strict=True) if reason is None]
-    rows: Iterable[Mapping[str, Any]] = _predicted(args, good) if good else ()
+    rows: Iterable[Mapping[str, Any]] = ()
+    if good:
+        rows = evaluation.predictions(model, good, tta=tta, runtime=runtime, progress=show)
     for path, reason in zip(files, reasons, strict=True):
         if reason is not None:
             terminal.say(f"headstart predict: {path} cannot be read: {reason}")
     _print_predictions(rows, args)
     return 0 if len(good) == len(files) or args.bad_files == "skip" else EXIT_BAD_INPUT
-
-
-def _predicted(args: argparse.Namespace, files: Sequence[Path]) -> Iterable[Mapping[str, Any]]:
-    from . import evaluation
-    from .runtime import make_runtime
-
-    evaluation.tta_views(args.tta or "none")  # before the machine is looked at
-    runtime = make_runtime(**({"precision": "fp32"} | given(args, "device", "precision", "workers")))
-    return evaluation.predictions(args.model, files, tta=args.tta or "none", runtime=runtime, progress=not args.quiet)
 
 
 def _print_predictions(rows: Iterable[Mapping[str, Any]], args: argparse.Namespace) -> None:

@@ -284,10 +284,7 @@ def evaluate_run(
     with nullcontext() if out is None else open_evaluation(out, overwrite=overwrite) as target:
         runtime = make_runtime(device=device, precision=precision, workers=workers)
         model = load(run, device=runtime.device)
-        table = load_images(
-            folder, root=root, bad_files=bad_files, class_names=model.class_names, workers=runtime.workers
-        )
-        say_left_out(table, True)
+        table = _readable(model, folder, root=root, bad_files=bad_files, runtime=runtime, progress=progress)
         seen = int(trained_on(Path(run), table).sum())
         if seen:
             pictures = f"{seen:,} of these {len(table):,} pictures"
@@ -322,10 +319,28 @@ def check_transforms(
     assert augment is not None
     runtime = make_runtime(device=device, precision=precision, workers=workers)
     model = load(run, device=runtime.device)
-    table = load_images(folder, root=root, bad_files=bad_files, class_names=model.class_names, workers=runtime.workers)
-    say_left_out(table, True)
+    table = _readable(model, folder, root=root, bad_files=bad_files, runtime=runtime, progress=progress)
     with ProgressBar(len(table) * (1 + len(single_changes(augment))), "Trying changes", enabled=progress) as bar:
         return transform_costs(model, table, augment, runtime=runtime, advance=bar.advance)
+
+
+def _readable(
+    model: Classifier,
+    folder: str | Path,
+    *,
+    root: str | Path | None,
+    bad_files: str,
+    runtime: Runtime,
+    progress: bool,
+) -> ImageTable:
+    """The labelled pictures that a saved model is asked about; those left out, since they cannot be read, are named."""
+    table = load_images(folder, root=root, bad_files=bad_files, class_names=model.class_names, check=False)
+    with ProgressBar(len(table), "Reading pictures", enabled=progress) as bar:
+        table = check_images(
+            table, bad_files=bad_files, workers=runtime.workers, progress=lambda done, _: bar.move_to(done)
+        )
+    say_left_out(table, True)
+    return table
 
 
 def _say_seen(diary: Diary, splits: Splits) -> None:
