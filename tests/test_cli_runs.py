@@ -19,6 +19,7 @@ from PIL import Image
 
 from conftest import make_photos
 from headstart.cli import main
+from headstart.files import read_csv
 
 NET = ["--backbone", "test_resnet.r160_in1k", "--weights", "none", "--image-size", "32", "--augment", "none"]
 MACHINE = ["--device", "cpu", "--precision", "fp32", "--workers", "1"]
@@ -215,6 +216,27 @@ def test_evaluate_writes_a_report_where_it_is_told_to(
     code, _, err = command(capsys, "evaluate", run, folder, *MACHINE, "--out", tmp_path / "x", "--transforms")
     assert code == 2
     assert "--out goes with the figures" in err
+
+
+def test_changes_are_tried_with_a_word_on_what_was_trained_on(
+    folder: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = read_csv(run / "splits.csv")
+    met = sum(row["split"] != "test" for row in rows)
+    code, out, err = command(capsys, "evaluate", run, folder, *MACHINE, "--transforms", "light", "--quiet")
+    assert code == 0
+    assert f"{met} of these {len(rows)} pictures were trained on or chose the model" in err
+    assert "Unchanged pictures: accuracy" in out
+    for name in ("model.json", "model.safetensors"):  # as `headstart.save` leaves it
+        shutil.copy(run / name, tmp_path / name)
+    code, _, err = command(capsys, "evaluate", tmp_path, folder, *MACHINE, "--transforms")
+    assert code == 2
+    assert f"{tmp_path} holds a model without its recipe" in err
+    assert "--transforms with a policy (none, light" in err
+    code, _, err = command(capsys, "evaluate", folder, folder, *MACHINE, "--transforms")
+    assert code == 2
+    assert "model.json" in err
+    assert "recipe" not in err
 
 
 def test_predict_says_what_training_said(folder: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
