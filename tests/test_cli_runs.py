@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -304,6 +305,30 @@ def test_what_may_not_be_written_is_told_before_pictures_are_read(
     code, out, err = command(capsys, *words)
     assert (code, out) == (2, "")
     assert f"{words[-1]}: no permission to write in {tmp_path}. Name another" in err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_json_can_be_read_in_any_encoding(
+    encoding: str, folder: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(folder, photos)
+    odd = [os.fsdecode(b"\xff.jpg")] if sys.platform == "linux" else []  # no valid text, which others refuse
+    names = [photos / "red" / name for name in ("\u00e9.jpg", "\u732b.jpg", "\U0001f431.jpg", *odd)]
+    for name in names:
+        shutil.copy(folder / "red" / "red0.jpg", name)
+
+    def printed(*arguments: str | Path) -> Any:
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            assert main([str(argument) for argument in arguments]) == 0
+            stream.flush()
+        return json.loads(stream.buffer.getvalue().decode(encoding))
+
+    assert [row["path"] for row in printed("predict", run, *names, *MACHINE, "--json")] == list(map(str, names))
+    findings = json.dumps(printed("audit", photos, "--fast", "--json"), ensure_ascii=False)
+    assert all(name.name in findings for name in names[:3])
 
 
 def test_predict_names_what_cannot_be_read_and_does_the_others(

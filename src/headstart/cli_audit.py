@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from . import terminal
 from .cli_options import (
     PHOTOS_HELP,
     Command,
@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
         rows = clean_rows(table, result)
         write_manifest(rows, clean)
     if args.json:
-        print(json.dumps(result.to_dict(), indent=1, ensure_ascii=False))
+        print(terminal.as_json(result.to_dict()))
         return 0
     print(findings_text(result))
     if written is not None:

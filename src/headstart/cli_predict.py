@@ -112,7 +112,7 @@ def _print_predictions(rows: Iterable[Mapping[str, Any]], args: argparse.Namespa
         else:
             write_atomic(args.csv, lines)
     elif args.json:
-        print(json.dumps(terminal.predictions_json(rows, top=args.top), indent=1, ensure_ascii=False))
+        print(terminal.as_json(terminal.predictions_json(rows, top=args.top)))
     elif rows:
         print(terminal.predictions_table(rows, top=args.top or 1))
 

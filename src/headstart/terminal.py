@@ -6,6 +6,7 @@ on without them. Needs neither torch nor numpy.
 
 from __future__ import annotations
 
+import json
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -126,6 +127,12 @@ def say(text: str, *, enabled: bool = True) -> None:
         from tqdm import tqdm
 
         tqdm.write(printable(text), file=_stderr())
+
+
+def as_json(value: Any) -> str:
+    """Indented JSON for stdout: letters as they are in UTF-8, else as JSON's own escapes, which any encoding holds."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    return json.dumps(value, indent=1, ensure_ascii=encoding.lower().replace("-", "").replace("_", "") != "utf8")
 
 
 def duration(seconds: float) -> str:
