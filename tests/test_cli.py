@@ -106,6 +106,16 @@ def test_help_shows_the_recipes_own_values(monkeypatch: pytest.MonkeyPatch) -> N
     assert "(default: adamw)" in text
 
 
+def test_predict_s_help_says_what_becomes_of_bad_files() -> None:
+    parsers = cli.build_parser()[1]
+    said = {name: " ".join(parsers[name].format_help().split()) for name in ("predict", "evaluate")}
+    assert (
+        "it is named, the others are predicted, and the exit code is 2, or 0 with skip (default: error)"
+        in (said["predict"])
+    )
+    assert "cannot be read: stop, or name it and go on (default: error)" in said["evaluate"]
+
+
 def test_every_stage_field_has_its_option() -> None:
     fields = {name for name in Stage.__dataclass_fields__ if name not in ("name", "collapse_ratio", "collapse_margin")}
     assert {option.name for option in STAGE_OPTIONS} == fields

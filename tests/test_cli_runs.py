@@ -343,6 +343,9 @@ def test_predict_names_what_cannot_be_read_and_does_the_others(
     code, _, again = command(capsys, "predict", run, good[0], broken, *MACHINE, "--bad-files", "skip")
     assert (code, again) == (0, err)
     assert command(capsys, "predict", run, broken, *MACHINE) == (2, "", err)
+    for more, columns in ([], [f"p:{name}" for name in CLASSES]), (["--top", "2"], ["pred_2", "prob_2"]):
+        header = ",".join(["path", "pred", "prob", *columns])
+        assert command(capsys, "predict", run, broken, *MACHINE, "--csv", "-", *more) == (2, f"{header}\n", err)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--json", action="store_true", help="print JSON: a list with an object per picture")
     add_quiet_option(parser)
     add_tta_option(parser)
-    add_bad_files_option(parser)
+    add_bad_files_option(parser, "it is named, the others are predicted, and the exit code is 2, or 0 with skip")
     add_machine_options(parser)
 
 
@@ -98,15 +98,15 @@ def _predict(args: argparse.Namespace) -> int:
     for path, reason in zip(files, reasons, strict=True):
         if reason is not None:
             terminal.say(f"headstart predict: {path} cannot be read: {reason}")
-    _print_predictions(rows, args)
+    _print_predictions(rows, model.class_names, args)
     return 0 if len(good) == len(files) or args.bad_files == "skip" else EXIT_BAD_INPUT
 
 
-def _print_predictions(rows: Iterable[Mapping[str, Any]], args: argparse.Namespace) -> None:
+def _print_predictions(rows: Iterable[Mapping[str, Any]], class_names: Sequence[str], args: argparse.Namespace) -> None:
     if args.csv:
         from .files import to_csv, write_atomic
 
-        lines = to_csv(*terminal.predictions_csv(rows, top=args.top))
+        lines = to_csv(*terminal.predictions_csv(rows, class_names, top=args.top))
         if args.csv == "-":
             sys.stdout.buffer.writelines(lines)
         else:

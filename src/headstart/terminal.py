@@ -10,7 +10,6 @@ import json
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
 from types import TracebackType
 from typing import Any, Self, TextIO
 
@@ -273,19 +272,20 @@ def predictions_json(rows: Iterable[Mapping[str, Any]], *, top: int | None = Non
 
 
 def predictions_csv(
-    rows: Iterable[Mapping[str, Any]], *, top: int | None = None
+    rows: Iterable[Mapping[str, Any]], class_names: Sequence[str], *, top: int | None = None
 ) -> tuple[list[str], Iterator[list[str]]]:
-    """Header and rows: a column per class as in a run's predictions.csv, or with `top` the 2nd, 3rd, ... class."""
-    rows = iter(rows)
-    first = list(islice(rows, 1))
-    names = [name for row in first for name in row["probs"]]
-    rows, header = chain(first, rows), ["path", "pred", "prob"]
+    """Header and rows: a column per class as in a run's predictions.csv, or with `top` the 2nd, 3rd, ... class.
+
+    Args:
+        class_names: of the model, in its order; the header is the same whether or not there are rows.
+    """
+    header = ["path", "pred", "prob"]
     if top is None:
-        header += [f"p:{name}" for name in names]
+        header += [f"p:{name}" for name in class_names]
         return header, (
             [row["path"], row["pred"], repr(row["prob"]), *map(repr, row["probs"].values())] for row in rows
         )
-    header += [f"{word}_{n}" for n in range(2, min(top, len(names)) + 1) for word in ("pred", "prob")]
+    header += [f"{word}_{n}" for n in range(2, min(top, len(class_names)) + 1) for word in ("pred", "prob")]
     return header, (
         [row["path"], *(cell for name, prob in ranking(row, top) for cell in (name, repr(prob)))] for row in rows
     )
