@@ -185,6 +185,39 @@ def test_the_cache_command_lists_and_clears_data_sets(tmp_path: Path, capsys: py
     assert len(load_images(tmp_path / "x.zip")) == len(table)
 
 
+def test_folders_that_are_not_ours_are_left_alone_and_named(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.zip").write_bytes(zip_of())
+    root = load_images(tmp_path / "x.zip", check=False).root
+    for name in ("hf-beans", f"arrays-{'0' * 32}", f"archive-{'a' * 32}", "torchvision", "mine", "hf-mine"):
+        (cache / "sets" / name).mkdir()
+        (cache / "sets" / name / "1.png").write_bytes(PICTURE)
+    (cache / "sets" / "hf-beans" / "photos.csv").write_text("path,label\n")  # as earlier versions left it
+    (tmp_path / "elsewhere").mkdir()
+    (cache / "sets" / f"arrays-{'1' * 32}").symlink_to(tmp_path / "elsewhere")
+    assert main(["cache", "list", "--kind", "sets"]) == 0
+    assert "sets of pictures        5" in capsys.readouterr().out
+    assert main(["cache", "clear", "--kind", "sets"]) == 0
+    said = capsys.readouterr().out
+    assert f"Left alone in {cache / 'sets'}, since they are not headstart's: arrays-{'1' * 32}, hf-mine, mine\n" in said
+    assert sorted(path.name for path in (cache / "sets").iterdir()) == [f"arrays-{'1' * 32}", "hf-mine", "mine"]
+    assert not root.exists()
+
+
+@pytest.mark.parametrize("words", [["list"], ["clear"], ["clear", "--kind", "sets"]])
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_file_in_place_of_the_cache_folder_is_told(
+    words: list[str], below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("HEADSTART_CACHE", str(tmp_path / "file" / below))
+    assert main(["cache", *words]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"but {tmp_path / 'file'} is a file. Let HEADSTART_CACHE name a folder." in printed.err
+
+
 def test_a_data_set_that_a_process_reads_is_not_cleared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.zip").write_bytes(zip_of())
     code = f"from headstart import load_images; load_images({str(tmp_path / 'x.zip')!r}); print(1, flush=True); input()"

@@ -106,6 +106,16 @@ def test_help_shows_the_recipes_own_values(monkeypatch: pytest.MonkeyPatch) -> N
     assert "(default: adamw)" in text
 
 
+def test_predict_s_help_says_what_becomes_of_bad_files() -> None:
+    parsers = cli.build_parser()[1]
+    said = {name: " ".join(parsers[name].format_help().split()) for name in ("predict", "evaluate")}
+    assert (
+        "it is named, the others are predicted, and the exit code is 2, or 0 with skip (default: error)"
+        in (said["predict"])
+    )
+    assert "cannot be read: stop, or name it and go on (default: error)" in said["evaluate"]
+
+
 def test_every_stage_field_has_its_option() -> None:
     fields = {name for name in Stage.__dataclass_fields__ if name not in ("name", "collapse_ratio", "collapse_margin")}
     assert {option.name for option in STAGE_OPTIONS} == fields
@@ -491,3 +501,48 @@ def test_a_reader_who_has_seen_enough_is_no_error() -> None:
     assert reader.stderr.read() == b""
     reader.stderr.close()
     assert reader.wait() == 0
+
+
+@pytest.mark.parametrize("closed", ["unread", "closed"])
+def test_a_stderr_that_nobody_reads_changes_no_exit_code(closed: str) -> None:
+    code = (
+        "import sys; from headstart import cli, terminal; from dataclasses import replace\n"
+        "from headstart.errors import DataError\n"
+        "def work(args):\n"
+        "    terminal.say('x' * 9_000)\n"
+        "    if args.out: raise DataError('no such folder')\n"
+        "    print('done'); return 0\n"
+        "cli.COMMANDS['demo'] = replace(cli.COMMANDS['demo'], run=work)\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    for words, expected in ((["demo"], (0, b"done\n")), (["demo", "--out", "x"], (2, b""))):
+        command = [sys.executable, "-c", code, *words]
+        if closed == "closed":
+            command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=writer, check=False)
+        assert (done.returncode, done.stdout) == expected
+    os.close(writer)
+
+
+def test_a_broken_pipe_that_is_not_stdout_is_an_error(
+    calls: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls["raise"] = BrokenPipeError(32, "Broken pipe")
+    assert error_of(capsys, "fit", "photos") == "headstart fit: error: [Errno 32] Broken pipe\n"
+
+
+@pytest.mark.parametrize("words", [["cache", "list"], ["--help"], ["cache", "--help"]])
+def test_without_a_stdout_the_work_is_done(words: list[str]) -> None:
+    command = [sys.executable, "-m", "headstart.cli", *words]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(("columns", "widest"), [("abc", 100), ("0", 100), ("-3", 100), ("1", 40), ("60", 58)])
+def test_help_is_as_wide_as_can_be_read(columns: str, widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((0, 0)))
+    text = cli.build_parser()[0].format_help()
+    assert widest - 12 <= max(map(len, text.partition("options:")[2].splitlines())) <= widest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from PIL import Image
 
 from conftest import make_photos
 from headstart.cli import main
+from headstart.files import read_csv
 
 NET = ["--backbone", "test_resnet.r160_in1k", "--weights", "none", "--image-size", "32", "--augment", "none"]
 MACHINE = ["--device", "cpu", "--precision", "fp32", "--workers", "1"]
@@ -85,6 +87,22 @@ def test_fit_tells_on_stderr_what_it_does(folder: Path, tmp_path: Path, capsys: 
     assert "Stage head:" in err
     assert "\r" not in err
     assert "Stage head:" not in out
+
+
+def test_a_reader_of_stderr_that_goes_away_ends_no_fit(folder: Path, tmp_path: Path) -> None:
+    loud = [word for word in QUICK if word != "--quiet"]
+    path = tmp_path / "run"
+    command = [sys.executable, "-m", "headstart.cli", "fit", folder, *loud, "--recipe", "head", "--out", path]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*command, "--epochs", "1"], stdout=subprocess.PIPE, stderr=writer, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    os.close(writer)
+    assert done.returncode == 0
+    assert done.stdout.decode().splitlines()[-1] == f"report  {path / 'report.html'}"
+    assert (path / "report.html").is_file()
 
 
 def test_an_existing_run_is_kept_unless_told_otherwise(
@@ -201,6 +219,27 @@ def test_evaluate_writes_a_report_where_it_is_told_to(
     assert "--out goes with the figures" in err
 
 
+def test_changes_are_tried_with_a_word_on_what_was_trained_on(
+    folder: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = read_csv(run / "splits.csv")
+    met = sum(row["split"] != "test" for row in rows)
+    code, out, err = command(capsys, "evaluate", run, folder, *MACHINE, "--transforms", "light", "--quiet")
+    assert code == 0
+    assert f"{met} of these {len(rows)} pictures were trained on or chose the model" in err
+    assert "Unchanged pictures: accuracy" in out
+    for name in ("model.json", "model.safetensors"):  # as `headstart.save` leaves it
+        shutil.copy(run / name, tmp_path / name)
+    code, _, err = command(capsys, "evaluate", tmp_path, folder, *MACHINE, "--transforms")
+    assert code == 2
+    assert f"{tmp_path} holds a model without its recipe" in err
+    assert "--transforms with a policy (none, light" in err
+    code, _, err = command(capsys, "evaluate", folder, folder, *MACHINE, "--transforms")
+    assert code == 2
+    assert "model.json" in err
+    assert "recipe" not in err
+
+
 def test_predict_says_what_training_said(folder: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (run / "predictions.csv").open(encoding="utf-8", newline="") as file:
         saved = [row for row in csv.DictReader(file) if row["split"] == "test"]
@@ -241,6 +280,57 @@ def test_predict_forms(folder: Path, run: Path, tmp_path: Path, capsys: pytest.C
     assert len(out.splitlines()) == 3
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predict", "{run}", "{folder}", "--csv", "{out}/x.csv"],
+        ["evaluate", "{run}", "{folder}", "--out", "{out}"],
+        ["fit", "{folder}", "--out", "{out}"],
+        ["audit", "{folder}", "--out", "{out}"],
+        ["audit", "{folder}", "--write-clean", "{out}/x.csv"],
+    ],
+)
+def test_what_may_not_be_written_is_told_before_pictures_are_read(
+    arguments: list[str],
+    folder: Path,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and may(path, mode))
+    monkeypatch.setattr("headstart.isolate.ask_all", lambda *_, **__: pytest.fail("a picture was read"))
+    words = [word.format(folder=folder, run=run, out=tmp_path) for word in arguments]
+    code, out, err = command(capsys, *words)
+    assert (code, out) == (2, "")
+    assert f"{words[-1]}: no permission to write in {tmp_path}. Name another" in err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_json_can_be_read_in_any_encoding(
+    encoding: str, folder: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(folder, photos)
+    odd = [os.fsdecode(b"\xff.jpg")] if sys.platform == "linux" else []  # no valid text, which others refuse
+    names = [photos / "red" / name for name in ("\u00e9.jpg", "\u732b.jpg", "\U0001f431.jpg", *odd)]
+    for name in names:
+        shutil.copy(folder / "red" / "red0.jpg", name)
+
+    def printed(*arguments: str | Path) -> Any:
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            assert main([str(argument) for argument in arguments]) == 0
+            stream.flush()
+        return json.loads(stream.buffer.getvalue().decode(encoding))
+
+    assert [row["path"] for row in printed("predict", run, *names, *MACHINE, "--json")] == list(map(str, names))
+    findings = json.dumps(printed("audit", photos, "--fast", "--json"), ensure_ascii=False)
+    assert all(name.name in findings for name in names[:3])
+
+
 def test_predict_names_what_cannot_be_read_and_does_the_others(
     folder: Path, run: Path, broken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +343,33 @@ def test_predict_names_what_cannot_be_read_and_does_the_others(
     code, _, again = command(capsys, "predict", run, good[0], broken, *MACHINE, "--bad-files", "skip")
     assert (code, again) == (0, err)
     assert command(capsys, "predict", run, broken, *MACHINE) == (2, "", err)
+    for more, columns in ([], [f"p:{name}" for name in CLASSES]), (["--top", "2"], ["pred_2", "prob_2"]):
+        header = ",".join(["path", "pred", "prob", *columns])
+        assert command(capsys, "predict", run, broken, *MACHINE, "--csv", "-", *more) == (2, f"{header}\n", err)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["{folder}"], "model.json"),
+        (["{run}", "--device", "warp"], "warp"),
+        (["{run}", "--tta", "rotate"], "rotate"),
+        (["{run}", "--workers", "-1"], "workers"),
+    ],
+)
+def test_predict_reads_no_picture_for_a_call_that_is_wrong(
+    wrong: list[str],
+    message: str,
+    folder: Path,
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("headstart.isolate.ask_all", lambda *_, **__: pytest.fail("a picture was read"))
+    model, *options = [word.format(folder=folder, run=run) for word in wrong]
+    code, out, err = command(capsys, "predict", model, folder, *MACHINE, *options)
+    assert (code, out) == (2, "")
+    assert message in err
 
 
 @pytest.mark.parametrize(
@@ -372,7 +489,9 @@ def test_quiet_leaves_the_bars_out(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     work = (what[0], run, folder, *what[1:], *MACHINE)
-    assert "0%|" in command(capsys, *work)[2]
+    told = command(capsys, *work)[2]
+    assert "Reading pictures:   0%|" in told
+    assert told.count("0%|") > told.count("Reading pictures:   0%|")
     code, out, err = command(capsys, *work, "--quiet")
     assert code == 0
     assert "0%|" not in err

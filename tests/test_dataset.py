@@ -802,6 +802,23 @@ def test_list_image_files(tmp_path: Path) -> None:
     assert len(list_image_files([str(tmp_path)])) == 12
 
 
+def test_linked_folders_are_read_each_once_and_links_that_lead_back_end_nothing(tmp_path: Path) -> None:
+    for name in ("here/b", "here/c", "elsewhere/deep"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "1.jpg").write_bytes(b"")
+    for link, target in (
+        ("here/a", "here/c"),  # which has its place here
+        ("here/b/up", "here"),
+        ("here/d", "elsewhere"),
+        ("here/e", "elsewhere/deep"),
+        ("elsewhere/deep/back", "elsewhere"),
+        ("here/f", "here/f"),
+    ):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    found = [path.relative_to(tmp_path).as_posix() for path in list_image_files([tmp_path / "here"])]
+    assert found == ["here/b/1.jpg", "here/c/1.jpg", "here/d/deep/1.jpg"]
+
+
 def test_list_image_files_refuses_what_selects_nothing(tmp_path: Path) -> None:
     put(tmp_path / "cat.jpg")
     (tmp_path / "empty").mkdir()

@@ -14,9 +14,18 @@ import pytest
 
 from headstart import run as run_room
 from headstart.errors import CheckpointError
-from headstart.files import read_csv, replacing, to_json, write_atomic
+from headstart.files import check_target, read_csv, replacing, to_json, write_atomic
 from headstart.recipe import Recipe
-from headstart.run import Run, environment, is_run, open_run, read_history, read_run
+from headstart.run import (
+    Run,
+    check_run_path,
+    environment,
+    is_run,
+    open_evaluation,
+    open_run,
+    read_history,
+    read_run,
+)
 
 
 def complete(run: Run, mark: str = "first") -> Run:
@@ -130,6 +139,84 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkey
     with pytest.raises(OSError, match="no space"):
         write_atomic(path, b"new")
     assert everything(tmp_path) == {"metrics.json": b"old"}
+
+
+def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path: Path) -> None:
+    for folder in ("kept", "links"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "kept" / "old.csv").write_bytes(b"old")
+    for name in ("old.csv", "new.csv"):  # the second leads to nothing yet
+        link = tmp_path / "links" / name
+        link.symlink_to(f"../kept/{name}")
+        write_atomic(link, b"1")
+        assert link.is_symlink()
+    assert everything(tmp_path / "kept") == {"new.csv": b"1", "old.csv": b"1"}
+    nowhere = tmp_path / "links" / "nowhere"
+    nowhere.symlink_to(tmp_path / "no" / "x")
+    with pytest.raises(CheckpointError, match=rf"Cannot write {nowhere}: there is no folder {tmp_path / 'no'}\."):
+        write_atomic(nowhere, b"1")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # else opening it for writing waits for a reader
+    try:
+        for path in (pipe, link):
+            write_atomic(path, [b"a", b"b"])
+            assert os.read(reader, 10) == b"ab"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no open files by number on this system")
+def test_an_open_file_by_its_number_is_written_to(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    try:
+        write_atomic(f"/dev/fd/{writer}", b"1")
+        assert os.read(reader, 10) == b"1"
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def may_not_write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for an account without permission; tests may run as root, whom modes do not stop."""
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and real(path, mode))
+
+
+def test_a_folder_that_may_not_be_written_in_is_told_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = tmp_path / "runs" / "earlier"
+    complete(open_run(earlier))
+    monkeypatch.chdir(tmp_path)
+    may_not_write(tmp_path / "runs", monkeypatch)
+    where = rf"no permission to write in {tmp_path / 'runs'}\. Name another"
+    with pytest.raises(CheckpointError, match=rf"Cannot write runs/x\.csv: {where}"):
+        check_target("runs/x.csv")
+    for path, overwrite in (("runs/new", False), ("runs/deep/er", False), ("runs/earlier", True)):
+        with pytest.raises(CheckpointError, match=rf"Run .*{path}: {where}"):
+            check_run_path(path, overwrite=overwrite)
+    with pytest.raises(CheckpointError, match=rf"runs/scores: {where}"), open_evaluation("runs/scores"):
+        pass
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"{tmp_path / 'file'} is a file\. Choose another"):
+        check_run_path("file/run")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["earlier"]
+
+
+def test_a_device_that_may_not_be_written_to_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    may_not_write(tmp_path / "pipe", monkeypatch)
+    with pytest.raises(CheckpointError, match=r"pipe: no permission\."):
+        check_target(tmp_path / "pipe")
 
 
 def test_files_are_synced_before_they_are_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from headstart.terminal import (
+    ProgressBar,
     closing_table,
     duration,
     figure,
@@ -80,6 +84,71 @@ def test_a_bar_is_quiet_when_stderr_is_no_terminal() -> None:
     code = BAR.format(enabled=True, keep=True)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "a line\n")
+
+
+def unread() -> int:
+    """The writing end of a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def full_disk() -> int:
+    """A file on a disk without room."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no full disk to write to")
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+@pytest.mark.parametrize("make", [unread, full_disk])
+def test_what_cannot_be_shown_ends_no_work(make: Callable[[], int]) -> None:
+    code = "import sys; sys.stderr.isatty = lambda: True\n" + BAR.format(enabled=True, keep=True)
+    stderr = make()
+    # Python itself would end with another code, since it tries once more to write what stderr holds.
+    code += "print('done', flush=True); import os; os._exit(0)"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=stderr, check=False)
+    os.close(stderr)
+    assert (done.returncode, done.stdout) == (0, b"done\n")
+
+
+def closed_stream() -> io.StringIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+class Flaky(io.StringIO):
+    """Cannot be written to the first time."""
+
+    calls = 0
+
+    def write(self, text: str) -> int:
+        self.calls += 1
+        if self.calls == 1:
+            raise OSError("no space left on device")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("stream", [None, closed_stream(), Flaky()])
+def test_without_a_stderr_it_is_quiet_from_then_on(stream: io.StringIO | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    say("a line")
+    with ProgressBar(3, "Reading") as bar:
+        bar.advance(2)
+        say("another")
+    assert stream is None or stream.closed or stream.getvalue() == ""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    say("seen again")
+    assert sys.stderr.getvalue() == "seen again\n"
+
+
+def test_a_word_that_stderr_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stderr", stream)
+    say("a \u732b")
+    say("and on")
+    stream.seek(0)
+    assert stream.read() == "a \\u732b\nand on\n"
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,9 @@ from headstart import (
 )
 from headstart.bench import Bench
 from headstart.cli import main
+from headstart.errors import HeadstartError
 from headstart.features import make_source
-from headstart.lr_finder import option_for, range_test, smoothed, suggestions
+from headstart.lr_finder import RateCurve, option_for, range_test, smoothed, suggestions
 from headstart.owners import is_gone, this_process
 from headstart.recipe import HeadSpec, load_recipe
 from headstart.runtime import make_runtime
@@ -156,6 +157,36 @@ def test_lr_on_the_command_line(photos: Path, tmp_path: Path, capsys: pytest.Cap
     arguments = ["--run", str(run), "--steps", "20", "--out", str(out), "--device", "cpu", "--quiet"]
     assert main(["lr", str(photos), *arguments]) == 0
     assert "suggestion: --lr " in capsys.readouterr().out  # the one stage of its recipe
+
+
+@pytest.mark.parametrize("out", ["lr.bmp", "nowhere/lr.png"])
+def test_a_curve_that_could_not_be_drawn_is_refused_before_pictures_are_looked_for(
+    out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("lr", "preview"):
+        assert main([command, "no-photos", "--out", out, "--backbone", "test_resnet"]) == 2
+        said = capsys.readouterr().err
+        assert ("the ending is '.bmp'" if out == "lr.bmp" else "there is no folder nowhere") in said
+    with pytest.raises(HeadstartError, match=r"ending is '\.bmp'|no folder nowhere"):
+        find_lr("no-photos", out=out, **NET, **MACHINE)
+
+
+def test_lr_prints_what_it_found_before_it_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> Path:
+        raise OSError(28, "No space left on device")
+
+    def found(*_: object, out: Path | None = None, **__: object) -> RateCurve:
+        curve = RateCurve("head", "head", (1e-3, 1e-2), (1.0, 0.5), 1e-3, 2e-3, 3e-3, False, "--lr 0.002")
+        return curve if out is None else replace(curve, picture=full())
+
+    monkeypatch.setattr("headstart.plots.plot_rates", full)
+    monkeypatch.setattr("headstart.lr_finder.find_lr", found)
+    assert main(["lr", "photos", "--out", str(tmp_path / "lr.png"), *ARGUMENTS]) == 2
+    printed = capsys.readouterr()
+    assert "suggestion: --lr 0.002" in printed.out
+    assert "No space left" in printed.err
 
 
 # ---- the sweep -------------------------------------------------------------------------------------------------

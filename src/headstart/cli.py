@@ -8,13 +8,15 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import select
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from . import cli_advise, cli_compare, cli_shootout, cli_tuning, terminal
 from .cli_audit import AUDIT
@@ -45,12 +47,13 @@ from .cli_options import (
 from .cli_overrides import apply_overrides, override_head, picture_overrides
 from .cli_predict import EVALUATE, PREDICT
 from .cli_recipe import follow_tuned
+from .drawing import check_picture
 from .errors import HeadstartError, Interrupted, RecipeError, SetupError, in_words, near_matches
 from .owners import launched
 from .recipe import DEFAULT_BACKBONE, HeadSpec, load_recipe
 
 EXIT_INTERRUPTED = 130
-HELP_WIDTH = 100
+HELP_WIDTH, LEAST_WIDTH = 100, 40
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,15 +64,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
-    columns = int(os.environ.get("COLUMNS") or 0) or _terminal_columns()
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=min(HELP_WIDTH, columns - 2))
-
-
-def _terminal_columns() -> int:
-    try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns
-    except (OSError, ValueError):
-        return HELP_WIDTH + 2
+    columns = shutil.get_terminal_size((HELP_WIDTH + 2, 24)).columns
+    width = max(LEAST_WIDTH, min(HELP_WIDTH, columns - 2))
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=width)
 
 
 class _Version(argparse.Action):
@@ -202,9 +199,7 @@ def _preview(args: argparse.Namespace) -> int:
     recipe = apply_overrides(load_recipe(DEFAULT_RECIPE), {"augment": args.augment, "erasing": args.erasing})
     overrides = picture_overrides(vars(args))
     out = args.out or "preview.png"
-    from .files import check_target
-
-    check_target(out)
+    check_picture("Preview", out)
     from .backbones import create_backbone, override_spec
     from .bench import say_left_out
     from .dataset import load_images
@@ -316,28 +311,68 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    args = _parse(argv)
-    for stream in (sys.stdout, sys.stderr):  # a class or file name the terminal cannot show is escaped, not fatal
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        with _stopped_by_the_system():
-            _refuse_together(args)
-            code = COMMANDS[args.command].run(args)
-            sys.stdout.flush()
+    with _open_streams():
+        args = _parse(argv)
+        try:
+            with _stopped_by_the_system():
+                _refuse_together(args)
+                code = COMMANDS[args.command].run(args)
+                sys.stdout.flush()
+                return code
+        except (HeadstartError, OSError, KeyboardInterrupt) as error:
+            # The reader of our output may have seen enough, as in `headstart summary vgg16 | head`.
+            code = 0 if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout) else _explain(error, args)
+            _silence_if_stuck(sys.stdout)
             return code
-    except BrokenPipeError:  # the reader of our output has seen enough, as in `headstart summary vgg16 | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (HeadstartError, OSError, KeyboardInterrupt) as error:
-        return _explain(error, args)
-    except (MemoryError, RuntimeError) as error:
-        from .memory import is_out_of_memory  # with PyTorch, which a RuntimeError comes from
+        except (MemoryError, RuntimeError) as error:
+            from .memory import is_out_of_memory  # with PyTorch, which a RuntimeError comes from
 
-        if not is_out_of_memory(error):
-            raise
-        words = f"Out of memory ({in_words(error)}). Take a smaller --image-size or --backbone, or free memory."
-        return _explain(SetupError(words), args)
+            if not is_out_of_memory(error):
+                raise
+            words = f"Out of memory ({in_words(error)}). Take a smaller --image-size or --backbone, or free memory."
+            return _explain(SetupError(words), args)
+
+
+@contextmanager
+def _open_streams() -> Iterator[None]:
+    """Stdout and stderr can be written to, whatever the caller has made of them.
+
+    Where one is closed, what would go there goes nowhere. A class or file name that a terminal cannot show is escaped.
+    """
+    with ExitStack() as stack:
+        for name, redirect in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
+            stream = getattr(sys, name)
+            if stream is None or getattr(stream, "closed", False):
+                nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8", errors="backslashreplace"))
+                stack.enter_context(redirect(nowhere))
+            elif isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            yield
+        finally:
+            _silence_if_stuck(sys.stderr)
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether nobody reads any more what goes into this stream, a pipe."""
+    try:
+        stream.flush()
+        reader = select.poll()
+        reader.register(stream.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in reader.poll(0))
+    except BrokenPipeError:
+        return True
+    except (OSError, ValueError, AttributeError):  # no file behind it, or a system without `poll`
+        return False
+
+
+def _silence_if_stuck(stream: TextIO) -> None:
+    """What a stream holds and cannot write goes nowhere: Python would try again at its end, for another exit code."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager
@@ -373,14 +408,14 @@ def _explain(error: BaseException, args: argparse.Namespace) -> int:
     if args.debug:
         import traceback
 
-        traceback.print_exception(error)
+        terminal.say("".join(traceback.format_exception(error)).rstrip())
     if isinstance(error, (Interrupted, KeyboardInterrupt)):
-        print(str(error) or "Stopped by hand. Give the same command again to start over.", file=sys.stderr)
+        terminal.say(str(error) or "Stopped by hand. Give the same command again to start over.")
         return EXIT_INTERRUPTED
     rank = launched()[0]
     # What all processes run into, the main one tells; of the others a line is enough to find the one that is alone.
     words = f"(process {rank}) {str(error).partition(chr(10))[0]}" if rank else str(error)
-    print(f"headstart {args.command}: error: {terminal.printable(words)}", file=sys.stderr)
+    terminal.say(f"headstart {args.command}: error: {words}")
     return EXIT_BAD_INPUT
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from . import terminal
 from .cli_options import (
     PHOTOS_HELP,
     Command,
@@ -19,6 +19,7 @@ from .cli_options import (
 )
 from .cli_overrides import picture_overrides
 from .errors import DataError, RecipeError
+from .files import check_folder, check_target
 from .recipe import DEFAULT_BACKBONE
 
 
@@ -52,6 +53,8 @@ def _run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else None
     if out is not None and out.exists() and not out.is_dir():
         raise DataError(f"--out is {args.out}, which is a file. Name a folder.")
+    if out is not None:
+        check_folder(out, f"--out is {args.out}")
     overrides = picture_overrides(vars(args))
     machine = given(args, "device", "precision", "cache")
     idle = [*given(args, "backbone", "weights"), *overrides, *machine] if args.fast else []
@@ -77,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
         rows = clean_rows(table, result)
         write_manifest(rows, clean)
     if args.json:
-        print(json.dumps(result.to_dict(), indent=1, ensure_ascii=False))
+        print(terminal.as_json(result.to_dict()))
         return 0
     print(findings_text(result))
     if written is not None:
@@ -95,6 +98,7 @@ def _clean_path(text: str | None, photos: str) -> Path | None:
         raise DataError(f"--write-clean is {text}; it takes a .csv file in a folder that is there.")
     if path.exists() and Path(photos).exists() and path.samefile(photos):
         raise DataError(f"--write-clean is {text}, the manifest that is read, which stays as it is. Name another.")
+    check_target(path)
     return path
 
 

@@ -6,6 +6,7 @@ import argparse
 from datetime import datetime
 
 from . import terminal
+from .errors import SetupError
 
 KINDS = {
     "pixels": "decoded pictures",
@@ -26,12 +27,21 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_cache(args: argparse.Namespace) -> int:
-    """Print what is there, or what was removed; returns the exit code."""
+    """Print what is there, or what was removed; returns the exit code.
+
+    Raises:
+        SetupError: a file stands where the cache folder is to be.
+    """
     from .prepared import folder_bytes, prepared_folders, remove_prepared
     from .store import KINDS as ALL
     from .store import Cache
 
     cache = Cache()
+    nearest = next(path for path in (cache.folder, *cache.folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise SetupError(
+            f"The cache folder is {cache.folder}, but {nearest} is a file. Let HEADSTART_CACHE name a folder."
+        )
     kinds = tuple(kind for kind in ALL if args.kind in (None, kind))
     sets = prepared_folders() if args.kind in (None, SETS) else []
     in_sets = sum(map(folder_bytes, sets))
@@ -45,6 +55,10 @@ def run_cache(args: argparse.Namespace) -> int:
         stay = "1 entry is in use and stays" if kept == 1 else f"{kept:,} entries are in use and stay"
         in_use = f"; {stay}" if kept else ""
         print(f"{terminal.file_size(removed)} removed from {cache.folder}{in_use}.")
+        others = prepared_folders(ours=False) if args.kind == SETS else []
+        if others:
+            names = terminal.printable(", ".join(sorted(path.name for path in others)))
+            print(f"Left alone in {others[0].parent}, since they are not headstart's: {names}")
         return 0
     entries = cache.entries()
     rows = []

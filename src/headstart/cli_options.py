@@ -305,12 +305,12 @@ def add_audit_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_bad_files_option(parser: argparse._ActionsContainer) -> None:
-    """`--bad-files`: the same words in every command."""
+def add_bad_files_option(parser: argparse._ActionsContainer, what: str = "stop, or name it and go on") -> None:
+    """`--bad-files`: the same words in every command, but for `predict`, where no picture needs the others."""
     parser.add_argument(
         "--bad-files",
         choices=("error", "skip"),
-        help="a picture that cannot be read: stop, or name it and go on (default: error)",
+        help=f"a picture that cannot be read: {what} (default: error)",
     )
 
 

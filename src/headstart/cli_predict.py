@@ -69,7 +69,7 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--json", action="store_true", help="print JSON: a list with an object per picture")
     add_quiet_option(parser)
     add_tta_option(parser)
-    add_bad_files_option(parser)
+    add_bad_files_option(parser, "it is named, the others are predicted, and the exit code is 2, or 0 with skip")
     add_machine_options(parser)
 
 
@@ -80,39 +80,39 @@ def _predict(args: argparse.Namespace) -> int:
 
     if args.csv not in (None, "-"):
         check_target(args.csv)
+    from . import evaluation
+    from .checkpoint import load
     from .dataset import bad_reasons, list_image_files
+    from .runtime import make_runtime
 
-    files = list_image_files(args.paths)
-    reasons = bad_reasons(files, workers=args.workers or 0)
+    files, tta, show = list_image_files(args.paths), args.tta or "none", not args.quiet
+    evaluation.tta_views(tta)  # what is wrong with the call is told before pictures are read
+    runtime = make_runtime(**({"precision": "fp32"} | given(args, "device", "precision", "workers")))
+    model = load(args.model, device=runtime.device)
+    with terminal.ProgressBar(len(files), "Reading pictures", enabled=show) as bar:
+        reasons = bad_reasons(files, workers=args.workers or 0, progress=lambda done, _: bar.move_to(done))
     good = [path for path, reason in zip(files, reasons, strict=True) if reason is None]
-    rows: Iterable[Mapping[str, Any]] = _predicted(args, good) if good else ()
+    rows: Iterable[Mapping[str, Any]] = ()
+    if good:
+        rows = evaluation.predictions(model, good, tta=tta, runtime=runtime, progress=show)
     for path, reason in zip(files, reasons, strict=True):
         if reason is not None:
-            print(f"headstart predict: {path} cannot be read: {reason}", file=sys.stderr)
-    _print_predictions(rows, args)
+            terminal.say(f"headstart predict: {path} cannot be read: {reason}")
+    _print_predictions(rows, model.class_names, args)
     return 0 if len(good) == len(files) or args.bad_files == "skip" else EXIT_BAD_INPUT
 
 
-def _predicted(args: argparse.Namespace, files: Sequence[Path]) -> Iterable[Mapping[str, Any]]:
-    from . import evaluation
-    from .runtime import make_runtime
-
-    evaluation.tta_views(args.tta or "none")  # before the machine is looked at
-    runtime = make_runtime(**({"precision": "fp32"} | given(args, "device", "precision", "workers")))
-    return evaluation.predictions(args.model, files, tta=args.tta or "none", runtime=runtime, progress=not args.quiet)
-
-
-def _print_predictions(rows: Iterable[Mapping[str, Any]], args: argparse.Namespace) -> None:
+def _print_predictions(rows: Iterable[Mapping[str, Any]], class_names: Sequence[str], args: argparse.Namespace) -> None:
     if args.csv:
         from .files import to_csv, write_atomic
 
-        lines = to_csv(*terminal.predictions_csv(rows, top=args.top))
+        lines = to_csv(*terminal.predictions_csv(rows, class_names, top=args.top))
         if args.csv == "-":
             sys.stdout.buffer.writelines(lines)
         else:
             write_atomic(args.csv, lines)
     elif args.json:
-        print(json.dumps(terminal.predictions_json(rows, top=args.top), indent=1, ensure_ascii=False))
+        print(terminal.as_json(terminal.predictions_json(rows, top=args.top)))
     elif rows:
         print(terminal.predictions_table(rows, top=args.top or 1))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import asdict, replace
 from shlex import quote
 from typing import Any
 
@@ -24,6 +24,7 @@ from .cli_options import (
 )
 from .cli_overrides import apply_overrides, picture_overrides
 from .cli_recipe import follow_tuned
+from .drawing import check_picture
 from .errors import RecipeError
 from .recipe import DEFAULT_BACKBONE, Recipe, load_recipe
 
@@ -92,20 +93,22 @@ def _lr(args: argparse.Namespace) -> int:
         raise RecipeError(f"{flags} would change nothing: the run has its own. Leave it out.")
     planned: dict[str, Any] = {} if args.run else {"recipe": recipe_of(args, "fine-tune")}
     work = given_work(args)
+    out = args.out or "lr.png"
+    check_picture("Curve", out)
     from . import lr_finder
+    from .plots import plot_rates
 
     curve = lr_finder.find_lr(
         args.photos,
         run=args.run,
         after_head=args.after_head,
-        out=args.out or "lr.png",
         progress=not args.quiet,
         **given(args, "steps", "low", "high"),
         **planned,
         **work,
     )
-    print(lr_finder.describe(curve))
-    print(f"\ncurve   {curve.picture}")
+    print(lr_finder.describe(curve), flush=True)  # whatever becomes of the picture
+    print(f"\ncurve   {plot_rates(asdict(curve), out)}")
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import DataError, near_matches
+from .files import check_target
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,3 +57,12 @@ def picture_path(what: str, out_path: str | Path) -> tuple[Path, str]:
             f"{near_matches(ending, FORMATS)}"
         )
     return path, ending
+
+
+def check_picture(what: str, out_path: str | Path) -> None:
+    """Refuse a file that no picture can be written to, before the work that the picture is to show.
+
+    Raises:
+        DataError: another ending than those of `FORMATS`. CheckpointError: see `files.check_target`.
+    """
+    check_target(picture_path(what, out_path)[0])

@@ -9,6 +9,8 @@ import math
 import os
 import re
 import secrets
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -39,26 +41,68 @@ def check_target(path: str | Path) -> None:
     """Refuse a file that could not be written, before the work whose result it is to hold.
 
     Raises:
-        CheckpointError: `path` is a folder, or lies in none.
+        CheckpointError: `path` is a folder, or lies in none, or in one that may not be written in.
     """
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"Cannot write {path}: it is a folder. Name a file in it.")
-    if not path.parent.is_dir():
-        raise CheckpointError(f"Cannot write {path}: there is no folder {path.parent}. Make it first.")
+    if _is_no_plain_file(path):
+        if not os.access(path, os.W_OK):
+            raise CheckpointError(f"Cannot write {path}: no permission. Name another.")
+        return
+    folder = path.parent if not path.is_symlink() else _behind_links(path).parent
+    if not folder.is_dir():
+        raise CheckpointError(f"Cannot write {path}: there is no folder {folder}. Make it first.")
+    check_folder(folder, f"Cannot write {path}")
+
+
+def check_folder(folder: str | Path, what: str) -> None:
+    """Refuse a folder that cannot be written in or, where it is not there, cannot be made; nothing is changed.
+
+    Args:
+        what: whose folder it is, as the user wrote it, to begin the message with.
+    Raises:
+        CheckpointError: a file stands in its way, or this account may not write there.
+    """
+    folder = Path(folder).absolute()
+    nearest = next((one for one in (folder, *folder.parents) if one.exists()), folder)
+    if not nearest.is_dir():
+        raise CheckpointError(f"{what}: {nearest} is a file. Choose another folder with --out.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{what}: no permission to write in {nearest}. Name another folder.")
+
+
+def _behind_links(path: Path) -> Path:
+    """The file that symbolic links at the end of `path` lead to, whether or not it is there."""
+    return Path(os.path.realpath(path))
+
+
+def _is_no_plain_file(path: Path) -> bool:
+    """Whether something is there that is written to as it stands: a device, a pipe, `/dev/stdout`."""
+    return path.exists() and not (path.is_file() and _behind_links(path).is_file())
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a new file's path beside `path`; on leaving without an error it is synced and takes `path`'s place.
 
-    A reader sees the old file or the whole new one, never a part. After an error nothing has changed.
+    A reader sees the old file or the whole new one, never a part. After an error nothing has changed. Where `path` is
+    a symbolic link, that goes for the file it leads to, and the link stays. What is no plain file (a device, a pipe)
+    stays, too: the new content is written to it in the end.
 
     Raises:
         CheckpointError: see `check_target`.
     """
     path = Path(path)
     check_target(path)
+    if _is_no_plain_file(path):
+        with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
+            temporary = Path(folder) / "content"
+            yield temporary
+            with temporary.open("rb") as file, path.open("wb") as target:
+                shutil.copyfileobj(file, target)
+        return
+    path = _behind_links(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         yield temporary

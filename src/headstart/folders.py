@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,12 +85,31 @@ def read_layout(root: Path, *, shown: str, val_folder: str | None = None, test_f
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """All candidates under a folder at any depth, naturally sorted; hidden files and folders left out."""
-    here = _list(folder)
-    return [
-        *here.pictures,
-        *(path for inner in here.folders if not inner.is_symlink() for path in find_pictures(inner)),
-    ]
+    """All candidates under a folder at any depth, naturally sorted; hidden files and folders left out.
+
+    Links to folders are followed, and each folder is read once: under its own place where it has one here, else by
+    the first link to it. So a link that leads back ends nothing.
+    """
+    listed: dict[Path, _Folder] = {}
+    seen: set[str] = set()
+    waiting, links = deque([folder]), deque[Path]()
+    while waiting or links:  # links last: what they lead to may have its place here
+        path = (waiting or links).popleft()
+        real = os.path.realpath(path)
+        if real in seen:
+            continue
+        seen.add(real)
+        listed[path] = _list(path)
+        for inner in listed[path].folders:
+            (links if inner.is_symlink() else waiting).append(inner)
+
+    def inside(path: Path) -> Iterator[Path]:
+        yield from listed[path].pictures
+        for inner in listed[path].folders:
+            if inner in listed:
+                yield from inside(inner)
+
+    return list(inside(folder))
 
 
 def _list(path: Path) -> _Folder:

@@ -22,6 +22,7 @@ from .bench import Bench, make_bench
 from .checkpoint import load, read_card
 from .classifier import Classifier, create_classifier
 from .dataspec import DataSpec
+from .drawing import check_picture
 from .errors import ModelError, RecipeError
 from .features import StageData, place_source
 from .fields import check_number
@@ -98,7 +99,10 @@ def find_lr(
         data_options: val, test, val_folder, test_folder, root, bad_files, limit and cache, as in `fine_tune`.
     Raises:
         RecipeError: options that do not go together. ModelError: the run's classes are not the pictures'.
+        DataError, CheckpointError: `out` has another ending, or cannot be written; told before the work.
     """
+    if out is not None:
+        check_picture("Curve", out)
     idle = {"weights": weights, "spec_overrides": spec_overrides, "recipe": recipe != "fine-tune"}
     idle |= {"backbone": backbone != DEFAULT_BACKBONE}
     if run is not None and any(idle.values()):

@@ -26,6 +26,8 @@ except ImportError:  # Windows, where a folder with open files cannot be moved
     fcntl = None
 
 _COUNT = ".files"  # in each folder: how many files were put into it
+# What has no such file: folders of earlier versions, and the one where torchvision keeps what it has downloaded.
+_EARLIER = re.compile("(?:archive|archive-2|arrays)-[0-9a-f]{32}|torchvision")
 _STALE_SECONDS = 24 * 3600.0
 _held: dict[Path, int] = {}  # folders that this process reads, each with a shared lock until the process ends
 
@@ -142,11 +144,20 @@ def prepared_path(name: str) -> Path:
     return cache_folder() / "sets" / name
 
 
-def prepared_folders() -> list[Path]:
-    """All that are kept, the least recently made first."""
+def prepared_folders(*, ours: bool = True) -> list[Path]:
+    """All that are kept, the least recently made first; with `ours` False the folders there that others have made."""
     folder = prepared_path("-").parent
     found = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."] if folder.is_dir() else []
-    return sorted(found, key=lambda path: path.stat().st_mtime)
+    return sorted((path for path in found if _is_ours(path) == ours), key=lambda path: path.stat().st_mtime)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether `prepared_folder` has made it, or torchvision for us; a link leads to what is somebody's own."""
+    if folder.is_symlink():
+        return False
+    if (folder / _COUNT).is_file() or _EARLIER.fullmatch(folder.name):
+        return True
+    return folder.name.startswith(("hf-", "torchvision-")) and (folder / PictureWriter.MANIFEST).is_file()
 
 
 def folder_bytes(folder: Path) -> int:

@@ -31,6 +31,7 @@ from .pixels import Augment
 from .recipe import (
     DEFAULT_BACKBONE,
     FINE_TUNE_STAGE,
+    POLICIES,
     RECIPES,
     AugmentSpec,
     HeadSpec,
@@ -284,14 +285,7 @@ def evaluate_run(
     with nullcontext() if out is None else open_evaluation(out, overwrite=overwrite) as target:
         runtime = make_runtime(device=device, precision=precision, workers=workers)
         model = load(run, device=runtime.device)
-        table = load_images(
-            folder, root=root, bad_files=bad_files, class_names=model.class_names, workers=runtime.workers
-        )
-        say_left_out(table, True)
-        seen = int(trained_on(Path(run), table).sum())
-        if seen:
-            pictures = f"{seen:,} of these {len(table):,} pictures"
-            say(f"{pictures} were trained on or chose the model: the figure is too good.", enabled=True)
+        table, seen = _asked_about(run, model, folder, runtime, progress=progress, root=root, bad_files=bad_files)
         with ProgressBar(len(table) * views, "Evaluating", enabled=progress) as bar:
             scored = evaluate(model, table, tta=tta, runtime=runtime, advance=bar.advance)
         if target:
@@ -316,16 +310,41 @@ def check_transforms(
 
     Args:
         augment: the changes to try; None takes those that the run was trained with.
+    Raises:
+        RecipeError: None, and the folder holds a model without its recipe.
     """
-    plan = load_recipe(Path(run) / "recipe.json") if augment is None else None
-    augment = plan.augment_spec if plan else augment
-    assert augment is not None
     runtime = make_runtime(device=device, precision=precision, workers=workers)
     model = load(run, device=runtime.device)
-    table = load_images(folder, root=root, bad_files=bad_files, class_names=model.class_names, workers=runtime.workers)
-    say_left_out(table, True)
+    if augment is None:
+        if not (Path(run) / "recipe.json").is_file():
+            raise RecipeError(
+                f"{run} holds a model without its recipe, which would say what changes it was trained with. Name those"
+                f" to try: --transforms with a policy ({', '.join(POLICIES)}) or a JSON file, augment in Python."
+            )
+        augment = load_recipe(Path(run) / "recipe.json").augment_spec
+    table, _ = _asked_about(run, model, folder, runtime, progress=progress, root=root, bad_files=bad_files)
     with ProgressBar(len(table) * (1 + len(single_changes(augment))), "Trying changes", enabled=progress) as bar:
         return transform_costs(model, table, augment, runtime=runtime, advance=bar.advance)
+
+
+def _asked_about(
+    run: str | Path, model: Classifier, folder: str | Path, runtime: Runtime, *, progress: bool, **reading: Any
+) -> tuple[ImageTable, int]:
+    """The pictures that a saved model is asked about, and how many of them its run has trained on, or has chosen it by.
+
+    Those left out and those met before are told.
+    """
+    table = load_images(folder, class_names=model.class_names, check=False, **reading)
+    with ProgressBar(len(table), "Reading pictures", enabled=progress) as bar:
+        table = check_images(
+            table, bad_files=reading["bad_files"], workers=runtime.workers, progress=lambda done, _: bar.move_to(done)
+        )
+    say_left_out(table, True)
+    seen = int(trained_on(Path(run), table).sum())
+    if seen:
+        pictures = f"{seen:,} of these {len(table):,} pictures"
+        say(f"{pictures} were trained on or chose the model: the figure is too good.", enabled=True)
+    return table, seen
 
 
 def _say_seen(diary: Diary, splits: Splits) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .files import read_csv, sync_folder, to_csv, to_json, write_atomic
+from .files import check_folder, read_csv, sync_folder, to_csv, to_json, write_atomic
 
 RUN_FILES = (
     "model.safetensors",
@@ -160,7 +160,8 @@ def open_evaluation(path: str | Path, *, overwrite: bool = False) -> Iterator[Ru
     A new folder that an error leaves empty goes again.
 
     Raises:
-        CheckpointError: something else is there, or an earlier evaluation and `overwrite` is not set.
+        CheckpointError: something else is there, or an earlier evaluation and `overwrite` is not set; or nothing can
+            be written there.
     """
     folder = Path(path).expanduser().absolute()
     try:
@@ -171,6 +172,7 @@ def open_evaluation(path: str | Path, *, overwrite: bool = False) -> Iterator[Ru
             raise CheckpointError(
                 f"{path} holds {what}, and is not overwritten unasked. Choose another folder with --out{way}."
             )
+        check_folder(folder, str(path))
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{path}: the folder cannot be made ({error}). Choose another with --out.") from None
@@ -184,12 +186,13 @@ def open_evaluation(path: str | Path, *, overwrite: bool = False) -> Iterator[Ru
 
 
 def check_run_path(path: str | Path, *, overwrite: bool = False) -> Path:
-    """The folder `open_run` would use, after the checks it makes; nothing is made or changed."""
+    """The folder `open_run` would use, after the checks it makes and one that it can be written; nothing is changed."""
     path = Path(path).expanduser().absolute()
     target = path.resolve() if path.is_symlink() else path
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"Run {path}: a file of that name is there. Choose another folder with --out.")
     if not target.exists() or not any(target.iterdir()):
+        check_folder(target, f"Run {path}")
         return target
     if not overwrite:
         what = "an earlier run" if is_run(target) else "a folder that is not empty"
@@ -198,6 +201,7 @@ def check_run_path(path: str | Path, *, overwrite: bool = False) -> Path:
             + (", or pass --overwrite to replace it." if is_run(target) else ".")
         )
     _refuse_unless_run(target)
+    check_folder(target.parent, f"Run {path}")  # the new run is written beside the older one
     return target
 
 

@@ -1,16 +1,65 @@
 """What the terminal shows: progress bars with rate and time left, plain tables, predictions in their three forms.
 
-Bars and spoken lines go to stderr, so that stdout holds nothing but results. Needs neither torch nor numpy.
+Bars and spoken lines go to stderr, so that stdout holds nothing but results. Where they cannot be shown the work goes
+on without them. Needs neither torch nor numpy.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
+
+
+class _Screen:
+    """Stderr, as bars and spoken lines are written to it: after the first failure nothing more is, and no work ends.
+
+    Its reader may go away, its disk be full; it may be closed, or None.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream, self._lost = stream, stream is None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        if self.stream is None or self._lost:
+            return
+        try:
+            self.stream.write(text)
+        except UnicodeEncodeError:  # of one word, not of the stream
+            self.write(text.encode("ascii", "backslashreplace").decode())
+        except (OSError, ValueError):
+            self._lost = True
+
+    def flush(self) -> None:
+        if self.stream is None or self._lost:
+            return
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self._lost = True
+
+    def isatty(self) -> bool:
+        try:
+            return self.stream is not None and self.stream.isatty()
+        except (OSError, ValueError):
+            return False
+
+
+_screen = _Screen(None)
+
+
+def _stderr() -> _Screen:
+    """The screen of what is stderr now; the same one as long as that is the same, by which tqdm knows its bars."""
+    global _screen
+    if _screen.stream is not sys.stderr:
+        _screen = _Screen(sys.stderr)
+    return _screen
 
 
 class ProgressBar:
@@ -37,7 +86,7 @@ class ProgressBar:
             disable=None if enabled else True,  # None: tqdm looks whether the file is a terminal
             leave=keep,
             dynamic_ncols=True,
-            file=sys.stderr,
+            file=_stderr(),
         )
 
     def advance(self, n: int = 1) -> None:
@@ -72,11 +121,17 @@ def printable(text: str) -> str:
 
 
 def say(text: str, *, enabled: bool = True) -> None:
-    """Print a line on stderr, above a bar that may be running there."""
+    """Print a line on stderr, above a bar that may be running there; nothing where stderr cannot be written to."""
     if enabled:
         from tqdm import tqdm
 
-        tqdm.write(printable(text), file=sys.stderr)
+        tqdm.write(printable(text), file=_stderr())
+
+
+def as_json(value: Any) -> str:
+    """Indented JSON for stdout: letters as they are in UTF-8, else as JSON's own escapes, which any encoding holds."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    return json.dumps(value, indent=1, ensure_ascii=encoding.lower().replace("-", "").replace("_", "") != "utf8")
 
 
 def duration(seconds: float) -> str:
@@ -217,19 +272,20 @@ def predictions_json(rows: Iterable[Mapping[str, Any]], *, top: int | None = Non
 
 
 def predictions_csv(
-    rows: Iterable[Mapping[str, Any]], *, top: int | None = None
+    rows: Iterable[Mapping[str, Any]], class_names: Sequence[str], *, top: int | None = None
 ) -> tuple[list[str], Iterator[list[str]]]:
-    """Header and rows: a column per class as in a run's predictions.csv, or with `top` the 2nd, 3rd, ... class."""
-    rows = iter(rows)
-    first = list(islice(rows, 1))
-    names = [name for row in first for name in row["probs"]]
-    rows, header = chain(first, rows), ["path", "pred", "prob"]
+    """Header and rows: a column per class as in a run's predictions.csv, or with `top` the 2nd, 3rd, ... class.
+
+    Args:
+        class_names: of the model, in its order; the header is the same whether or not there are rows.
+    """
+    header = ["path", "pred", "prob"]
     if top is None:
-        header += [f"p:{name}" for name in names]
+        header += [f"p:{name}" for name in class_names]
         return header, (
             [row["path"], row["pred"], repr(row["prob"]), *map(repr, row["probs"].values())] for row in rows
         )
-    header += [f"{word}_{n}" for n in range(2, min(top, len(names)) + 1) for word in ("pred", "prob")]
+    header += [f"{word}_{n}" for n in range(2, min(top, len(class_names)) + 1) for word in ("pred", "prob")]
     return header, (
         [row["path"], *(cell for name, prob in ranking(row, top) for cell in (name, repr(prob)))] for row in rows
     )
