@@ -234,8 +234,8 @@ def _review(result: AuditResult, rows: Sequence[ManifestRow], pictures: _Picture
     return section(
         "Doubtful labels",
         "<p>These labels do not fit what models trained without the picture say of it, the most doubtful first. "
-        f"Confident learning counts {flagged:,} of these {len(queue):,} among the wrong ones; some are right and only "
-        f"hard. You decide, and may stop where only right ones come.{limit}</p>",
+        f"Confident learning counts {f'{flagged:,}' if flagged else 'none'} of these {len(queue):,} among the wrong "
+        f"ones; some are right and only hard. You decide, and may stop where only right ones come.{limit}</p>",
         "<noscript><p>The review needs JavaScript, which this browser has off.</p></noscript>",
         _PANEL,
         f'<script type="application/json" id="review-data">{block}</script>',
