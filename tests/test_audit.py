@@ -804,6 +804,17 @@ def test_the_clean_manifest_follows_the_findings(trees: Path, tmp_path: Path) ->
     assert before == {path: path.read_bytes() for path in trees.rglob("*") if path.is_file()}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no such file names there")
+def test_line_breaks_in_names_stop_nothing(trees: Path, tmp_path: Path) -> None:
+    (trees / "train/ash").rename(trees / "train/a\nsh")
+    (trees / "test/ash").rename(trees / "test/a\nsh")
+    scene(3).save(trees / "train/elm/near\n \u2028one.png")  # of train/a\nsh/ash_21.jpg
+    out, clean = tmp_path / "out", tmp_path / "clean.csv"
+    assert main(["audit", str(trees), "--fast", "--quiet", "--out", str(out), "--write-clean", str(clean)]) == 0
+    assert {"audit.json", "audit.html", "near-conflicts.jpg"} <= {path.name for path in out.iterdir()}
+    assert sum(row.drop for row in headstart.read_manifest(clean)) == 2
+
+
 def test_write_clean_is_refused_before_the_work(trees: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", str(trees), "--fast", "--write-clean", "nowhere/clean.csv"]) == 2
     assert "a folder that is there" in capsys.readouterr().err

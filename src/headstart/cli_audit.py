@@ -72,10 +72,10 @@ def _run(args: argparse.Namespace) -> int:
         options |= {"spec_overrides": overrides}
     table = load_images(args.photos, root=args.root, check=False)
     result = audit(table, progress=not args.quiet, **options)
-    written = (write_audit(result, out), write_page(result, table.rows(dropped=True), out)) if out is not None else None
     if clean is not None:
         rows = clean_rows(table, result)
         write_manifest(rows, clean)
+    written = (write_audit(result, out), write_page(result, table.rows(dropped=True), out)) if out is not None else None
     if args.json:
         print(json.dumps(result.to_dict(), indent=1, ensure_ascii=False))
         return 0
