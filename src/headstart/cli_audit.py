@@ -20,6 +20,7 @@ from .cli_options import (
 from .cli_overrides import picture_overrides
 from .errors import DataError, RecipeError
 from .recipe import DEFAULT_BACKBONE
+from .terminal import printable
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result.to_dict(), indent=1, ensure_ascii=False))
         return 0
-    print(findings_text(result))
+    print(printable(findings_text(result)))
     if written is not None:
         print(f"\naudit   {written[0]}\npage    {written[1]}")
     if clean is not None:

@@ -83,7 +83,8 @@ def _predict(args: argparse.Namespace) -> int:
     rows: Iterable[Mapping[str, Any]] = _predicted(args, good) if good else ()
     for path, reason in zip(files, reasons, strict=True):
         if reason is not None:
-            print(f"headstart predict: {path} cannot be read: {reason}", file=sys.stderr)
+            said = terminal.printable(f"headstart predict: {path} cannot be read: {reason}")
+            print(said, file=sys.stderr)
     _print_predictions(rows, args)
     return 0 if len(good) == len(files) or args.bad_files == "skip" else EXIT_BAD_INPUT
 
