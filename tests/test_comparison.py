@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
+import tracemalloc
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,6 +28,7 @@ from headstart import (
     compare,
     fine_tune,
     load_images,
+    metrics,
     read_run,
     split,
 )
@@ -322,6 +325,24 @@ def test_one_training_each_is_mcnemars_exact_test() -> None:
         assert found["p"] == pytest.approx(binomtest(only_a, only_a + only_b).pvalue)
         assert found["difference"] == pytest.approx(a.mean() - b.mean())
         assert found["low"] < found["difference"] < found["high"]
+
+
+def test_many_differing_pictures_take_neither_time_nor_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = np.arange(12_000) < 5_900
+    started = time.perf_counter()
+    assert paired_difference(a, ~a)["p"] == pytest.approx(binomtest(5_900, 12_000).pvalue, rel=1e-9)
+    assert time.perf_counter() - started < 3
+    rng = np.random.default_rng(0)
+    right = rng.random((2, 3, 2_000)) < 0.6
+    tracemalloc.start()
+    found = paired_difference(*right)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+    assert 0.01 < found["p"] < 0.99
+    for at_once in (1, 20_000, 10**9):  # the same draws in whatever pieces
+        monkeypatch.setattr(metrics, "FLIPPED_AT_ONCE", at_once)
+        assert paired_difference(*right) == found
 
 
 def test_nothing_different_still_has_an_interval() -> None:
