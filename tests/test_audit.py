@@ -621,7 +621,8 @@ def named_table(labels: np.ndarray, root: Path, splits: Sequence[str] = ()) -> I
 def test_turned_labels_head_the_queue(tmp_path: Path) -> None:
     features, labels, wrong = two_clouds()
     table = named_table(labels, tmp_path)
-    queue = doubtful_labels(table, out_of_fold(features, labels))
+    probs = out_of_fold(features, labels)
+    queue = doubtful_labels(table, probs)
     names = {f"{i:03d}.jpg" for i in wrong}
     assert len(names & {one.file for one in queue[: 2 * len(names)]}) >= 7
     assert [one.quality for one in queue] == sorted(one.quality for one in queue)
@@ -630,8 +631,47 @@ def test_turned_labels_head_the_queue(tmp_path: Path) -> None:
     assert {one.file for one in queue if one.relabel} <= flagged
     assert len(flagged & names) >= 6
     assert len(flagged) <= 16
-    (finding,) = doubtful_findings(queue, len(table))
+    (finding,) = doubtful_findings(queue, labels, probs)
     assert finding.severity == "warning"
+    accuracy = 100 * (probs.argmax(axis=1) == labels).mean()
+    assert f"agree with {accuracy:.1f} % of all" in finding.title
+
+
+@pytest.mark.parametrize("kind", ["noise", "overlapping", "nearly all of one class"])
+def test_where_features_cannot_tell_the_classes_no_label_is_called_wrong(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    labels = (np.arange(300) % (8 if kind == "nearly all of one class" else 2) == 0).astype(int)
+    features = rng.normal(size=(300, 64))
+    if kind == "overlapping":
+        features = rng.normal(size=(300, 12)) + 0.15 * labels[:, None]
+    table, probs = named_table(labels, tmp_path), out_of_fold(features, labels)
+    queue = doubtful_labels(table, probs)
+    assert queue
+    assert not any(one.flagged or one.relabel for one in queue)
+    (finding,) = doubtful_findings(queue, labels, probs)
+    assert (finding.kind, finding.severity, finding.files) == ("labels-unjudged", "note", ())
+    accuracy = 100 * (probs.argmax(axis=1) == labels).mean()
+    assert f"right on only {accuracy:.1f} %" in finding.title
+    result = AuditResult(str(tmp_path), CLASSES, 300, {}, {}, (finding,), doubtful=queue)
+    assert counts_of(clean_rows(table, result)) == {"kept": 300, "dropped": 0, "relabelled": 0}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2])
+@pytest.mark.parametrize("larger", [0.5, 0.8])
+def test_many_wrong_labels_of_classes_that_are_told_apart_are_still_flagged(
+    tmp_path: Path, share: float, larger: float
+) -> None:
+    rng = np.random.default_rng(1)
+    truth = (np.arange(400) >= larger * 400).astype(int)
+    features = rng.normal(size=(400, 300)) + 0.6 * truth[:, None]
+    wrong = rng.choice(400, round(share * 400), replace=False)
+    labels = truth.copy()
+    labels[wrong] = 1 - labels[wrong]
+    probs = out_of_fold(features, labels)
+    queue = doubtful_labels(named_table(labels, tmp_path), probs)
+    flagged = {one.file for one in queue if one.flagged}
+    assert len(flagged & {f"{i:03d}.jpg" for i in wrong}) >= 0.7 * len(wrong)
+    assert doubtful_findings(queue, labels, probs)[0].kind == "doubtful-labels"
 
 
 def test_with_many_pictures_neighbours_are_looked_for_in_cells(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -762,6 +802,17 @@ def test_the_clean_manifest_follows_the_findings(trees: Path, tmp_path: Path) ->
     assert len(written) == 47
     assert kinds(headstart.audit(written)) == {"near-duplicates": "note"}
     assert before == {path: path.read_bytes() for path in trees.rglob("*") if path.is_file()}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such file names there")
+def test_line_breaks_in_names_stop_nothing(trees: Path, tmp_path: Path) -> None:
+    (trees / "train/ash").rename(trees / "train/a\nsh")
+    (trees / "test/ash").rename(trees / "test/a\nsh")
+    scene(3).save(trees / "train/elm/near\n \u2028one.png")  # of train/a\nsh/ash_21.jpg
+    out, clean = tmp_path / "out", tmp_path / "clean.csv"
+    assert main(["audit", str(trees), "--fast", "--quiet", "--out", str(out), "--write-clean", str(clean)]) == 0
+    assert {"audit.json", "audit.html", "near-conflicts.jpg"} <= {path.name for path in out.iterdir()}
+    assert sum(row.drop for row in headstart.read_manifest(clean)) == 2
 
 
 def test_write_clean_is_refused_before_the_work(trees: Path, capsys: pytest.CaptureFixture[str]) -> None:

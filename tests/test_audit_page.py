@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,3 +200,43 @@ def test_nothing_runs_over_the_edge_and_every_control_has_a_name(browser: Browse
     if folder := os.environ.get("HEADSTART_SCREENSHOTS"):
         shot = browser.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
         Path(folder, f"audit-{width}.png").write_bytes(base64.b64decode(shot))
+
+
+CAT, DOG = "\u05d7\u05ea\u05d5\u05dc", "\u05db\u05dc\u05d1"  # in Hebrew
+
+
+def small_page(folder: Path, root: str, classes: tuple[str, ...]) -> Path:
+    """The audit page of six pictures of each class."""
+    rng = np.random.default_rng(0)
+    for hue, name in enumerate(classes):
+        (folder / root / name).mkdir(parents=True)
+        for i in range(6):
+            make_picture(rng, hue).save(folder / root / name / f"{i}.jpg")
+    table = load_images(folder / root)
+    return write_page(result_of(table), table.rows(), folder / "report")
+
+
+def test_names_from_right_to_left_turn_nothing_beside_them(browser: Browser, tmp_path: Path) -> None:
+    browser.open(small_page(tmp_path, "photos", (CAT, DOG, "elm")), "#review")
+    lefts = """(words => {
+      const node = document.getElementById("digits").firstChild, range = document.createRange();
+      return words.map(word => {
+        const at = node.data.indexOf(word);
+        range.setStart(node, at); range.setEnd(node, at + word.length);
+        return range.getBoundingClientRect().left;
+      });
+    })"""
+    places = browser.run(f"{lefts}({json.dumps(['1', 'elm', '2', CAT, '3', DOG])})")
+    assert places == sorted(places)
+    style = "getComputedStyle(document.getElementById('{}')).unicodeBidi"
+    assert [browser.run(style.format(name)) for name in ("has", "likely", "keep-label")] == ["isolate"] * 3
+    browser.press("2", "3")
+    decided = browser.run("[...document.querySelectorAll('#decided span')].map(one => one.textContent)")
+    assert [words.split(": ")[1] for words in decided] == [f"elm becomes \u2068{name}\u2069" for name in (DOG, CAT)]
+
+
+def test_long_names_stay_in_the_window(browser: Browser, tmp_path: Path) -> None:
+    page = small_page(tmp_path, "r" * 200, ("a" * 200, "b" * 200, "c" * 200))
+    for width in (1280, 390):
+        browser.open(page, width=width)
+        assert browser.run("document.documentElement.scrollWidth") <= width

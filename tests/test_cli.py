@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from headstart import cli
 from headstart.cli import COMMANDS, main
@@ -392,6 +393,22 @@ def test_of_other_processes_a_line_of_an_error_is_shown(
     assert error_of(capsys, "fit", "photos").endswith("b.jpg\n")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert error_of(capsys, "fit", "photos") == "headstart fit: error: (process 1) 2 pictures cannot be read:\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such file names there")
+def test_names_of_bad_files_cannot_move_the_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.new("RGB", (40, 40), (90 * i, 200, 10)).save(tmp_path / name / f"{name}{i}.png")
+    bad = tmp_path / "cat" / "a\x1b[2J\u202e.jpg"
+    bad.write_bytes(b"")
+    assert main(["predict", "no-run", str(bad)]) == 2
+    assert "a\\x1b[2J\\u202e.jpg cannot be read" in capsys.readouterr().err
+    assert main(["audit", str(tmp_path), "--fast", "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "a\\x1b[2J\\u202e.jpg" in out
+    assert not {"\x1b", "\u202e"} & {*out}
 
 
 def test_default_run_folder_is_numbered_when_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

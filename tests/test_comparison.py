@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
+import tracemalloc
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,15 +29,17 @@ from headstart import (
     compare,
     fine_tune,
     load_images,
+    metrics,
     read_run,
     split,
 )
 from headstart.bench import make_bench
 from headstart.cli import main
 from headstart.comparison import _pair_sentence, named_recipe, run_name
-from headstart.comparison_page import _curve_chart
+from headstart.comparison_page import _curve_chart, _forest, render_comparison
 from headstart.metrics import holm, judge_pairs, paired_difference
 from headstart.recipe import RECIPES, load_recipe
+from headstart.report_page import duration
 from headstart.runtime import make_runtime
 
 MACHINE: dict[str, Any] = {
@@ -206,6 +211,22 @@ def test_the_page_is_whole_and_loads_nothing(compared: Any) -> None:
     for entry in compared.results["recipes"]:
         assert all(verdict["sentence"].split("&")[0][:20] in text for verdict in entry["verdicts"])
     assert all(pair["sentence"] in text for pair in compared.results["pairs"])
+    runs = [read_run(compared.path / run) for entry in compared.results["recipes"] for run in entry["runs"]]
+    spent = sum(stage["seconds"] for run in runs for stage in run.metrics["stages"])
+    waited = {**compared.results, "wall_seconds": 3600.0}  # of the last call, which may have read its runs
+    page = render_comparison(waited, {e["name"]: [r.history for r in runs[:2]] for e in waited["recipes"]})
+    assert f"<dt>Training, all runs</dt><dd>{duration(spent)}</dd>" in page
+    assert "1 h" not in page
+
+
+def test_every_seed_lies_in_the_drawing() -> None:
+    scores = {"accuracy": 0.9, "accuracy_ci95": [0.88, 0.92], "accuracy_per_seed": [0.75, 0.9, 0.99]}
+    drawn = _forest([{"name": "head", "test": scores}, {"name": "scratch", "test": scores}], 0.2)
+    for width, left in ((860, 150), (400, 96)):
+        figure = next(part for part in drawn.split("<figure") if f'viewBox="0 0 {width} ' in part)
+        places = [float(x) for x in re.findall(r'<circle cx="([\d.-]+)"', figure)]
+        assert len(places) == 8
+        assert left <= min(places) < max(places) <= width - 70
 
 
 def test_the_same_call_goes_on_and_other_settings_are_refused(compared: Any, folder: Path) -> None:
@@ -322,6 +343,24 @@ def test_one_training_each_is_mcnemars_exact_test() -> None:
         assert found["p"] == pytest.approx(binomtest(only_a, only_a + only_b).pvalue)
         assert found["difference"] == pytest.approx(a.mean() - b.mean())
         assert found["low"] < found["difference"] < found["high"]
+
+
+def test_many_differing_pictures_take_neither_time_nor_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = np.arange(12_000) < 5_900
+    started = time.perf_counter()
+    assert paired_difference(a, ~a)["p"] == pytest.approx(binomtest(5_900, 12_000).pvalue, rel=1e-9)
+    assert time.perf_counter() - started < 3
+    rng = np.random.default_rng(0)
+    right = rng.random((2, 3, 2_000)) < 0.6
+    tracemalloc.start()
+    found = paired_difference(*right)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+    assert 0.01 < found["p"] < 0.99
+    for at_once in (1, 20_000, 10**9):  # the same draws in whatever pieces
+        monkeypatch.setattr(metrics, "FLIPPED_AT_ONCE", at_once)
+        assert paired_difference(*right) == found
 
 
 def test_nothing_different_still_has_an_interval() -> None:

@@ -20,7 +20,7 @@ from headstart.cli_shootout import shootout_table
 from headstart.contest import _seen, estimated_seconds, pareto_front
 from headstart.recipe import HEAD_STAGE, RECIPES, Recipe, Stage
 from headstart.run import read_run
-from headstart.shootout_page import _names
+from headstart.shootout_page import _names, render_shootout
 
 MACHINE: dict[str, Any] = {"device": "cpu", "precision": "fp32", "workers": 1, "spec_overrides": {"image_size": 32}}
 PLAN = Recipe(
@@ -76,6 +76,11 @@ def test_the_same_call_takes_finished_runs_from_the_folder(shot: Shootout, folde
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert again.results["chosen"] == shot.results["chosen"]
     assert again.results["test"] == shot.results["test"]
+    tuned = [row["fine_tuned"] for row in shot.results["entrants"] if "fine_tuned" in row]
+    assert shot.results["earlier_seconds"] == 0
+    assert again.results["earlier_seconds"] == pytest.approx(sum(row["seconds"] for row in tuned)) != 0
+    assert "of training in earlier calls" in again.page_path.read_text()
+    assert "earlier calls" not in render_shootout(shot.results)
 
 
 def test_no_time_is_no_fine_tuning(folder: Path, tmp_path: Path) -> None:

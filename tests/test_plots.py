@@ -202,6 +202,26 @@ def test_batch_shows_deep_and_transparent_pictures_as_files_are_read() -> None:
     assert (shown[1] == 255).all()
 
 
+@pytest.mark.parametrize("shape", [(4, 9, 7), (4, 1, 9, 7), (4, 9, 7, 1), (4, 9, 3)])
+def test_a_grey_batch_is_drawn_grey(shape: tuple[int, ...]) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    ax = show_batch(torch.from_numpy(grey), labels=range(4))
+    drawn = [np.asarray(image.get_array()) for image in ax.images]
+    height, width = [side for side in shape[1:] if side != 1]
+    assert all(
+        np.array_equal(one, of.reshape(height, width, 1).repeat(3, 2)) for one, of in zip(drawn, grey, strict=True)
+    )
+
+
+def test_what_could_be_one_picture_or_many_and_too_few_labels_are_told() -> None:
+    with pytest.raises(DataError, match="1 labels for 3 pictures"):
+        show_batch(np.zeros((3, 3, 8, 8), dtype=np.uint8), ["cat"])
+    for shape in ((3, 8, 8), (8, 8, 3)):
+        with pytest.raises(DataError, match="one picture in a list"):
+            show_batch(np.zeros(shape, dtype=np.uint8))
+        assert len(show_batch([np.zeros(shape, dtype=np.uint8)]).images) == 1
+
+
 def test_batch_refuses_what_is_no_picture() -> None:
     with pytest.raises(DataError, match="before any normalisation"):
         show_batch(np.zeros((1, 3, 8, 8), dtype=np.float32))

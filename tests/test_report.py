@@ -12,12 +12,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from browser import start_browser
 from headstart.errors import CheckpointError
 from headstart.metrics import evaluate_probs, softmax
 from headstart.recipe import Recipe
 from headstart.report import write_report
 from headstart.report_charts import curves, freeze_strip, interval_scale, log_shades, nice_ticks
-from headstart.report_page import duration
+from headstart.report_page import duration, sentence
 from headstart.report_results import confusion_section
 from headstart.run import Run, environment, open_run
 from headstart.verdicts import verdicts
@@ -217,6 +218,25 @@ def test_any_class_name_and_file_name_is_shown_as_it_is(tmp_path: Path) -> None:
     for name in NASTY:
         assert re.sub(r"\s+", " ", name.encode("utf-8", "replace").decode()) in words
     assert "<img src=x onerror=alert(1)>" in words
+
+
+def test_long_names_stay_in_the_window(tmp_path: Path) -> None:
+    names = tuple(letter * 200 for letter in "abc")
+    path = write_report(make_run(tmp_path / "run", names, root="/nowhere/" + "r" * 200))
+    browser = start_browser(tmp_path / "profile")
+    try:
+        for width in (1280, 390):
+            browser.open(path, width=width)
+            assert browser.run("document.documentElement.scrollWidth") <= width
+    finally:
+        browser.close()
+
+
+def test_names_from_right_to_left_are_set_apart_in_sentences() -> None:
+    cat, dog = "\u05d7\u05ea\u05d5\u05dc", "\u05db\u05dc\u05d1"
+    assert sentence(f"{cat} (12 %), {dog} 3 pictures") == f"<bdi>{cat}</bdi> (12 %), <bdi>{dog}</bdi> 3 pictures"
+    assert sentence(f"of {cat} {dog}_2: <b>") == f"of <bdi>{cat} {dog}_2</bdi>: &lt;b&gt;"
+    assert sentence("ash, 12 % of elm") == "ash, 12 % of elm"
 
 
 def test_drawings_are_well_formed(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,8 +85,17 @@ def test_lists_of_numbers_stand_on_one_line_and_read_back_equal() -> None:
     assert "[3.5e-09, 4.0]" in text
     assert '"a": [7]' in text
     assert "[1, null, 2.5]" in text
+    assert re.sub(r"\s", "", text) == re.sub(r"\s", "", json.dumps(value))
+    rest = {"a": {"b": [], "c": {}, "ü": [{"x": True}, None, "\n"]}, "d": [[]], "e": -0.0}
+    for indent in (1, 2):
+        assert to_json(rest, indent=indent).decode() == json.dumps(rest, indent=indent, ensure_ascii=False)
+    assert to_json([np.float64(0.5), np.nan, np.int64(3)], indent=1) == b"[0.5, null, 3]"
+    tracemalloc.start()
     confusion = to_json({"confusion": [[0] * 300] * 300}, indent=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert len(confusion) < 3.1 * 300 * 300
+    assert peak < 10 * len(confusion)  # a piece for each number takes 26 times as much
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ from headstart.terminal import (
     duration,
     figure,
     format_table,
+    notes,
     per_class_table,
     predictions_table,
+    printable,
     ranking,
     say,
     scores_table,
@@ -186,6 +188,13 @@ def test_a_name_cannot_move_the_cursor_or_break_a_table(capsys: pytest.CaptureFi
     assert text.splitlines()[2:] == ["dai\\x1b[31msy\\nrose  1", "\\x9b2J               2"]
     say("file a\x1b]0;owned\x07.jpg\n\tand b")
     assert capsys.readouterr().err == "file a\\x1b]0;owned\\x07.jpg\n\tand b\n"
+    assert notes(["of \x1b[2J", "b"]) == "\nnote    of \\x1b[2J\nnote    b\n"
+
+
+def test_a_name_cannot_turn_what_stands_beside_it() -> None:
+    turned = "cat\u202egpj.exe\u202c \u2066dog\u2069"
+    assert printable(turned) == "cat\\u202egpj.exe\\u202c \\u2066dog\\u2069"
+    assert printable("\u05d7\u05ea\u05d5\u05dc\u200f \u2065\u206a") == "\u05d7\u05ea\u05d5\u05dc\u200f \u2065\u206a"
 
 
 def test_a_table_without_rows_is_its_header() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from .files import to_json, write_atomic
 from .findings import SEVERITIES, UNOPENED, AuditResult, DoubtfulLabel, Finding
 from .manifest import ManifestRow
-from .report_page import details, esc, facts, page, section, table
+from .report_page import details, esc, facts, page, section, sentence, table
 from .report_results import picture_address
 from .review_script import SCRIPT, STYLE
 
@@ -95,11 +95,11 @@ def _findings(findings: Sequence[Finding]) -> str:
     rows = []
     for i, one in enumerate(findings):
         target = "review" if one.kind == REVIEWED else f"finding-{i}"
-        title = f'<a href="#{target}">{esc(one.title)}</a>' if one.files else esc(one.title)
+        title = f'<a href="#{target}">{sentence(one.title)}</a>' if one.files else sentence(one.title)
         rows.append(
             (
                 f'<span class="severity {one.severity}">{one.severity}</span>',
-                f'<p>{title}</p><p class="soft">{esc(one.advice)}</p>',
+                f'<p>{title}</p><p class="soft">{sentence(one.advice)}</p>',
                 f"{len(one.files):,}" if one.files and not one.examples else "",
             )
         )
@@ -133,7 +133,7 @@ def _sheet(number: int, finding: Finding, pictures: _Pictures) -> str:
         shown = f'<ul class="sheet">{cells}</ul>'
     else:
         shown = ""
-    heading = f'<h3><span class="severity {finding.severity}">{finding.severity}</span> {esc(finding.title)}</h3>'
+    heading = f'<h3><span class="severity {finding.severity}">{finding.severity}</span> {sentence(finding.title)}</h3>'
     opened = " open" if finding.severity != "note" else ""
     names = _names(finding, said)
     if shown and len(finding.files) > 1:
@@ -146,13 +146,13 @@ def _sheet(number: int, finding: Finding, pictures: _Pictures) -> str:
 def _cell(file: str, said: str, pictures: _Pictures) -> str:
     data = pictures.address(file, SHEET_PX)
     image = f'<img src="{data}" alt="" loading="lazy">' if data else '<span class="gone">no picture</span>'
-    words = f'<span class="said">{esc(said)}</span>' if said else ""
+    words = f'<span class="said">{sentence(said)}</span>' if said else ""
     return f'<li>{image}{words}<span class="path" title="{esc(file)}">{esc(Path(file).name)}</span></li>'
 
 
 def _names(finding: Finding, said: dict[str, str]) -> str:
     items = "".join(
-        f"<li><code>{esc(file)}</code>{f': {esc(said[file])}' if said[file] else ''}</li>"
+        f"<li><code>{esc(file)}</code>{f': {sentence(said[file])}' if said[file] else ''}</li>"
         for file in finding.files[:MOST_NAMED]
     )
     more = len(finding.files) - MOST_NAMED
@@ -234,8 +234,8 @@ def _review(result: AuditResult, rows: Sequence[ManifestRow], pictures: _Picture
     return section(
         "Doubtful labels",
         "<p>These labels do not fit what models trained without the picture say of it, the most doubtful first. "
-        f"Confident learning counts {flagged:,} of these {len(queue):,} among the wrong ones; some are right and only "
-        f"hard. You decide, and may stop where only right ones come.{limit}</p>",
+        f"Confident learning counts {f'{flagged:,}' if flagged else 'none'} of these {len(queue):,} among the wrong "
+        f"ones; some are right and only hard. You decide, and may stop where only right ones come.{limit}</p>",
         "<noscript><p>The review needs JavaScript, which this browser has off.</p></noscript>",
         _PANEL,
         f'<script type="application/json" id="review-data">{block}</script>',

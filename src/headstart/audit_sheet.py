@@ -156,8 +156,11 @@ def _rows(finding: Finding) -> list[list[tuple[str, str]]]:
 
 
 def _wrapped(draw: ImageDraw.ImageDraw, text: str, most: int) -> str:
-    """Text as the sheet's plain font can write it, in at most so many lines as wide as a thumbnail."""
-    text = text.encode("latin-1", "replace").decode("latin-1")
+    """Text as the sheet's plain font can write it, in at most so many lines as wide as a thumbnail.
+
+    Line breaks in a name are blanks: only lines by themselves can be measured.
+    """
+    text = " ".join(text.encode("latin-1", "replace").decode("latin-1").split())
     lines = [""]
     for word in re.findall(r"\S+\s*", text):
         if lines[-1] and draw.textlength(lines[-1] + word.rstrip()) > THUMBNAIL_PX:

@@ -142,8 +142,9 @@ def _judged(
     if not len(rows):
         return result
     features = features_of(rows, part)
-    doubtful = doubtful_labels(part, out_of_fold(features, part.labels, part.groups))
-    found = [*doubtful_findings(doubtful, len(part)), *outlier_findings(part, features)]
+    probs = out_of_fold(features, part.labels, part.groups)
+    doubtful = doubtful_labels(part, probs)
+    found = [*doubtful_findings(doubtful, part.labels, probs), *outlier_findings(part, features)]
     return dataclasses.replace(
         result,
         findings=by_severity([*result.findings, *found]),

@@ -21,6 +21,7 @@ from .cli_overrides import picture_overrides
 from .errors import DataError, RecipeError
 from .files import check_folder, check_target
 from .recipe import DEFAULT_BACKBONE
+from .terminal import printable
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -75,14 +76,14 @@ def _run(args: argparse.Namespace) -> int:
         options |= {"spec_overrides": overrides}
     table = load_images(args.photos, root=args.root, check=False)
     result = audit(table, progress=not args.quiet, **options)
-    written = (write_audit(result, out), write_page(result, table.rows(dropped=True), out)) if out is not None else None
     if clean is not None:
         rows = clean_rows(table, result)
         write_manifest(rows, clean)
+    written = (write_audit(result, out), write_page(result, table.rows(dropped=True), out)) if out is not None else None
     if args.json:
         print(terminal.as_json(result.to_dict()))
         return 0
-    print(findings_text(result))
+    print(printable(findings_text(result)))
     if written is not None:
         print(f"\naudit   {written[0]}\npage    {written[1]}")
     if clean is not None:

@@ -109,13 +109,18 @@ def _head(results: Mapping[str, Any]) -> str:
         ("Classes", f"{len(results['class_names']):,}"),
         ("Pictures", f"{n['train']:,} train, {n['val']:,} validation, {n['test']:,} test"),
         ("Seeds", _listed([str(s) for s in results["seeds"]])),
-        ("Time, all runs", duration(results["wall_seconds"])),
+        ("Training, all runs", duration(_spent(entries))),
     ]
     name = Path(results["root"]).name or "pictures"
     return (
         f"<header><h1>headstart comparison: {esc(name)}</h1><p class='lead'>{lead}</p>"
         f"{_forest(entries, results['majority_baseline'])}{facts(pairs)}</header>"
     )
+
+
+def _spent(entries: Sequence[Entry]) -> float:
+    """Seconds that training all runs has taken, in whichever call; what several runs share counts once."""
+    return float(sum(sum(e["seconds"]) - sum(e["shared_seconds"]) for e in entries))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -138,10 +143,10 @@ def _forest(entries: Sequence[Entry], baseline: float) -> str:
 def _forest_of(
     entries: Sequence[Entry], baseline: float, *, width: float, left: float, letters: int, ticks: int, class_: str
 ) -> str:
-    """One row for each recipe, on one axis that the intervals fill."""
+    """One row for each recipe, on one axis that the intervals and the seeds fill."""
     right, row = 70.0, 30.0
-    low = min(e["test"]["accuracy_ci95"][0] for e in entries)
-    high = max(e["test"]["accuracy_ci95"][1] for e in entries)
+    drawn = [share for e in entries for share in (*e["test"]["accuracy_ci95"], *e["test"]["accuracy_per_seed"])]
+    low, high = min(drawn), max(drawn)
     low, high = max(0.0, low - 0.03), min(1.0, high + 0.02)
     bottom = 12 + row * len(entries)
 

@@ -160,6 +160,9 @@ def shootout(
         "n": {part: len(table) for part, table in bench.splits.named().items()},
         "n_probed": min(PROBED, len(bench.splits.train)), "entrants": rows, "pairs": _pairs(runs),
         **_chosen(rows, bench, folder), "wall_seconds": time.perf_counter() - started,
+        "earlier_seconds": sum(
+            row["fine_tuned"]["seconds"] for row in rows if "fine_tuned" in row and not row["fine_tuned"]["trained_now"]
+        ),
     }  # fmt: skip
     write_atomic(folder / FILE, to_json(results, indent=1) + b"\n")
     return Shootout(results, folder, write_shootout(folder))
@@ -318,19 +321,22 @@ def _fine_tuned(
             row["why_not"] = f"it would take about {duration(slower * estimate)} of the {duration(max(0, left))} left"
             continue
         say(f"{row['label']}: fine-tuning", enabled=show)
-        started = time.perf_counter()
+        done = folder / row["run"] / "metrics.json"
+        before = done.stat().st_mtime_ns if done.exists() else None
         run = run_or_read(
             bench, plan, folder / row["run"], backbone=row["backbone"],
             weights=None if row["weights"] == "hub" else row["weights"], overrides=overrides, size=row["image_size"],
             progress=show,
         )  # fmt: skip
         seconds = sum(stage["seconds"] for stage in run.metrics["stages"])
-        if time.perf_counter() - started > 0.5 * seconds:  # else an earlier call has trained it
+        trained_now = done.stat().st_mtime_ns != before  # else by an earlier call
+        if trained_now:
             slower = seconds / max(estimate, 1e-9)
         runs[row["label"]] = run
         score = run.metrics["val"]
         row["fine_tuned"] = {
             **{key: score[key] for key in ("accuracy", "accuracy_ci95", "log_loss", "n")}, "seconds": seconds,
+            "trained_now": trained_now,
         }  # fmt: skip
     return runs
 

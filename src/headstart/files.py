@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import re
 import secrets
 import shutil
 import tempfile
@@ -19,8 +18,8 @@ from typing import Any
 
 from .errors import CheckpointError
 
-# Between two brackets of indented JSON, where there are numbers alone, or gaps; in a string, breaks are escaped.
-_NUMBERS = re.compile(r"\[\n\s+((?:(?:null|-?\d[\d.eE+-]*),\n\s+)*(?:null|-?\d[\d.eE+-]*))\n\s*\]")
+_NUMBERS = frozenset({int, float, type(None)})  # what a list on one line holds
+_SIMPLE = frozenset({int, bool, str, type(None)})  # what JSON has as it is; a float may be NaN
 
 
 def sync_folder(folder: Path) -> None:
@@ -126,7 +125,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        is_plain = _SIMPLE.issuperset(map(type, value))  # a long row of numbers is not gone through one by one
+        return list(value) if is_plain else [_plain(item) for item in value]
     if isinstance(value, (str, bool, int)) or value is None:
         return value
     if isinstance(value, float):
@@ -142,18 +142,40 @@ def to_json(value: Any, *, indent: int | None = None) -> bytes:
     """UTF-8 JSON of plain values, numpy numbers and paths; NaN and infinity are written as null.
 
     A name that is no valid Unicode (a file name from another encoding) is written as escapes, and reads back equal.
+
+    Args:
+        indent: blanks for each level; a list of numbers stands on one line. All stands on one without it.
     """
     plain = _plain(value)
-    text = json.dumps(plain, ensure_ascii=False, allow_nan=False, indent=indent)
-    try:
-        return _on_one_line(text).encode()
-    except UnicodeEncodeError:
-        return _on_one_line(json.dumps(plain, allow_nan=False, indent=indent)).encode()
+    for ascii_only in (False, True):
+        encoder = json.JSONEncoder(ensure_ascii=ascii_only, allow_nan=False)
+        pieces = [encoder.encode(plain)] if indent is None else _indented(plain, encoder, indent, "\n")
+        try:
+            return "".join(pieces).encode()
+        except UnicodeEncodeError:
+            pass
+    raise AssertionError("escapes are ASCII")
 
 
-def _on_one_line(text: str) -> str:
-    """Lists of numbers each on one line: a confusion matrix of a thousand classes has a million."""
-    return _NUMBERS.sub(lambda found: f"[{', '.join(found[1].replace(',', ' ').split())}]", text)
+def _indented(plain: Any, encoder: json.JSONEncoder, indent: int, line: str) -> Iterator[str]:
+    """Pieces of the JSON text of plain values whose lines begin with `line`.
+
+    A row of numbers is one piece: a confusion matrix of thousands of classes has millions, of which Python's encoder
+    makes a piece each where it indents.
+    """
+    deeper = line + " " * indent
+    if isinstance(plain, dict) and plain:
+        for i, (key, item) in enumerate(plain.items()):
+            yield f"{',' if i else '{'}{deeper}{encoder.encode(key)}: "
+            yield from _indented(item, encoder, indent, deeper)
+        yield line + "}"
+    elif isinstance(plain, list) and not _NUMBERS.issuperset(map(type, plain)):
+        for i, item in enumerate(plain):
+            yield f"{',' if i else '['}{deeper}"
+            yield from _indented(item, encoder, indent, deeper)
+        yield line + "]"
+    else:
+        yield encoder.encode(plain)
 
 
 def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[bytes]:

@@ -14,7 +14,21 @@ from .cautions import cautions
 from .files import write_atomic
 from .report_audit import audit_section
 from .report_charts import curves, freeze_strip, interval_scale
-from .report_page import NONE, details, duration, esc, facts, long_path, number, page, percent, section, span, table
+from .report_page import (
+    NONE,
+    details,
+    duration,
+    esc,
+    facts,
+    long_path,
+    number,
+    page,
+    percent,
+    section,
+    sentence,
+    span,
+    table,
+)
 from .report_results import SPLITS, confusion_section, data_section, mistakes_section, per_class_section
 from .run import RunRecord, environment, read_run
 from .verdicts import Verdict, verdicts
@@ -166,9 +180,9 @@ def _verdicts(run: RunRecord) -> str:
         kind = {True: "good", False: "bad", None: "open"}[verdict.good]
         items.append(
             f'<li class="{kind}"><h3>{esc(verdict.question)}</h3><p><span class="answer">'
-            f"{esc(verdict.answer.capitalize())}.</span>{esc(verdict.sentence)}</p></li>"
+            f"{esc(verdict.answer.capitalize())}.</span>{sentence(verdict.sentence)}</p></li>"
         )
-    mind = "".join(f"<li>{esc(sentence)}</li>" for sentence in cautions(run.history, run.metrics))
+    mind = "".join(f"<li>{sentence(words)}</li>" for words in cautions(run.history, run.metrics))
     note = f'<h3>Mind</h3><ul class="cautions">{mind}</ul>' if mind else ""
     return section("In words", f'<ul class="verdicts">{"".join(items)}</ul>{note}')
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .findings import UNOPENED
-from .report_page import details, esc, percent, section, span, table
+from .report_page import details, esc, percent, section, sentence, span, table
 from .report_results import THUMBNAIL_PX, picture_address
 from .run import RunRecord
 
@@ -31,12 +31,14 @@ def _finding(one: Mapping[str, Any], root: Path) -> str:
     said = dict(zip(one["files"], one["details"] or ("",) * n, strict=True))
     shown = [(name, picture_address(root, name, THUMBNAIL_PX)) for name in _shown(one)]
     images = "".join(
-        f'<li><img src="{data}" alt="{esc(name)}" loading="lazy">{esc(said[name])}</li>' for name, data in shown if data
+        f'<li><img src="{data}" alt="{esc(name)}" loading="lazy">{sentence(said[name])}</li>'
+        for name, data in shown
+        if data
     )
     title = TITLES.get(one["kind"]) or one["kind"].replace("-", " ").capitalize()
     return (
         f'<li class="{kind}"><h3>{esc(title)}</h3><p><span class="answer">'
-        f"{esc(one['severity'].capitalize())}.</span>{esc(one['title'])} {esc(one['advice'])}</p>"
+        f"{esc(one['severity'].capitalize())}.</span>{sentence(one['title'])} {sentence(one['advice'])}</p>"
         + (f'<ul class="mistakes">{images}</ul>' if images else "")
         + (details(f"{n:,} file{'' if n == 1 else 's'}", f"<ul>{_names(one)}</ul>") if one["files"] else "")
         + "</li>"
@@ -56,7 +58,7 @@ def _shown(one: Mapping[str, Any]) -> Sequence[str]:
 def _names(one: Mapping[str, Any]) -> str:
     words = one["details"] or [""] * len(one["files"])
     rows = [
-        f"<li><code>{esc(name)}</code>{f': {esc(word)}' if word else ''}</li>"
+        f"<li><code>{esc(name)}</code>{f': {sentence(word)}' if word else ''}</li>"
         for name, word in zip(one["files"][:NAMES], words, strict=False)
     ]
     more = len(one["files"]) - NAMES
@@ -87,7 +89,7 @@ def _shortcuts(audit: Mapping[str, Any]) -> str:
             esc(one["name"]),
             percent(one["accuracy"]),
             percent(one["chance"]),
-            esc(f"{one['told']}: found in {percent(one['recall'])}, false alarms {percent(one['false_alarms'])}")
+            sentence(f"{one['told']}: found in {percent(one['recall'])}, false alarms {percent(one['false_alarms'])}")
             if one["told"]
             else "",
         )

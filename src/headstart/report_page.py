@@ -26,6 +26,8 @@ h1 { font-size: 1.15rem; font-weight: 600; margin: 0; color: var(--soft); }
 h2 { font-size: 1.3rem; line-height: 1.25; margin: 56px 0 12px; padding-top: 14px; border-top: 2px solid var(--ink); }
 h3 { font-size: 1rem; margin: 28px 0 8px; }
 p { margin: 0 0 12px; max-width: 74ch; }
+h1, h2, h3, p, li, figcaption, summary { overflow-wrap: anywhere; }
+strong, code { unicode-bidi: isolate; }
 code, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: .86em; }
 pre { background: var(--panel); padding: 14px 16px; overflow-x: auto; border-radius: 6px; line-height: 1.4; }
 .soft, .note { color: var(--soft); } .note { font-size: .9rem; }
@@ -74,7 +76,8 @@ svg.bar { width: 120px; height: 14px; display: inline-block; vertical-align: mid
 svg.strip { width: 160px; display: inline-block; vertical-align: middle; }
 svg.legend { width: auto; max-width: 100%; display: inline-block; margin: 12px 24px 0 0; }
 svg.key { width: 34px; height: 12px; display: inline-block; vertical-align: middle; margin-right: 6px; }
-.keys { margin: 0 0 14px; max-width: none; } .keys span { white-space: nowrap; margin-right: 22px; }
+.keys { margin: 0 0 14px; max-width: none; }
+.keys span { display: inline-block; max-width: 100%; overflow-wrap: anywhere; margin-right: 22px; }
 .wide { overflow-x: auto; } .wide:focus-visible { outline: 2px solid var(--val); outline-offset: 4px; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; width: 100%; }
 th { font-weight: 600; color: var(--soft); font-size: .82rem; text-align: left; vertical-align: bottom; }
@@ -111,12 +114,25 @@ footer { margin-top: 56px; color: var(--soft); font-size: .85rem; border-top: 1p
 }
 """
 
+# Words of Hebrew, Arabic and their neighbours with what joins them.
+_R = "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]"
+_RIGHT_TO_LEFT = re.compile(rf"{_R}(?:[\d_]|{_R}|[ .'-]+(?={_R}))*")
+
 NONE = "\u2013"  # a dash where there is no figure
 
 
 def esc(text: object) -> str:
     """Text made safe for HTML; bytes of a file name that are no valid Unicode become replacement signs."""
     return _escape(str(text).encode("utf-8", "replace").decode(), quote=True)
+
+
+def sentence(text: object) -> str:
+    """Words of ours with names in them, made safe for HTML.
+
+    Names that run from right to left stand for themselves, or they would draw the figures beside them to their other
+    side.
+    """
+    return _RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", esc(text))
 
 
 def long_path(text: object) -> str:

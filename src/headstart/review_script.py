@@ -33,6 +33,7 @@ details summary h3 { display: inline; margin: 0; color: var(--ink); font-weight:
 .review { border: 1px solid var(--rule); border-radius: 8px; padding: 18px 20px 20px; scroll-margin-top: 12px; }
 .review:focus { outline: 3px solid var(--val); outline-offset: 2px; }
 .review .top { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 4px 20px; margin-bottom: 8px; }
+#keep-label { unicode-bidi: isolate; }
 .review .top p { margin: 0; } .review progress { width: 100%; height: 8px; display: block; accent-color: var(--val);
   margin-bottom: 18px; }
 .entry { display: grid; grid-template-columns: 300px minmax(0, 1fr); gap: 8px 28px; align-items: start; }
@@ -81,6 +82,9 @@ const panel = $("review"), key = "headstart-review:" + data.root;
 const PATH = 0, LABEL = 1, SPLIT = 2, GROUP = 3, DROP = 4, ORIGINAL = 5, REASON = 6;
 const COLUMNS = ["path", "label", "split", "group", "drop", "original_label", "reason"];
 const outside = new Set(data.outside);
+// A name that runs from right to left, or turns the direction, stands for itself beside digits and other names.
+const apart = name => /[\u0590-\u08ff\u202a-\u202e\u2066-\u2068\ufb1d-\ufdff\ufe70-\ufefc]/.test(name) ?
+  `\u2068${name}\u2069` : name;
 const rowOf = new Map(data.rows.map((row, i) => [row[PATH], i]));
 const queueOf = new Map(data.queue.map((entry, i) => [data.rows[entry.row][PATH], i]));
 let decisions = new Map();  // path -> [what, label it gets, label it had]
@@ -132,8 +136,8 @@ function undo(path) {
 function move(step) { at = Math.min(Math.max(at + step, 0), data.queue.length); show(""); }
 function words(path) {
   const [what, label, was] = decisions.get(path);
-  if (what === "relabel") return `${path}: ${was} becomes ${label}`;
-  return `${path}: ` + { keep: `stays ${was}`, drop: "dropped", skip: "skipped, stays as it is" }[what];
+  if (what === "relabel") return `${apart(path)}: ${apart(was)} becomes ${apart(label)}`;
+  return `${apart(path)}: ` + { keep: `stays ${apart(was)}`, drop: "dropped", skip: "skipped, stays as it is" }[what];
 }
 
 // ---- what is shown
@@ -170,7 +174,7 @@ function showEntry(entry) {
   $("no-picture").hidden = !!entry.image;
   if (entry.image) { $("picture").src = entry.image; $("picture").alt = `${path}, labelled ${row[LABEL]}`; }
   $("name").textContent = path.split("/").pop();
-  $("path").textContent = path + (row[SPLIT] ? ` (${row[SPLIT]})` : "") + " ";
+  $("path").textContent = apart(path) + (row[SPLIT] ? ` (${row[SPLIT]})` : "") + " ";
   const link = document.createElement("a");
   link.textContent = "open the file"; link.href = entry.address; link.target = "_blank"; link.rel = "noopener";
   $("path").append(link);
@@ -182,7 +186,7 @@ function showEntry(entry) {
   $("label").value = decisions.get(path)?.[0] === "relabel" ? decisions.get(path)[1] : entry.suggested;
   const test = row[SPLIT] === "test" ?
     "A test picture: to change it where a model doubts it flatters that model. Only a plain mistake is worth it." : "";
-  $("state").textContent = decisions.has(path) ? "Decided: " + words(path).slice(path.length + 2) : test;
+  $("state").textContent = decisions.has(path) ? "Decided: " + words(path).slice(apart(path).length + 2) : test;
 }
 function showDecided() {
   $("decided-part").hidden = !order.length;
@@ -278,7 +282,7 @@ $("relative").addEventListener("change", () => show(""));
 $("bar").max = data.queue.length;
 $("label").append(...data.classes.map(name => new Option(name, name)));
 $("digits").textContent = "Number keys relabel at once: " +
-  data.classes.slice(0, 9).map((name, i) => `${i + 1} ${name}`).join(", ") + ".";
+  data.classes.slice(0, 9).map((name, i) => `${i + 1} ${apart(name)}`).join(", ") + ".";
 restore();
 show("");
 $("review-part").hidden = false;

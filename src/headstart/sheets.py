@@ -39,21 +39,29 @@ def show_batch(
 
     Args:
         images: a table, of which `n` pictures spread over the classes are drawn at random; or the pictures
-            themselves, of which the first `n` are drawn: uint8 [N, 3, H, W] or [N, H, W, 3], an array or a tensor,
-            or a list of single ones (PIL images too).
-        labels: what to write under each picture, or class numbers where `class_names` are given.
+            themselves, of which the first `n` are drawn: uint8 [N, 3, H, W], [N, H, W, 3] or, grey, [N, H, W], an
+            array or a tensor, or a list of single ones (PIL images too).
+        labels: what to write under each picture that is drawn, or class numbers where `class_names` are given.
         spec: with a table, show the pictures as a network with this preprocessing sees them.
         seed: which pictures of a table are drawn.
     Raises:
-        DataError: no picture, a picture that cannot be read, or an array that is no picture.
+        DataError: no picture, a picture that cannot be read, an array that is no picture, or too few labels.
     """
     if isinstance(images, ImageTable):
         chosen = spread_indices(images, n, seed=seed)
         tiles = [_table_tile(images, i, spec) for i in chosen]
         titles = [images.class_names[images.labels[i]] for i in chosen]
     else:
+        shape = list(getattr(images, "shape", ()))
+        if labels is None and len(shape) == 3 and 3 in (shape[0], shape[2]):
+            raise DataError(
+                f"show_batch: one array of shape {shape}, a picture in colour or {shape[0]} grey ones. "
+                "Give one picture in a list, grey ones as [N, 1, H, W]."
+            )
         tiles = [_tile(image) for image in list(images)[:n]]  # type: ignore[arg-type]
         names = list(labels)[: len(tiles)] if labels is not None else [""] * len(tiles)
+        if len(names) < len(tiles):
+            raise DataError(f"show_batch: {len(names)} labels for {len(tiles)} pictures; give one for each.")
         titles = [class_names[int(k)] if class_names is not None else str(k) for k in names]
     if not tiles:
         raise DataError("show_batch: no picture to draw (0 of 0). Give a table or a batch that holds some.")
@@ -87,7 +95,7 @@ def _table_tile(table: ImageTable, index: int, spec: DataSpec | None) -> NDArray
 
 
 def _tile(image: Any) -> NDArray[np.uint8]:
-    """One picture as uint8 [H, W, 3], from PIL, or an array or tensor with the channels first or last."""
+    """One picture as uint8 [H, W, 3], from PIL, or an array or tensor with the channels first, last or, grey, none."""
     if hasattr(image, "convert"):  # by the rules for files
         from .decode import to_rgb
 
@@ -95,12 +103,14 @@ def _tile(image: Any) -> NDArray[np.uint8]:
     pixels = np.asarray(image)
     if pixels.ndim == 3 and pixels.shape[0] in (1, 3) and pixels.shape[2] not in (1, 3):
         pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels.repeat(3, axis=2)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise DataError(
-            f"show_batch: a picture of shape {list(pixels.shape)} and type {pixels.dtype}; expected uint8 [H, W, 3] or "
-            "[3, H, W] from 0 to 255, before any normalisation."
+            f"show_batch: a picture of shape {list(pixels.shape)} and type {pixels.dtype}; expected uint8 [H, W, 3], "
+            "[3, H, W] or [H, W] from 0 to 255, before any normalisation."
         )
     return pixels
 

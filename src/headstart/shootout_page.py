@@ -90,12 +90,17 @@ def _head(results: Mapping[str, Any], name: str) -> str:
         )
     else:
         lead = f"{esc(chosen['label'])} has the best probe. There was no time to fine-tune any backbone."
+    earlier = results.get("earlier_seconds")  # of the fine-tuned runs that were read and not trained
     pairs = [
         ("Backbones", f"{len(results['entrants']):,}"),
         ("Classes", f"{len(results['class_names']):,}"),
         ("Pictures", f"{n['train']:,} train, {n['val']:,} validation, {n['test']:,} test"),
         ("Fine-tuned by recipe", esc(results["recipe"])),
-        ("Time", f"{duration(results['wall_seconds'])} of {results['minutes']:g} min"),
+        (
+            "Time",
+            f"{duration(results['wall_seconds'])} of {results['minutes']:g} min"
+            + (f", and {duration(earlier)} of training in earlier calls" if earlier else ""),
+        ),
     ]
     return f"<header><h1>headstart shoot-out: {esc(name)}</h1><p class='lead'>{lead}</p>{facts(pairs)}</header>"
 

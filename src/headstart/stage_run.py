@@ -89,7 +89,7 @@ def look_at_stored_labels(source: StageData, diary: Diary, bench: Bench) -> None
         bench.audit = look_at_labels(bench.audit, bench.splits, for_labels(stored))
     if bench.audit.doubtful is not None:
         diary.doubtful = [one.file for one in bench.audit.doubtful if one.flagged]
-    for one in bench.audit.of_kind("doubtful-labels"):
+    for one in (*bench.audit.of_kind("doubtful-labels"), *bench.audit.of_kind("labels-unjudged")):
         say(finding_line(one), enabled=diary.show)
     if diary.run:
         diary.run.write_json("audit.json", bench.audit.to_dict())

@@ -113,10 +113,15 @@ class ProgressBar:
 
 
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+# Marks that set the direction of all that follows, where a name forgets to close them.
+_CONTROLS |= {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 def printable(text: str) -> str:
-    """Text with control characters written out, tab and line's end left: a file's name may move the cursor by them."""
+    """Text with control characters written out, tab and line's end left: a file's name may move the cursor by them.
+
+    Marks of direction are written out, too: they would turn round what stands beside the name.
+    """
     return text.translate(_CONTROLS)
 
 
@@ -200,7 +205,7 @@ def scores_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
 
 def notes(sentences: Sequence[str]) -> str:
     """A line for each sentence, behind an empty one; nothing where there is none."""
-    return "".join(f"{'' if i else chr(10)}note    {sentence}\n" for i, sentence in enumerate(sentences))
+    return "".join(f"{'' if i else chr(10)}note    {printable(said)}\n" for i, said in enumerate(sentences))
 
 
 def per_class_table(metrics: Mapping[str, Any]) -> str:
@@ -318,7 +323,7 @@ def comparison_tables(results: Mapping[str, Any]) -> str:
         row += [f"{low:.3f} - {high:.3f}", *[figure(e["test"]["top5"])] * top5]
         scores.append([*row, figure(e["test"]["weighted_precision"]), figure(e["test"]["weighted_recall"])])
     parts = [format_table(cost_header, cost, left=2), format_table([*score_header, "w. prec.", "w. recall"], scores)]
-    return "\n\n".join([*parts, "\n".join(pair["sentence"] for pair in results["pairs"])]).rstrip()
+    return "\n\n".join([*parts, "\n".join(printable(pair["sentence"]) for pair in results["pairs"])]).rstrip()
 
 
 def sweep_table(results: Mapping[str, Any]) -> str:
