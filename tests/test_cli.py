@@ -403,8 +403,6 @@ def test_names_of_bad_files_cannot_move_the_cursor(tmp_path: Path, capsys: pytes
             Image.new("RGB", (40, 40), (90 * i, 200, 10)).save(tmp_path / name / f"{name}{i}.png")
     bad = tmp_path / "cat" / "a\x1b[2J\u202e.jpg"
     bad.write_bytes(b"")
-    assert main(["predict", "no-run", str(bad)]) == 2
-    assert "a\\x1b[2J\\u202e.jpg cannot be read" in capsys.readouterr().err
     assert main(["audit", str(tmp_path), "--fast", "--quiet"]) == 0
     out = capsys.readouterr().out
     assert "a\\x1b[2J\\u202e.jpg" in out

@@ -253,6 +253,17 @@ def test_predict_says_what_training_said(folder: Path, run: Path, capsys: pytest
         assert now["probs"] == {name: float(before[f"p:{name}"]) for name in CLASSES}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no such file names there")
+def test_the_name_of_a_picture_that_cannot_be_read_does_not_move_the_cursor(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "a\x1b[2J\u202e.jpg"
+    bad.write_bytes(b"")
+    code, _, err = command(capsys, "predict", run, bad, *MACHINE)
+    assert code == 2
+    assert "a\\x1b[2J\\u202e.jpg cannot be read" in err
+
+
 def test_predict_forms(folder: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = command(capsys, "predict", run, folder, *MACHINE, "--json", "--top", "2")
     ranked: list[dict[str, Any]] = json.loads(out)
