@@ -803,7 +803,7 @@ def test_list_image_files(tmp_path: Path) -> None:
 
 
 def test_linked_folders_are_read_each_once_and_links_that_lead_back_end_nothing(tmp_path: Path) -> None:
-    for name in ("here/b", "here/c", "elsewhere/deep"):
+    for name in ("here/b", "here/c", "elsewhere/deep", "beside"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "1.jpg").write_bytes(b"")
     for link, target in (
@@ -813,10 +813,20 @@ def test_linked_folders_are_read_each_once_and_links_that_lead_back_end_nothing(
         ("here/e", "elsewhere/deep"),
         ("elsewhere/deep/back", "elsewhere"),
         ("here/f", "here/f"),
+        ("here/c/out", "."),  # what all of this lies in
     ):
         (tmp_path / link).symlink_to(tmp_path / target)
     found = [path.relative_to(tmp_path).as_posix() for path in list_image_files([tmp_path / "here"])]
     assert found == ["here/b/1.jpg", "here/c/1.jpg", "here/d/deep/1.jpg"]
+
+
+def test_links_inside_the_folders_of_a_layout_stay_unread(photos: Path, tmp_path: Path) -> None:
+    before = load_images(photos, check=False).relative_paths
+    inside = next(path for path in photos.iterdir() if path.is_dir())
+    put(tmp_path / "elsewhere" / "0.jpg")
+    (inside / "notes").mkdir()
+    (inside / "notes" / "link").symlink_to(tmp_path / "elsewhere")
+    assert load_images(photos, check=False).relative_paths == before
 
 
 def test_list_image_files_refuses_what_selects_nothing(tmp_path: Path) -> None:

@@ -173,6 +173,17 @@ def test_what_a_run_before_the_earlier_one_was_trained_on_is_told_too(
     assert capsys.readouterr().err.startswith(f"{everything} of these")
 
 
+def test_a_run_folder_called_none_is_not_what_random_weights_come_from(
+    photos: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run, tmp_path / "none")
+    monkeypatch.chdir(tmp_path)
+    quick = replace(HEAD, seed=5, stages=(replace(HEAD.stages[0], epochs=1),))
+    result = fine_tune(photos, recipe=quick, out=tmp_path / "out", **NET, **MACHINE)
+    assert result.metrics["data"]["leaked"] == []
+    assert not (tmp_path / "out" / "earlier_pictures.csv").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

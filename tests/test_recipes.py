@@ -189,9 +189,20 @@ def test_an_evaluation_leaves_a_report_and_replaces_nothing_unasked(
     assert (out / "report.html").read_text(encoding="utf-8") == report
     with pytest.raises(CheckpointError, match=r"audit\.json, .* Choose another folder with --out\.$"):
         headstart.evaluate_run(tmp_path / "run", photos, device="cpu", out=tmp_path / "run", overwrite=True)
-    with pytest.raises(DataError):
-        headstart.evaluate_run(tmp_path / "run", tmp_path / "nowhere", device="cpu", out=tmp_path / "left")
-    assert not (tmp_path / "left").exists()
+    assert "expect somewhat less on new ones" in report
+    assert "On more pictures of the same kind expect" not in report
+    (out / ".metrics.json.0123.tmp").write_text("of one that was killed")
+    headstart.evaluate_run(tmp_path / "run", photos, device="cpu", out=out, overwrite=True)
+    (tmp_path / "mine").mkdir()
+    for left in ("left", "mine"):
+        with pytest.raises(DataError):
+            headstart.evaluate_run(tmp_path / "run", tmp_path / "nowhere", device="cpu", out=tmp_path / left)
+        assert (tmp_path / left).exists() == (left == "mine")
+    with pytest.raises(CheckpointError, match=r"lies in .*, where it would be a class"):
+        headstart.evaluate_run(tmp_path / "run", photos, device="cpu", out=photos / "scored" / "one")
+    assert not (photos / "scored").exists()
+    with pytest.raises(RecipeError, match="overwrite: without effect"):
+        headstart.evaluate_run(tmp_path / "run", photos, device="cpu", overwrite=True)
 
 
 def test_an_earlier_run_lends_its_backbone_to_a_new_task(

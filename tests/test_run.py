@@ -7,6 +7,8 @@ import math
 import os
 import re
 import stat
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,6 +171,30 @@ def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+@pytest.mark.skipif(sys.platform == "win32", reason="no such names there")
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "link"])
+def test_what_stdout_is_redirected_to_keeps_what_it_has(tmp_path: Path, name: str) -> None:
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    script = f"""
+import sys
+sys.path[:] = {sys.path!r}
+from headstart.files import check_target, write_atomic
+print("before")
+check_target({name!r})
+write_atomic({name!r}, b"content\\n")
+print("after")
+"""
+    for mode in ("wb", "ab"):
+        with (tmp_path / "out").open(mode) as out:
+            subprocess.run([sys.executable, "-c", script], stdout=out, check=True, cwd=tmp_path)
+    assert (tmp_path / "out").read_text() == "before\ncontent\nafter\n" * 2
+
+
+def test_a_descriptor_that_is_not_open_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="not open"):
+        check_target("/dev/fd/987")
+
+
 def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
     pipe, link = tmp_path / "pipe", tmp_path / "link"
     os.mkfifo(pipe)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from headstart.terminal import (
     ProgressBar,
@@ -142,6 +143,40 @@ def test_without_a_stderr_it_is_quiet_from_then_on(stream: io.StringIO | None, m
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     say("seen again")
     assert sys.stderr.getvalue() == "seen again\n"
+
+
+def test_last_words_are_tried_whatever_failed_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Flaky()
+    monkeypatch.setattr(sys, "stderr", stream)
+    say("lost")
+    say("lost, too")
+    say("error: what matters", last=True)
+    assert stream.getvalue() == "error: what matters\n"
+
+
+def test_a_stderr_that_is_full_for_the_moment_is_written_to_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(Flaky):
+        def write(self, text: str) -> int:
+            try:
+                return super().write(text)
+            except OSError:
+                raise BlockingIOError("full") from None
+
+    stream = Full()
+    monkeypatch.setattr(sys, "stderr", stream)
+    say("a")
+    say("b")
+    assert stream.getvalue().endswith("b\n")
+
+
+def test_a_line_is_said_above_the_bar_of_a_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with tqdm(total=10, desc="theirs", file=sys.stderr) as bar:
+        say("HELLO")
+        bar.update(1)
+    assert "\rHELLO" in stream.getvalue()  # the bar's line is cleared first
+    assert "]HELLO" not in stream.getvalue()
 
 
 def test_a_word_that_stderr_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:

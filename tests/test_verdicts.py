@@ -10,6 +10,7 @@ import pytest
 
 from headstart.metrics import evaluate_probs
 from headstart.schedule import learning_rate
+from headstart.trends import fell_until
 from headstart.verdicts import (
     Verdict,
     evenly_good,
@@ -146,7 +147,7 @@ def test_a_curve_that_only_the_schedule_has_flattened_is_not_called_done(rates: 
     epochs = len(rates) - 1
     falling = still_learning(history_at(rates, 0.4 + 0.7 * np.exp(-2 * way(rates) / epochs)))
     assert (falling.answer, falling.good) == ("unclear", None)
-    assert "as the rate ran down" in falling.sentence
+    assert "then the rate ran down" in falling.sentence
     assert "compare with twice the epochs" in falling.sentence
     # Flat already, or past its best, while the rate was high.
     assert still_learning(history_at(rates, 0.5 - 0.001 * way(rates) / epochs)).answer == "no"
@@ -166,7 +167,7 @@ def test_short_stages_are_judged_by_what_they_did_at_a_high_rate(falling: list[f
     rates = cosine(len(flat) - 1, 0.2)
     verdict = still_learning(history_at(rates, falling))
     assert verdict.answer == "unclear"
-    assert "as the rate ran down" in verdict.sentence
+    assert "then the rate ran down" in verdict.sentence
     assert still_learning(history_at(rates, flat)).answer == "no"
     assert still_learning(history_at(rates, [0.2, *falling[1:]])).answer == "no"  # nothing below what it began with
 
@@ -231,12 +232,21 @@ def test_overfitting_when_validation_turns_while_training_goes_on() -> None:
     assert "the state kept is from before that" in verdict.sentence
 
 
+def test_level_noise_in_a_short_stage_is_no_fall() -> None:
+    rng = np.random.default_rng(0)
+    said = [
+        fell_until(0.5 * (1 + 0.1 * rng.standard_normal(4)), np.array([1e-4, 1e-4, 5e-5, 1e-6])) for _ in range(400)
+    ]
+    assert sum(one is not None for one in said) < 0.2 * len(said)  # both falls by chance, one time in six
+    assert fell_until(np.array([0.5, 0.4, 0.35, 0.34]), np.array([1e-4, 1e-4, 5e-5, 1e-6])) == 2
+
+
 def test_an_earlier_stage_that_overfitted_is_told_and_does_not_change_the_answer() -> None:
     history = made_history(RISING, train=FALLING, stage="head")
     history += made_history(0.5 * FALLING, train=0.4 * FALLING, index=1)
     verdict = overfitting(history)
     assert (verdict.answer, verdict.good) == ("no", True)
-    assert "In the last stage the validation loss did not turn upwards." in verdict.sentence
+    assert "In stage 'fine-tune' the validation loss did not turn upwards." in verdict.sentence
     assert "In stage 'head' the validation loss rose" in verdict.sentence
     assert "the next stage started from the state before that." in verdict.sentence
     history[len(RISING) - 1]["best"] = True  # as with `--select last`

@@ -408,14 +408,14 @@ def _explain(error: BaseException, args: argparse.Namespace) -> int:
     if args.debug:
         import traceback
 
-        terminal.say("".join(traceback.format_exception(error)).rstrip())
+        terminal.say("".join(traceback.format_exception(error)).rstrip(), last=True)
     if isinstance(error, (Interrupted, KeyboardInterrupt)):
-        terminal.say(str(error) or "Stopped by hand. Give the same command again to start over.")
+        terminal.say(str(error) or "Stopped by hand. Give the same command again to start over.", last=True)
         return EXIT_INTERRUPTED
     rank = launched()[0]
     # What all processes run into, the main one tells; of the others a line is enough to find the one that is alone.
     words = f"(process {rank}) {str(error).partition(chr(10))[0]}" if rank else str(error)
-    terminal.say(f"headstart {args.command}: error: {words}")
+    terminal.say(f"headstart {args.command}: error: {words}", last=True)
     return EXIT_BAD_INPUT
 
 

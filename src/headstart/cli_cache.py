@@ -37,8 +37,8 @@ def run_cache(args: argparse.Namespace) -> int:
     from .store import Cache
 
     cache = Cache()
-    nearest = next(path for path in (cache.folder, *cache.folder.parents) if path.exists())
-    if not nearest.is_dir():
+    nearest = next((path for path in (cache.folder, *cache.folder.parents) if path.exists()), None)
+    if nearest and not nearest.is_dir():
         raise SetupError(
             f"The cache folder is {cache.folder}, but {nearest} is a file. Let HEADSTART_CACHE name a folder."
         )

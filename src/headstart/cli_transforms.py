@@ -27,7 +27,7 @@ def add_transforms_option(parser: argparse.ArgumentParser) -> None:
 
 def run_transforms(args: argparse.Namespace) -> int:
     """Try the changes, print the table; returns the exit code."""
-    for option, value in (("--tta", args.tta), ("--out", args.out)):
+    for option, value in (("--tta", args.tta), ("--out", args.out), ("--overwrite", args.overwrite)):
         if value is not None:
             raise RecipeError(f"{option} goes with the figures; --transforms only prints what each change costs.")
     policy = read_augment(args.transforms, "--transforms") if args.transforms else None

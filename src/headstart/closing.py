@@ -21,7 +21,7 @@ from .checkpoint import save
 from .classifier import Classifier
 from .dataset import ImageTable, Splits
 from .diary import Diary
-from .errors import HeadstartError
+from .errors import CheckpointError, HeadstartError
 from .evaluation import Evaluation, source_logits
 from .features import PixelSource, StageData
 from .files import read_csv
@@ -91,9 +91,15 @@ def leaked_rows(diary: Diary, splits: Splits) -> NDArray[np.bool_]:
     """Mask of the test pictures that this run, or the earlier one its weights come from, has met in other splits."""
     if diary.leaked is None:
         diary.leaked = splits.leaked()
-        if isinstance(diary.earlier, (str, Path)):
-            diary.leaked |= trained_on(Path(diary.earlier), splits.test)
+        earlier = _earlier_run(diary.earlier)
+        if earlier:
+            diary.leaked |= trained_on(earlier, splits.test)
     return diary.leaked
+
+
+def _earlier_run(origin: object) -> Path | None:
+    """What may be a run folder of what the weights come from: not a model, nor one of the two words."""
+    return Path(origin) if isinstance(origin, (str, Path)) and origin not in ("hub", "none") else None
 
 
 def write_plan(run: Run, plan: Recipe, bench: Bench, earlier: object = None) -> None:
@@ -109,9 +115,10 @@ def write_plan(run: Run, plan: Recipe, bench: Bench, earlier: object = None) -> 
         )
     ]
     run.write_csv("splits.csv", ("path", "split", "label", CONTENT), rows)
-    if isinstance(earlier, (str, Path)):
+    folder = _earlier_run(earlier)
+    if folder:
         with suppress(OSError, ValueError, KeyError, HeadstartError):  # no run: a weights file, or a model alone
-            if met := _contents_met(Path(earlier)):
+            if met := _contents_met(folder):
                 run.write_csv(EARLIER_PICTURES, (CONTENT,), [(content,) for content in sorted(met)])
 
 
@@ -205,6 +212,12 @@ def write_evaluation(folder: Run, run: str | Path, model: Classifier, scored: Ev
         "bad_files": [[str(path), reason] for path, reason in table.bad_files],
         "dropped": [[str(path), reason] for path, reason in table.dropped],
     }  # fmt: skip
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder.path}: the folder cannot be made ({error}). Choose another with --out."
+        ) from None
     _write_predictions(folder, {"test": scored}, table.class_names, table.root)
     folder.write_json("metrics.json", {
         "test": scored.metrics, "data": data, "backbone": model.backbone_name or type(model.backbone).__name__,

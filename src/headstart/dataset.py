@@ -345,7 +345,7 @@ def list_image_files(paths: Iterable[str | Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            inside = find_pictures(path)
+            inside = find_pictures(path, links=True)
             if not inside:
                 raise DataError(f"No picture in {path}; looked for {', '.join(sorted(IMAGE_EXTENSIONS))} at any depth.")
             found.update(dict.fromkeys(inside))

@@ -7,8 +7,10 @@ import io
 import json
 import math
 import os
+import re
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,6 +47,13 @@ def check_target(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"Cannot write {path}: it is a folder. Name a file in it.")
+    descriptor = _descriptor(path)
+    if descriptor is not None:
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            raise CheckpointError(f"Cannot write {path}: it is not open. Name another.") from None
+        return
     if _is_no_plain_file(path):
         if not os.access(path, os.W_OK):
             raise CheckpointError(f"Cannot write {path}: no permission. Name another.")
@@ -77,8 +86,22 @@ def _behind_links(path: Path) -> Path:
 
 
 def _is_no_plain_file(path: Path) -> bool:
-    """Whether something is there that is written to as it stands: a device, a pipe, `/dev/stdout`."""
+    """Whether something is there that is written to as it stands: a device, a pipe."""
     return path.exists() and not (path.is_file() and _behind_links(path).is_file())
+
+
+def _descriptor(path: Path) -> int | None:
+    """The number of the open file of this process that `/dev/stdout`, `/dev/fd/3` or a link to such a name means."""
+    for _ in range(20):  # a chain of links that has no end names none
+        name = os.path.normpath(path.absolute())
+        found = re.fullmatch(r"/dev/fd/(\d+)|/proc/self/fd/(\d+)|/dev/(stdout|stderr)", name)
+        if found:
+            number = found[1] or found[2]
+            return int(number) if number else {"stdout": 1, "stderr": 2}[found[3]]
+        if not path.is_symlink():
+            return None
+        path = path.parent / path.readlink()
+    return None
 
 
 @contextmanager
@@ -86,19 +109,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a new file's path beside `path`; on leaving without an error it is synced and takes `path`'s place.
 
     A reader sees the old file or the whole new one, never a part. After an error nothing has changed. Where `path` is
-    a symbolic link, that goes for the file it leads to, and the link stays. What is no plain file (a device, a pipe)
-    stays, too: the new content is written to it in the end.
+    a symbolic link, that goes for the file it leads to, and the link stays. What is no plain file (a device, a pipe,
+    `/dev/stdout`) stays, too: the new content is written to it in the end.
 
     Raises:
         CheckpointError: see `check_target`.
     """
     path = Path(path)
     check_target(path)
-    if _is_no_plain_file(path):
+    descriptor = _descriptor(path)
+    if descriptor is not None or _is_no_plain_file(path):
         with tempfile.TemporaryDirectory(prefix="headstart-") as folder:
             temporary = Path(folder) / "content"
             yield temporary
-            with temporary.open("rb") as file, path.open("wb") as target:
+            if descriptor is not None and sys.stdout and not sys.stdout.closed:
+                sys.stdout.flush()  # what was printed before comes first
+            # Where an open file is named, it goes on from where that stands: opened anew it would be another's.
+            opened = path.open("wb") if descriptor is None else os.fdopen(os.dup(descriptor), "wb")
+            with temporary.open("rb") as file, opened as target:
                 shutil.copyfileobj(file, target)
         return
     path = _behind_links(path)

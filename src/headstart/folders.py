@@ -84,24 +84,28 @@ def read_layout(root: Path, *, shown: str, val_folder: str | None = None, test_f
     return Layout(splits, ignored, root)
 
 
-def find_pictures(folder: Path) -> list[Path]:
+def find_pictures(folder: Path, *, links: bool = False) -> list[Path]:
     """All candidates under a folder at any depth, naturally sorted; hidden files and folders left out.
 
-    Links to folders are followed, and each folder is read once: under its own place where it has one here, else by
-    the first link to it. So a link that leads back ends nothing.
+    Args:
+        links: follow links to folders. Each folder is read once: under its own place where it has one here, else by
+            the first link to it. A link that leads back, to what `folder` lies in, is left out.
     """
     listed: dict[Path, _Folder] = {}
-    seen: set[str] = set()
-    waiting, links = deque([folder]), deque[Path]()
-    while waiting or links:  # links last: what they lead to may have its place here
-        path = (waiting or links).popleft()
+    seen = {str(outer) for outer in Path(os.path.realpath(folder)).parents}
+    waiting, linked = deque([folder]), deque[Path]()
+    while waiting or linked:  # links last: what they lead to may have its place here
+        path = (waiting or linked).popleft()
         real = os.path.realpath(path)
         if real in seen:
             continue
         seen.add(real)
         listed[path] = _list(path)
         for inner in listed[path].folders:
-            (links if inner.is_symlink() else waiting).append(inner)
+            if not inner.is_symlink():
+                waiting.append(inner)
+            elif links:
+                linked.append(inner)
 
     def inside(path: Path) -> Iterator[Path]:
         yield from listed[path].pictures

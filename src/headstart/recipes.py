@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -282,14 +282,22 @@ def evaluate_run(
         out: a folder for metrics.json, predictions.csv and report.html; `overwrite` replaces an earlier evaluation.
     """
     views = len(tta_views(tta))
-    with nullcontext() if out is None else open_evaluation(out, overwrite=overwrite) as target:
-        runtime = make_runtime(device=device, precision=precision, workers=workers)
-        model = load(run, device=runtime.device)
-        table, seen = _asked_about(run, model, folder, runtime, progress=progress, root=root, bad_files=bad_files)
-        with ProgressBar(len(table) * views, "Evaluating", enabled=progress) as bar:
-            scored = evaluate(model, table, tta=tta, runtime=runtime, advance=bar.advance)
-        if target:
-            write_evaluation(target, run, model, scored, seen=seen)
+    if overwrite and out is None:
+        raise RecipeError("overwrite: without effect where no folder is named; give --out, or leave it out.")
+    target = None if out is None else open_evaluation(out, overwrite=overwrite)
+    if (
+        target
+        and Path(folder).is_dir()
+        and Path(os.path.realpath(target.path)).is_relative_to(os.path.realpath(folder))
+    ):
+        raise CheckpointError(f"{out} lies in {folder}, where it would be a class. Choose another folder with --out.")
+    runtime = make_runtime(device=device, precision=precision, workers=workers)
+    model = load(run, device=runtime.device)
+    table, seen = _asked_about(run, model, folder, runtime, progress=progress, root=root, bad_files=bad_files)
+    with ProgressBar(len(table) * views, "Evaluating", enabled=progress) as bar:
+        scored = evaluate(model, table, tta=tta, runtime=runtime, advance=bar.advance)
+    if target:
+        write_evaluation(target, run, model, scored, seen=seen)
     return scored.metrics
 
 

@@ -115,9 +115,10 @@ def _headline(run: RunRecord, scored: Mapping[str, Any], split: str) -> str:
         right, n = round(scored["accuracy"] * scored["n"]), scored["n"]
         interval = span(scored["accuracy_ci95"])
         expect = f"On more pictures of the same kind expect {interval} (95\u00a0% interval)."
-        if split == "val":
-            chose = "These pictures chose the state that was kept: expect somewhat less on new ones."
-            expect = f"95\u00a0% interval: {interval}. {chose}"
+        known = "These pictures chose the state that was kept" if split == "val" else ""
+        known = "The model knows some of these pictures" if run.metrics.get("seen") else known
+        if known:
+            expect = f"95\u00a0% interval: {interval}. {known}: expect somewhat less on new ones."
         words = (
             f"<p><strong>{SPLITS[split].capitalize()} accuracy</strong>: {right:,} of {n:,} pictures right. "
             f"{expect}</p>"
@@ -158,7 +159,7 @@ def _facts(run: RunRecord) -> str:
         ("Pictures", ", ".join(counts)) if counts else None,
         ("Stages", ", ".join(esc(s["name"]) for s in stages)) if stages else None,
         ("Time", duration(seconds)) if seconds else None,
-        ("Started", esc(created)) if created else None,
+        ("Written" if run.metrics.get("evaluated") else "Started", esc(created)) if created else None,
     ]
     return facts([pair for pair in pairs if pair])
 

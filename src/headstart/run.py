@@ -10,8 +10,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -153,36 +152,26 @@ def open_run(path: str | Path, *, overwrite: bool = False) -> Run:
         raise CheckpointError(f"Run {path}: the folder cannot be made ({error}). Choose another with --out.") from None
 
 
-@contextmanager
-def open_evaluation(path: str | Path, *, overwrite: bool = False) -> Iterator[Run]:
-    """Make the folder of an evaluation, which is no run: its files are written one by one, into their place.
+def open_evaluation(path: str | Path, *, overwrite: bool = False) -> Run:
+    """The folder of an evaluation, which is no run: its files are written one by one, into their place.
 
-    A new folder that an error leaves empty goes again.
+    Nothing is made yet: a new folder inside that of the pictures would be a class without any.
 
     Raises:
         CheckpointError: something else is there, or an earlier evaluation and `overwrite` is not set; or nothing can
             be written there.
     """
     folder = Path(path).expanduser().absolute()
-    try:
-        there = {entry.name for entry in folder.iterdir()} - set(_LITTER) if folder.exists() else set()
-        others = sorted(there - set(EVALUATION_FILES))
-        if others or (there and not overwrite):
-            what, way = (", ".join(others[:3]), "") if others else ("an earlier evaluation", ", or pass --overwrite")
-            raise CheckpointError(
-                f"{path} holds {what}, and is not overwritten unasked. Choose another folder with --out{way}."
-            )
-        check_folder(folder, str(path))
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: the folder cannot be made ({error}). Choose another with --out.") from None
-    try:
-        yield Run(folder, folder)
-    except BaseException:
-        if not there:
-            with suppress(OSError):  # not empty: what was written is of use
-                folder.rmdir()
-        raise
+    check_folder(folder, str(path))
+    there = {entry.name for entry in folder.iterdir()} - set(_LITTER) if folder.exists() else set()
+    there = {name for name in there if not (name.startswith(".") and name.endswith(".tmp"))}  # of one that was killed
+    others = sorted(there - set(EVALUATION_FILES))
+    if others or (there and not overwrite):
+        what, way = (", ".join(others[:3]), "") if others else ("an earlier evaluation", ", or pass --overwrite")
+        raise CheckpointError(
+            f"{path} holds {what}, and is not overwritten unasked. Choose another folder with --out{way}."
+        )
+    return Run(folder, folder)
 
 
 def check_run_path(path: str | Path, *, overwrite: bool = False) -> Path:

@@ -26,6 +26,18 @@ class _Screen:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
+    def __eq__(self, other: object) -> bool:
+        """Of the same stream: tqdm clears the bars on it before it writes a line, those of other libraries too."""
+        other = getattr(other, "_wrapped", other)  # as tqdm keeps a bar's file
+        return self.stream is (other.stream if isinstance(other, _Screen) else other)
+
+    def __hash__(self) -> int:
+        return id(self.stream)
+
+    def try_again(self) -> None:
+        """What failed before may go now."""
+        self._lost = self.stream is None
+
     def write(self, text: str) -> None:
         if self.stream is None or self._lost:
             return
@@ -33,6 +45,8 @@ class _Screen:
             self.stream.write(text)
         except UnicodeEncodeError:  # of one word, not of the stream
             self.write(text.encode("ascii", "backslashreplace").decode())
+        except BlockingIOError:
+            pass  # full for the moment
         except (OSError, ValueError):
             self._lost = True
 
@@ -41,6 +55,8 @@ class _Screen:
             return
         try:
             self.stream.flush()
+        except BlockingIOError:
+            pass
         except (OSError, ValueError):
             self._lost = True
 
@@ -125,11 +141,16 @@ def printable(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
-def say(text: str, *, enabled: bool = True) -> None:
-    """Print a line on stderr, above a bar that may be running there; nothing where stderr cannot be written to."""
+def say(text: str, *, enabled: bool = True, last: bool = False) -> None:
+    """Print a line on stderr, above a bar that may be running there; nothing where stderr cannot be written to.
+
+    `last` words, such as an error, are tried even where earlier ones could not be written.
+    """
     if enabled:
         from tqdm import tqdm
 
+        if last:
+            _stderr().try_again()
         tqdm.write(printable(text), file=_stderr())
 
 

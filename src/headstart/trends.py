@@ -61,8 +61,9 @@ def fell_until(losses: NDArray[np.float64], rates: NDArray[np.float64]) -> int |
     part, x = losses[: last + 1][-states:], way[: last + 1][-states:]
     if not np.isfinite(part).all() or len(part) < 2:
         return None
-    if len(part) < LEARNING_STATES:  # no trend can be told from jitter, so any fall that counts leaves it open
-        return last if is_much(part[0] - part[-1], part) else None
+    if len(part) < LEARNING_STATES:  # no trend can be told from jitter: each must be lower than the one before
+        steady = len(part) > 2 and bool((np.diff(part) < 0).all())
+        return last if steady and is_much(part[0] - part[-1], part) else None
     return last if is_much(_falling(part, x) * (states - 1), part) else None
 
 

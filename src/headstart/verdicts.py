@@ -184,8 +184,8 @@ def still_learning(history: Sequence[Record]) -> Verdict:
         return Verdict(
             question,
             "unclear",
-            f"Up to epoch {attempt[last].get('epoch', last)} of stage {name!r} the validation loss fell, then it "
-            f"flattened (from {losses[last]:.3f} to {losses[-1]:.3f}) as the rate ran down, which flattens any curve. "
+            f"Up to epoch {attempt[last].get('epoch', last)} of stage {name!r} the validation loss fell, to "
+            f"{losses[last]:.3f}; then the rate ran down, which flattens any curve (it ended at {losses[-1]:.3f}). "
             "A longer schedule may help: compare with twice the epochs.",
         )
     if best == len(losses) - 1 and is_much(tail[0] - tail[-1], tail):
@@ -346,14 +346,15 @@ def _stage_turn(attempt: Sequence[Record], *, after: int, alone: bool) -> _Stage
     assert kept is not None
     name, loss = lowest.get("stage", ""), figure(kept, "val", "loss")
     epoch, kept_epoch = (int(r.get("epoch", 0)) for r in (lowest, kept))
+    mixed = is_mixture(kept) and kept["event"].get("alpha", 0.5) < 1
     if is_mixture(kept):
         kept_epoch = int(kept["event"].get("epoch", kept_epoch))
     if turn.kind == "none":
-        where = "The" if alone else "In the last stage the"
+        where = "The" if alone else f"In stage {name!r} the"
         return _StageTurn(turn.kind, f"{where} validation loss did not turn upwards.", False)
     if turn.kind == "overfit":
         of = "the next stage started from" if after else "the state kept is"
-        then = f"{of} {'a mixture with a later one' if is_mixture(kept) else 'a later one'}, with a validation loss of"
+        then = f"{of} {'a mixture with a later one' if mixed else 'a later one'}, with a validation loss of"
         then = f"{then} {loss:.3f}"
         if kept_epoch <= epoch:
             then = f"{of} {'the state before that' if after else 'from before that'}"
