@@ -235,6 +235,7 @@ def test_long_names_stay_in_the_window(tmp_path: Path) -> None:
 def test_names_from_right_to_left_are_set_apart_in_sentences() -> None:
     cat, dog = "\u05d7\u05ea\u05d5\u05dc", "\u05db\u05dc\u05d1"
     assert sentence(f"{cat} (12 %), {dog} 3 pictures") == f"<bdi>{cat}</bdi> (12 %), <bdi>{dog}</bdi> 3 pictures"
+    assert sentence("go on with `headstart fit A`.") == "go on with <code>headstart fit A</code>."
     assert sentence(f"of {cat} {dog}_2: <b>") == f"of <bdi>{cat} {dog}_2</bdi>: &lt;b&gt;"
     assert sentence("ash, 12 % of elm") == "ash, 12 % of elm"
 

@@ -139,7 +139,7 @@ def _sheet(number: int, finding: Finding, pictures: _Pictures) -> str:
     if shown and len(finding.files) > 1:
         names = details(f"{'The' if finding.examples else 'All'} {len(finding.files):,} names", names)
     # A link to something inside of a closed part opens it.
-    advice = f'<p class="soft sheet-of" id="finding-{number}">{esc(finding.advice)}</p>'
+    advice = f'<p class="soft sheet-of" id="finding-{number}">{sentence(finding.advice)}</p>'
     return f"<details{opened}><summary>{heading}</summary>{advice}{shown}{names}</details>"
 
 

@@ -117,6 +117,7 @@ footer { margin-top: 56px; color: var(--soft); font-size: .85rem; border-top: 1p
 # Words of Hebrew, Arabic and their neighbours with what joins them.
 _R = "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]"
 _RIGHT_TO_LEFT = re.compile(rf"{_R}(?:[\d_]|{_R}|[ .'-]+(?={_R}))*")
+_COMMAND = re.compile(r"`(headstart [^`]*)`")
 
 NONE = "\u2013"  # a dash where there is no figure
 
@@ -127,12 +128,12 @@ def esc(text: object) -> str:
 
 
 def sentence(text: object) -> str:
-    """Words of ours with names in them, made safe for HTML.
+    """Words of ours with names in them, made safe for HTML; commands stand as code, which backticks mark in a terminal.
 
     Names that run from right to left stand for themselves, or they would draw the figures beside them to their other
     side.
     """
-    return _RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", esc(text))
+    return _COMMAND.sub(r"<code>\1</code>", _RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", esc(text)))
 
 
 def long_path(text: object) -> str:
