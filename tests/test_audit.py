@@ -651,7 +651,7 @@ def test_where_features_cannot_tell_the_classes_no_label_is_called_wrong(tmp_pat
     (finding,) = doubtful_findings(queue, labels, probs)
     assert (finding.kind, finding.severity, finding.files) == ("labels-unjudged", "note", ())
     accuracy = 100 * (probs.argmax(axis=1) == labels).mean()
-    assert f"right on only {accuracy:.1f} %" in finding.title
+    assert f"right on {accuracy:.1f} %" in finding.title
     result = AuditResult(str(tmp_path), CLASSES, 300, {}, {}, (finding,), doubtful=queue)
     assert counts_of(clean_rows(table, result)) == {"kept": 300, "dropped": 0, "relabelled": 0}
 

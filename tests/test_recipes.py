@@ -198,7 +198,7 @@ def test_an_evaluation_leaves_a_report_and_replaces_nothing_unasked(
         with pytest.raises(DataError):
             headstart.evaluate_run(tmp_path / "run", tmp_path / "nowhere", device="cpu", out=tmp_path / left)
         assert (tmp_path / left).exists() == (left == "mine")
-    with pytest.raises(CheckpointError, match=r"lies in .*, where it would be a class"):
+    with pytest.raises(CheckpointError, match=r"lies in .* and would be taken for pictures"):
         headstart.evaluate_run(tmp_path / "run", photos, device="cpu", out=photos / "scored" / "one")
     assert not (photos / "scored").exists()
     with pytest.raises(RecipeError, match="overwrite: without effect"):

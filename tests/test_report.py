@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -235,6 +236,16 @@ def test_long_names_stay_in_the_window(tmp_path: Path) -> None:
 def test_names_from_right_to_left_are_set_apart_in_sentences() -> None:
     cat, dog = "\u05d7\u05ea\u05d5\u05dc", "\u05db\u05dc\u05d1"
     assert sentence(f"{cat} (12 %), {dog} 3 pictures") == f"<bdi>{cat}</bdi> (12 %), <bdi>{dog}</bdi> 3 pictures"
+    assert sentence(f"{cat}, {dog}") == f"<bdi>{cat}</bdi>, <bdi>{dog}</bdi>"
+    giraffe, army, go, dog = (
+        "\u05d2'\u05d9\u05e8\u05e4\u05d4",
+        '\u05e6\u05d4"\u05dc',
+        "\u0645\u06cc\u200c\u0631\u0648\u0645",
+        "\u0633\u06af (\u0628\u0632\u0631\u06af)",
+    )
+    for name in (giraffe, army, go, dog):
+        assert sentence(f"{name} (12 %)") == f"<bdi>{html.escape(name)}</bdi> (12 %)"
+    assert sentence("cat\u202eabc: 50 % (dog)") == "cat\\u202eabc: 50 % (dog)"
     assert sentence("go on with `headstart fit A`.") == "go on with <code>headstart fit A</code>."
     assert sentence(f"of {cat} {dog}_2: <b>") == f"of <bdi>{cat} {dog}_2</bdi>: &lt;b&gt;"
     assert sentence("ash, 12 % of elm") == "ash, 12 % of elm"

@@ -190,9 +190,29 @@ print("after")
     assert (tmp_path / "out").read_text() == "before\ncontent\nafter\n" * 2
 
 
-def test_a_descriptor_that_is_not_open_is_refused() -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="no such names there")
+@pytest.mark.parametrize("number", ["987", "9" * 20])
+def test_a_descriptor_that_is_not_open_is_refused(number: str) -> None:
     with pytest.raises(CheckpointError, match="not open"):
-        check_target("/dev/fd/987")
+        check_target(f"/dev/fd/{number}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such names there")
+def test_a_descriptor_that_is_only_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (tmp_path / "file").open() as file, pytest.raises(CheckpointError, match="not open for that"):
+        check_target(f"/dev/fd/{file.fileno()}")
+
+
+def test_the_folder_of_an_evaluation_is_looked_at_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere" / "else")
+    with pytest.raises(CheckpointError, match="broken is no folder"):
+        run_room.open_evaluation(tmp_path / "broken")
+    with pytest.raises(CheckpointError, match="Choose another with --out"):
+        run_room.open_evaluation(tmp_path / ("x" * 300))
+    assert not (tmp_path / "new").exists()
+    assert run_room.open_evaluation(tmp_path / "new").path == tmp_path / "new"
+    assert not (tmp_path / "new").exists()  # made when there is something to write
 
 
 def test_a_pipe_is_written_to_and_stays(tmp_path: Path) -> None:
@@ -244,7 +264,7 @@ def test_a_folder_that_may_not_be_written_in_is_told_at_the_start(
     with pytest.raises(CheckpointError, match=rf"runs/scores: {where}"), open_evaluation("runs/scores"):
         pass
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=rf"{tmp_path / 'file'} is a file\. Choose another"):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path / 'file'} is no folder\. Choose another"):
         check_run_path("file/run")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["earlier"]
 

@@ -231,11 +231,16 @@ def _review(result: AuditResult, rows: Sequence[ManifestRow], pictures: _Picture
     limit = f" The first {len(queue):,} of {total:,} are here; audit again after these." if total > len(queue) else ""
     # Every "<" is written as an escape, so that no name can end the block.
     block = to_json(data).decode().replace("<", "\\u003c")
+    judged = (
+        f"Confident learning counts {f'{flagged:,}' if flagged else 'none'} of these {len(queue):,} among the wrong "
+        "ones; some are right and only hard."
+    )
+    if result.of_kind("labels-unjudged"):
+        judged = "No label was judged (see above), so these are only the least likely ones."
     return section(
         "Doubtful labels",
         "<p>These labels do not fit what models trained without the picture say of it, the most doubtful first. "
-        f"Confident learning counts {f'{flagged:,}' if flagged else 'none'} of these {len(queue):,} among the wrong "
-        f"ones; some are right and only hard. You decide, and may stop where only right ones come.{limit}</p>",
+        f"{judged} You decide, and may stop where only right ones come.{limit}</p>",
         "<noscript><p>The review needs JavaScript, which this browser has off.</p></noscript>",
         _PANEL,
         f'<script type="application/json" id="review-data">{block}</script>',

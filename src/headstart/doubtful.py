@@ -1,8 +1,8 @@
 """Labels that do not fit the picture, and pictures unlike all others, from a frozen backbone's features.
 
 Every picture is judged by models trained without it and without its copies; confident learning then says how much each
-label is to be trusted. Where these models hardly do better than guessing, their errors tell of hard pictures and not of
-wrong labels, and none is flagged. References: Northcutt et al. 2021 (confident learning, by the cleanlab package),
+label is to be trusted. Where these models hardly do better than guessing, their errors hardly tell of single wrong
+labels, and none is flagged. References: Northcutt et al. 2021 (confident learning, by the cleanlab package),
 Cohen 1960 (kappa).
 """
 
@@ -181,10 +181,10 @@ def doubtful_findings(doubtful: Sequence[DoubtfulLabel], labels: Ints, probs: Fl
         return [
             Finding(
                 "labels-unjudged", "note",
-                f"Labels cannot be judged: models trained without each picture are right on only "
+                f"Labels cannot be judged: models trained without each picture are right on "
                 f"{100 * accuracy:.1f} % (always the largest class: {100 * largest:.1f} %).",
-                "These are hard pictures, not wrong labels, so none is called wrong, relabelled or left out for it; "
-                "another backbone may tell the classes apart.",
+                "Either these features cannot tell the classes apart, or very many labels are wrong: none is called "
+                "wrong, relabelled or left out for it. Look at the least likely ones, or take another backbone.",
             )
         ]  # fmt: skip
     flagged = [one for one in doubtful if one.flagged]

@@ -49,10 +49,14 @@ def check_target(path: str | Path) -> None:
         raise CheckpointError(f"Cannot write {path}: it is a folder. Name a file in it.")
     descriptor = _descriptor(path)
     if descriptor is not None:
+        import fcntl  # not on Windows, where nothing is called so
+
         try:
-            os.fstat(descriptor)
-        except OSError:
-            raise CheckpointError(f"Cannot write {path}: it is not open. Name another.") from None
+            is_read = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        except (OSError, OverflowError):
+            is_read = True
+        if is_read:
+            raise CheckpointError(f"Cannot write {path}: it is not open for that. Name another.")
         return
     if _is_no_plain_file(path):
         if not os.access(path, os.W_OK):
@@ -73,9 +77,9 @@ def check_folder(folder: str | Path, what: str) -> None:
         CheckpointError: a file stands in its way, or this account may not write there.
     """
     folder = Path(folder).absolute()
-    nearest = next((one for one in (folder, *folder.parents) if one.exists()), folder)
+    nearest = next((one for one in (folder, *folder.parents) if one.exists() or one.is_symlink()), folder)
     if not nearest.is_dir():
-        raise CheckpointError(f"{what}: {nearest} is a file. Choose another folder with --out.")
+        raise CheckpointError(f"{what}: {nearest} is no folder. Choose another with --out.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise CheckpointError(f"{what}: no permission to write in {nearest}. Name another folder.")
 

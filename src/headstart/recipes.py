@@ -285,12 +285,10 @@ def evaluate_run(
     if overwrite and out is None:
         raise RecipeError("overwrite: without effect where no folder is named; give --out, or leave it out.")
     target = None if out is None else open_evaluation(out, overwrite=overwrite)
-    if (
-        target
-        and Path(folder).is_dir()
-        and Path(os.path.realpath(target.path)).is_relative_to(os.path.realpath(folder))
-    ):
-        raise CheckpointError(f"{out} lies in {folder}, where it would be a class. Choose another folder with --out.")
+    if target and Path(folder).is_dir():
+        where, pictures = (Path(os.path.realpath(one)) for one in (target.path, folder))
+        if where.is_relative_to(pictures) and not any(p.startswith(".") for p in where.relative_to(pictures).parts):
+            raise CheckpointError(f"{out} lies in {folder} and would be taken for pictures. Choose another with --out.")
     runtime = make_runtime(device=device, precision=precision, workers=workers)
     model = load(run, device=runtime.device)
     table, seen = _asked_about(run, model, folder, runtime, progress=progress, root=root, bad_files=bad_files)

@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from html import escape as _escape
 
+from .terminal import printable
+
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #fdfdfb; --ink: #1c2326; --soft: #5b666b; --rule: #d9dedd; --panel: #f2f4f2;
@@ -114,12 +116,12 @@ footer { margin-top: 56px; color: var(--soft); font-size: .85rem; border-top: 1p
 }
 """
 
-# Words of Hebrew, Arabic and their neighbours with what joins them.
-_R = "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]"
-_RIGHT_TO_LEFT = re.compile(rf"{_R}(?:[\d_]|{_R}|[ .'-]+(?={_R}))*")
-_COMMAND = re.compile(r"`(headstart [^`]*)`")
+# Words of Hebrew, Arabic and their neighbours with what joins them, and what stands in brackets behind them.
+_R = "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]"
+_RIGHT_TO_LEFT = re.compile(rf"""{_R}(?:[\d_\u200c\u200d]|{_R}|[ .'"/&-]+(?={_R})|[ ]?\({_R}[^()]*\))*""")
 
 NONE = "\u2013"  # a dash where there is no figure
+_COMMAND = re.compile(r"`(headstart [^`]*)`")
 
 
 def esc(text: object) -> str:
@@ -133,7 +135,11 @@ def sentence(text: object) -> str:
     Names that run from right to left stand for themselves, or they would draw the figures beside them to their other
     side.
     """
-    return _COMMAND.sub(r"<code>\1</code>", _RIGHT_TO_LEFT.sub(r"<bdi>\g<0></bdi>", esc(text)))
+    text, parts, at = printable(str(text)), [], 0
+    for name in _RIGHT_TO_LEFT.finditer(text):
+        parts += [esc(text[at : name.start()]), f"<bdi>{esc(name[0])}</bdi>"]
+        at = name.end()
+    return _COMMAND.sub(r"<code>\1</code>", "".join([*parts, esc(text[at:])]))
 
 
 def long_path(text: object) -> str:

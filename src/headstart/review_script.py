@@ -174,7 +174,9 @@ function showEntry(entry) {
   $("no-picture").hidden = !!entry.image;
   if (entry.image) { $("picture").src = entry.image; $("picture").alt = `${path}, labelled ${row[LABEL]}`; }
   $("name").textContent = path.split("/").pop();
-  $("path").textContent = apart(path) + (row[SPLIT] ? ` (${row[SPLIT]})` : "") + " ";
+  const whole = document.createElement("bdi");  // a path that is copied from here has no marks in it
+  whole.textContent = path;
+  $("path").replaceChildren(whole, (row[SPLIT] ? ` (${row[SPLIT]})` : "") + " ");
   const link = document.createElement("a");
   link.textContent = "open the file"; link.href = entry.address; link.target = "_blank"; link.rel = "noopener";
   $("path").append(link);

@@ -162,8 +162,11 @@ def open_evaluation(path: str | Path, *, overwrite: bool = False) -> Run:
             be written there.
     """
     folder = Path(path).expanduser().absolute()
-    check_folder(folder, str(path))
-    there = {entry.name for entry in folder.iterdir()} - set(_LITTER) if folder.exists() else set()
+    try:
+        check_folder(folder, str(path))
+        there = {entry.name for entry in folder.iterdir()} - set(_LITTER) if folder.exists() else set()
+    except OSError as error:
+        raise CheckpointError(f"{path}: the folder cannot be made ({error}). Choose another with --out.") from None
     there = {name for name in there if not (name.startswith(".") and name.endswith(".tmp"))}  # of one that was killed
     others = sorted(there - set(EVALUATION_FILES))
     if others or (there and not overwrite):

@@ -53,9 +53,9 @@ def show_batch(
         titles = [images.class_names[images.labels[i]] for i in chosen]
     else:
         shape = list(getattr(images, "shape", ()))
-        if labels is None and len(shape) == 3 and 3 in (shape[0], shape[2]):
+        if len(shape) == 3 and (shape[2] in (1, 3, 4) or (labels is None and shape[0] in (1, 3, 4))):
             raise DataError(
-                f"show_batch: one array of shape {shape}, a picture in colour or {shape[0]} grey ones. "
+                f"show_batch: one array of shape {shape}, which may be one picture or {shape[0]} grey ones. "
                 "Give one picture in a list, grey ones as [N, 1, H, W]."
             )
         tiles = [_tile(image) for image in list(images)[:n]]  # type: ignore[arg-type]
