@@ -294,7 +294,7 @@ def test_wrong_command_lines_exit_2(arguments: list[str], message: str, capsys: 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Stand-ins for the library's verbs: each checks that the real one takes such a call, and notes it."""
-    from headstart import recipes
+    from headstart import asking, recipes
 
     noted: dict[str, Any] = {"raise": None}
     result = SimpleNamespace(
@@ -304,8 +304,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         report_path=Path("runs/x/report.html"),
     )
 
-    def stand_in(name: str, answer: Any) -> None:
-        signature = inspect.signature(getattr(recipes, name))
+    def stand_in(room: Any, name: str, answer: Any) -> None:
+        signature = inspect.signature(getattr(room, name))
 
         def call(*args: Any, **options: Any) -> Any:
             noted[name] = signature.bind(*args, **options).arguments
@@ -313,10 +313,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
                 raise noted["raise"]
             return answer(*args) if callable(answer) else answer
 
-        monkeypatch.setattr(recipes, name, call)
+        monkeypatch.setattr(room, name, call)
 
-    stand_in("fine_tune", result)
-    stand_in("evaluate_run", METRICS)
+    stand_in(recipes, "fine_tune", result)
+    stand_in(asking, "evaluate_run", METRICS)
     return noted
 
 

@@ -96,7 +96,7 @@ LAYERS = (
         *("comparison_page", "shootout_page", "audit_sheet", "auditing", "audit_page", "review_script"),
     ),
     (
-        *("bench", "diary", "stage_run", "closing", "recipes", "demo"),
+        *("bench", "diary", "stage_run", "closing", "recipes", "asking", "demo"),
         *("advising", "comparison", "contest", "lr_finder", "sweeps"),
     ),
     (
@@ -254,6 +254,8 @@ SIDEWAYS = {
     ("report_results", "report_charts"),
     ("report_results", "report_page"),
     ("recipes", "bench"),
+    ("asking", "bench"),
+    ("asking", "closing"),
     ("comparison", "bench"),
     ("comparison", "recipes"),
     ("lr_finder", "bench"),

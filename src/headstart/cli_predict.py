@@ -43,9 +43,9 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     if args.transforms is not None:
         return run_transforms(args)
-    from . import recipes
+    from . import asking
 
-    metrics = recipes.evaluate_run(
+    metrics = asking.evaluate_run(
         args.model,
         args.folder,
         progress=not args.quiet,

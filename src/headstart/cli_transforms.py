@@ -31,9 +31,9 @@ def run_transforms(args: argparse.Namespace) -> int:
         if value is not None:
             raise RecipeError(f"{option} goes with the figures; --transforms only prints what each change costs.")
     policy = read_augment(args.transforms, "--transforms") if args.transforms else None
-    from . import recipes
+    from . import asking
 
-    rows = recipes.check_transforms(
+    rows = asking.check_transforms(
         args.model,
         args.folder,
         augment=POLICIES[policy] if isinstance(policy, str) else policy,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -13,38 +12,35 @@ from torch import nn
 
 from .augment import as_augment
 from .backbones import check_overrides
-from .bench import Bench, Data, find_data, make_bench, require_validation, say_left_out
+from .bench import Bench, Data, find_data, make_bench, require_validation
 from .checkpoint import check_savable, load
 from .classifier import BY_DESIGN, Classifier, as_classifier, check_head_kind, create_classifier
-from .closing import FitResult, finish, leaked_rows, leave_usable, trained_on, write_evaluation, write_plan
-from .dataset import ImageTable, Splits, check_images, load_images
+from .closing import FitResult, finish, leaked_rows, leave_usable, write_plan
+from .dataset import ImageTable, Splits, check_images
 from .dataspec import DataSpec
 from .diary import Diary
 from .errors import CheckpointError, HeadstartError, Interrupted, ModelError, RecipeError, SetupError
-from .evaluation import evaluate, require_classes, tta_views
+from .evaluation import require_classes
 from .fields import check_number
 from .freezing import FreezeLine, set_freeze_line
 from .handover import change_classes
-from .harm import single_changes, transform_costs
 from .mixing import check_mixing
 from .pixels import Augment
 from .recipe import (
     DEFAULT_BACKBONE,
     FINE_TUNE_STAGE,
-    POLICIES,
     RECIPES,
-    AugmentSpec,
     HeadSpec,
     Recipe,
     Stage,
     load_recipe,
 )
-from .run import check_run_path, open_evaluation, open_run
+from .run import check_run_path, open_run
 from .runtime import Runtime, make_runtime
 from .settings import own_settings
 from .stage_result import Log, StageResult
 from .stage_run import look_at_stored_labels, run_stage, train_stage
-from .terminal import ProgressBar, say
+from .terminal import say
 
 
 @own_settings(draws=True)
@@ -257,100 +253,6 @@ def fit(
         ).result  # fmt: skip
     finally:
         model.eval()  # in training mode a mere look at what it says would change a head's BatchNorm
-
-
-@own_settings()
-def evaluate_run(
-    run: str | Path,
-    folder: str | Path,
-    *,
-    tta: str | int = "none",
-    root: str | Path | None = None,
-    device: str = "auto",
-    precision: str = "fp32",
-    workers: int | None = None,
-    bad_files: str = "error",
-    out: str | Path | None = None,
-    overwrite: bool = False,
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Score a saved model on a folder or manifest of labelled pictures: the figures of `metrics.json`, per split.
-
-    With `tta` (see `tta_views`) the probabilities are means over several views of each picture.
-
-    Args:
-        out: a folder for metrics.json, predictions.csv and report.html; `overwrite` replaces an earlier evaluation.
-    """
-    views = len(tta_views(tta))
-    if overwrite and out is None:
-        raise RecipeError("overwrite: without effect where no folder is named; give --out, or leave it out.")
-    target = None if out is None else open_evaluation(out, overwrite=overwrite)
-    if target and Path(folder).is_dir():
-        where, pictures = (Path(os.path.realpath(one)) for one in (target.path, folder))
-        if where.is_relative_to(pictures) and not any(p.startswith(".") for p in where.relative_to(pictures).parts):
-            raise CheckpointError(f"{out} lies in {folder} and would be taken for pictures. Choose another with --out.")
-    runtime = make_runtime(device=device, precision=precision, workers=workers)
-    model = load(run, device=runtime.device)
-    table, seen = _asked_about(run, model, folder, runtime, progress=progress, root=root, bad_files=bad_files)
-    with ProgressBar(len(table) * views, "Evaluating", enabled=progress) as bar:
-        scored = evaluate(model, table, tta=tta, runtime=runtime, advance=bar.advance)
-    if target:
-        write_evaluation(target, run, model, scored, seen=seen)
-    return scored.metrics
-
-
-@own_settings()
-def check_transforms(
-    run: str | Path,
-    folder: str | Path,
-    *,
-    augment: AugmentSpec | None = None,
-    root: str | Path | None = None,
-    device: str = "auto",
-    precision: str = "fp32",
-    workers: int | None = None,
-    bad_files: str = "error",
-    progress: bool = False,
-) -> list[dict[str, Any]]:
-    """What each change of an augmentation costs a saved model on labelled pictures; see `transform_costs`.
-
-    Args:
-        augment: the changes to try; None takes those that the run was trained with.
-    Raises:
-        RecipeError: None, and the folder holds a model without its recipe.
-    """
-    runtime = make_runtime(device=device, precision=precision, workers=workers)
-    model = load(run, device=runtime.device)
-    if augment is None:
-        if not (Path(run) / "recipe.json").is_file():
-            raise RecipeError(
-                f"{run} holds a model without its recipe, which would say what changes it was trained with. Name those"
-                f" to try: --transforms with a policy ({', '.join(POLICIES)}) or a JSON file, augment in Python."
-            )
-        augment = load_recipe(Path(run) / "recipe.json").augment_spec
-    table, _ = _asked_about(run, model, folder, runtime, progress=progress, root=root, bad_files=bad_files)
-    with ProgressBar(len(table) * (1 + len(single_changes(augment))), "Trying changes", enabled=progress) as bar:
-        return transform_costs(model, table, augment, runtime=runtime, advance=bar.advance)
-
-
-def _asked_about(
-    run: str | Path, model: Classifier, folder: str | Path, runtime: Runtime, *, progress: bool, **reading: Any
-) -> tuple[ImageTable, int]:
-    """The pictures that a saved model is asked about, and how many of them its run has trained on, or has chosen it by.
-
-    Those left out and those met before are told.
-    """
-    table = load_images(folder, class_names=model.class_names, check=False, **reading)
-    with ProgressBar(len(table), "Reading pictures", enabled=progress) as bar:
-        table = check_images(
-            table, bad_files=reading["bad_files"], workers=runtime.workers, progress=lambda done, _: bar.move_to(done)
-        )
-    say_left_out(table, True)
-    seen = int(trained_on(Path(run), table).sum())
-    if seen:
-        pictures = f"{seen:,} of these {len(table):,} pictures"
-        say(f"{pictures} were trained on or chose the model: the figure is too good.", enabled=True)
-    return table, seen
 
 
 def _say_seen(diary: Diary, splits: Splits) -> None:
