@@ -47,9 +47,10 @@ docs: $(INSTALLED) ## write the generated pages and notebooks
 demo: $(INSTALLED) ## transfer between scanned digits in two minutes, without network
 	$(BIN)/headstart demo
 
-soak: $(INSTALLED) ## read ten thousand mutated pictures and twenty thousand mutated model files
+soak: $(INSTALLED) ## read thousands of mutated pictures and model files, kill fits five hundred times
 	$(BIN)/python tools/soak.py pictures --n 10000
 	$(BIN)/python tools/soak.py models --n 20000
+	$(BIN)/python tools/kills.py --n 500
 
 MEASURED = step kernels profile_fit frozen_pass stored_features size stores views head checkpointing
 

@@ -72,13 +72,14 @@ LAYERS = (
             "mixing",
             "handover",
             "checkpoint",
+            "points",
         ),
         *("trends", "verdicts", "cautions"),
         *("pixels", "pixelstore", "rowstore", "filling", "once"),
     ),
     (
         *("features", "evaluation", "probing", "harm", "averaging", "alarm", "linear", "schedule", "stage_result"),
-        *("gradients", "attempt", "train"),
+        *("gradients", "attempt", "course", "train"),
     ),
     (
         *(
@@ -96,7 +97,7 @@ LAYERS = (
         *("comparison_page", "shootout_page", "audit_sheet", "auditing", "audit_page", "review_script"),
     ),
     (
-        *("bench", "diary", "stage_run", "closing", "recipes", "asking", "demo"),
+        *("bench", "diary", "resume", "stage_run", "closing", "recipes", "asking", "demo"),
         *("advising", "comparison", "contest", "lr_finder", "sweeps"),
     ),
     (
@@ -255,6 +256,13 @@ SIDEWAYS = {
     ("report_results", "report_page"),
     ("recipes", "bench"),
     ("asking", "bench"),
+    ("run", "owners"),
+    ("course", "alarm"),
+    ("course", "averaging"),
+    ("course", "evaluation"),
+    ("train", "course"),
+    ("resume", "diary"),
+    ("recipes", "resume"),
     ("asking", "closing"),
     ("comparison", "bench"),
     ("comparison", "recipes"),

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .averaging import RunningAverage
+from .averaging import RunningAverage, trained_tensors
 from .classifier import Classifier
 from .contract import Contract
 from .errors import ModelError
@@ -23,6 +24,7 @@ from .linear import check_linear, lbfgs_epoch
 from .memory import Portion, ready, sent
 from .mixing import check_mixing, draw_mix
 from .order import epoch_order
+from .points import Point, put
 from .recipe import Stage
 from .runtime import Runtime, prefetch
 from .schedule import batches_of_epoch, learning_rate, make_optimizer, views_of_epoch
@@ -60,6 +62,8 @@ class Attempt:
         self.steps = self.steps_per_epoch * stage.epochs
         self.step = self.pictures = 0
         self.is_through = False  # no further epoch would change anything
+        # Within an epoch: the batches that are done, the loss they came to, and what they weigh.
+        self._done, self._loss, self._weight = 0, torch.zeros((), device=runtime.device), 0.0
 
     def _refuse_small_batches(self) -> None:
         """BatchNorm in training mode has no variance to take from one picture; every process needs one."""
@@ -97,29 +101,32 @@ class Attempt:
             return loss
         batches = self._batches(epoch)
         model.train()
-        # Dropout and drop-path draw from a state that depends on (seed, epoch, rank) alone.
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, runtime.rank]).generate_state(1)[0]))
-        total, count = torch.zeros((), device=runtime.device), 0.0
-        shares = [runtime.share(batch) for batch in batches]
+        if not self._done:  # else the run goes on in the middle of an epoch, with the random numbers it had there
+            # Dropout and drop-path draw from a state that depends on (seed, epoch, rank) alone.
+            torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, runtime.rank]).generate_state(1)[0]))
+            self._loss, self._weight = torch.zeros((), device=runtime.device), 0.0
+        shares = [runtime.share(batch) for batch in batches[self._done :]]
 
         def prepare(indices: Tensor) -> Tensor:
             views = views_of_epoch(indices, train.num_views, epoch=epoch)
             return ready(train.batch(indices.tolist(), views.tolist()), runtime.device)
 
         inputs = prefetch(prepare, shares, pool=pool if train.in_background else None, ahead=runtime.workers + 1)
-        for first in range(0, len(batches), stage.accumulate):
+        for first in range(self._done, len(batches), stage.accumulate):
             group = range(first, min(first + stage.accumulate, len(batches)))
             # One divisor for the whole step, however it is cut into batches and processes.
             weight = sum(self.gradients.weight(train.labels[batches[i]]) for i in group)
             drawn = [self._batch(next(inputs), batches[i], seed=(self.seed, epoch, 2, i, 0)) for i in group]
-            total += self.gradients.add([batch for batch in drawn if len(batch.labels)], weight)
+            self._loss += self.gradients.add([batch for batch in drawn if len(batch.labels)], weight)
             self.pictures += sum(len(batches[i]) for i in group)
-            count += weight
+            self._weight += weight
+            self._done = group.stop
             self._optimizer_step()
             self.step += 1
             after_step()
+        self._done = 0
         # The sum of per-step means times weights, over all weights: exact also with a short last batch.
-        return self._sum_over_processes(total) / count
+        return self._sum_over_processes(self._loss) / self._weight
 
     def _batch(self, inputs: Tensor, rows: Tensor, *, seed: Sequence[int]) -> Batch:
         """This process's share of the batch of these rows, whose inputs it has, mixed as the whole batch is."""
@@ -147,6 +154,51 @@ class Attempt:
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:
             self.average.update()
+
+    def point(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Where this attempt stands between two steps: values and tensors, of which `go_on` makes the same again."""
+        values = {
+            "step": self.step, "pictures": self.pictures, "through": self.is_through, "batches": self._done,
+            "weight": self._weight, "updates": self.average.updates if self.average else 0,
+            "portion": self.gradients.portion.size, "events": list(self.gradients.portion.events),
+            "dtype": str(self.runtime.dtype).removeprefix("torch."),
+        }  # fmt: skip
+        tensors = {f"trained/{name}": t for name, t in trained_tensors(self.model).items()}
+        tensors |= {"loss": self._loss, "random/cpu": torch.get_rng_state()}
+        for device in self.runtime.generators:
+            tensors["random/cuda"] = torch.cuda.get_rng_state(device)
+        for i, held in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{i}/{key}": t for key, t in held.items() if isinstance(t, Tensor)}
+        if self.average:
+            tensors |= {f"average/{name}": t for name, t in self.average.held().items()}
+        return values, tensors
+
+    def go_on(self, point: Point) -> None:
+        """Put everything where it was at a point."""
+        values = point.values["attempt"]
+        put(trained_tensors(self.model), point, "trained")
+        self.step, self.pictures, self.is_through = values["step"], values["pictures"], values["through"]
+        self._done, self._weight = values["batches"], values["weight"]
+        self._loss = point.tensors["loss"].clone().to(self.runtime.device)
+        self.gradients.portion.size = values["portion"]
+        self.gradients.portion.events = list(values["events"])
+        if self.average:
+            self.average.updates = values["updates"]
+            put(self.average.held(), point, "average")
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in point.under("optimizer").items():
+            number, _, key = name.partition("/")
+            like = held[int(number)]
+            # In the weights' own memory layout, by whose places fused optimisers pair the two.
+            own = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor
+            state.setdefault(int(number), {})[key] = own
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        torch.set_rng_state(point.tensors["random/cpu"])
+        for device in self.runtime.generators:
+            if "random/cuda" in point.tensors:
+                torch.cuda.set_rng_state(point.tensors["random/cuda"], device)
 
     def in_shown_state(self) -> AbstractContextManager[None]:
         """With a running average, the model holds it inside; an epoch is judged by it. Training goes on without it."""

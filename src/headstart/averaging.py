@@ -105,7 +105,7 @@ class RunningAverage:
     def __init__(self, model: Classifier, decay: float) -> None:
         self.decay, self.updates = decay, 0
         floats = {name: t for name, t in trained_tensors(model).items() if t.is_floating_point()}
-        self._tensors = list(floats.values())
+        self._names, self._tensors = list(floats), list(floats.values())
         self._averages = [t.clone() for t in self._tensors]
         buffers = dict(model.named_buffers())
         pairs = zip(floats.items(), self._averages, strict=True)
@@ -118,6 +118,10 @@ class RunningAverage:
         torch._foreach_lerp_(self._averages, self._tensors, 1 - decay)
         for now, average in self._buffers:  # of infinite values, a mask's, that makes NaN; found without asking a GPU
             average.copy_(torch.where(now.isinf(), now, average))
+
+    def held(self) -> State:
+        """The averages themselves, by name."""
+        return dict(zip(self._names, self._averages, strict=True))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -51,6 +51,7 @@ from .drawing import check_picture
 from .errors import HeadstartError, Interrupted, RecipeError, SetupError, in_words, near_matches
 from .owners import launched
 from .recipe import DEFAULT_BACKBONE, HeadSpec, load_recipe
+from .run import is_complete, read_run
 
 EXIT_INTERRUPTED = 130
 HELP_WIDTH, LEAST_WIDTH = 100, 40
@@ -87,6 +88,11 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--out", metavar="RUN", help="run folder (default: runs/PHOTOS-BACKBONE, numbered if taken)")
     group.add_argument("--overwrite", action="store_true", help="replace an existing run folder")
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out that was stopped or killed, to the same bits; begin it where there is none",
+    )
     group.add_argument("--auto", action="store_true", help="train by what `headstart advise` proposes for the pictures")
     group.add_argument("--limit", type=int, metavar="N", help="dry run on N pictures")
     add_cache_option(group)
@@ -115,6 +121,13 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
 
 def _fit(args: argparse.Namespace) -> int:
     options = vars(args)
+    if args.resume and not args.out:
+        raise RecipeError("--resume goes on with the run in --out: name it.")
+    if args.resume and is_complete(args.out):
+        done = read_run(args.out)
+        terminal.say(f"{args.out} is complete.")
+        _print_run(done.metrics, done.history, Path(args.out))
+        return 0
     refuse_beside_from_run(options)
     follow_tuned(args)
     advice = cli_advise.follow_advice(args) if args.auto else None
@@ -123,7 +136,6 @@ def _fit(args: argparse.Namespace) -> int:
     backbone = args.backbone or DEFAULT_BACKBONE
     came_from = f"from-{Path(args.from_run).resolve().name}" if args.from_run else backbone
     from . import recipes
-    from .cautions import cautions
 
     new = new_run_path(args.photos, came_from, overwrite=args.overwrite)
     with nullcontext(args.out) if args.out else new as out:
@@ -136,6 +148,7 @@ def _fit(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             spec_overrides=spec_overrides,
             progress=not args.quiet,
+            resume=args.resume,
             **given(args, "bad_files", "val", "test", "val_folder", "test_folder", "root", "limit"),
             **given(args, "from_run", "device", "precision", "workers", "compile", "cache", "audit"),
         )
@@ -143,10 +156,16 @@ def _fit(args: argparse.Namespace) -> int:
         return 0
     if advice:
         advice.write_facts(result.run_path)
-    print(terminal.closing_table(result.metrics))
-    print(terminal.notes(cautions(result.history, result.metrics)), end="")
-    print(f"\nrun     {short_path(result.run_path)}\nreport  {short_path(result.report_path)}")
+    _print_run(result.metrics, result.history, result.run_path)
     return 0
+
+
+def _print_run(metrics: dict[str, Any], history: list[dict[str, Any]], run: Path) -> None:
+    from .cautions import cautions
+
+    print(terminal.closing_table(metrics))
+    print(terminal.notes(cautions(history, metrics)), end="")
+    print(f"\nrun     {short_path(run)}\nreport  {short_path(run / 'report.html')}")
 
 
 # ---- summary, preview, demo ------------------------------------------------------------------------------------

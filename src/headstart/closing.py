@@ -27,7 +27,7 @@ from .features import PixelSource, StageData
 from .files import read_csv
 from .hashes import FileHashes
 from .recipe import Recipe
-from .run import Run, environment
+from .run import Run
 from .sizes import input_sizes
 from .store import Cache
 from .terminal import ProgressBar
@@ -102,24 +102,28 @@ def _earlier_run(origin: object) -> Path | None:
     return Path(origin) if isinstance(origin, (str, Path)) and origin not in ("hub", "none") else None
 
 
-def write_plan(run: Run, plan: Recipe, bench: Bench, earlier: object = None) -> None:
+def write_plan(run: Run, plan: Recipe, pictures: Sequence[Sequence[str]], earlier: object = None) -> None:
     """What is going to be done, on which machine, and with which pictures, those of the run `earlier` included."""
     run.write_json("recipe.json", plan.to_dict())
-    run.write_json("environment.json", environment())
+    run.write_environment()
+    run.write_csv("splits.csv", ("path", "split", "label", CONTENT), pictures)
+    folder = _earlier_run(earlier)
+    if folder:
+        with suppress(OSError, ValueError, KeyError, HeadstartError):  # no run: a weights file, or a model alone
+            if met := _contents_met(folder):
+                run.write_csv(EARLIER_PICTURES, (CONTENT,), [(content,) for content in sorted(met)])
+
+
+def split_rows(bench: Bench) -> list[tuple[str, str, str, str]]:
+    """Each picture's path, split, label, and the beginning of the hash of its bytes."""
     splits = bench.splits
-    rows = [
+    return [
         (path, name, splits.class_names[label], content[:CONTENT_LETTERS])
         for name, table in _tables(splits)
         for path, label, content in zip(
             table.names_from(splits.train.root), table.labels, bench.contents(table), strict=True
         )
     ]
-    run.write_csv("splits.csv", ("path", "split", "label", CONTENT), rows)
-    folder = _earlier_run(earlier)
-    if folder:
-        with suppress(OSError, ValueError, KeyError, HeadstartError):  # no run: a weights file, or a model alone
-            if met := _contents_met(folder):
-                run.write_csv(EARLIER_PICTURES, (CONTENT,), [(content,) for content in sorted(met)])
 
 
 def _tables(splits: Splits) -> tuple[tuple[str, ImageTable], ...]:
@@ -155,6 +159,7 @@ def finish(model: Classifier, bench: Bench, plan: Recipe, diary: Diary, last: St
             from .report import write_report
 
             write_report(run.path)
+        run.forget_points()
         report_path = run.finish() / "report.html"
     return FitResult(model, metrics, diary.history, splits, plan, run.path if run else None, report_path)
 
@@ -249,6 +254,7 @@ def leave_usable(model: Classifier, diary: Diary, splits: Splits) -> str:
     lines += [f"Score it:    headstart evaluate {quoted} FOLDER", f"Use it:      headstart predict {quoted} FILES"]
     if model.backbone_name and model.head_spec:
         lines.append(f"Train on:    headstart fit PHOTOS --from-run {quoted} --out NEW_RUN")
+    lines.append(f"Go on:       the same command with --out {quoted} --resume (resume=True in Python)")
     return "\n".join(lines)
 
 

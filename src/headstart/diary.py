@@ -41,8 +41,9 @@ class Diary:
     """Files whose label may be wrong; None where labels were not looked at."""
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
+    def phase(self, name: str, *, before: float = 0.0) -> Iterator[None]:
+        """What is done inside, by the clock; `before`: seconds that an earlier process has spent on it."""
+        started = time.perf_counter() - before
         try:
             yield
         finally:

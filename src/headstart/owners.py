@@ -43,6 +43,13 @@ def is_gone(owner: Mapping[str, Any]) -> bool:
     return bool(owner["started"] and owner["started"] != _started(int(owner["pid"])))
 
 
+def is_at_work(owner: Mapping[str, Any]) -> bool:
+    """Whether it is known to be another process of this machine that has not ended."""
+    return (
+        os.name == "posix" and owner.get("host") == _host() and owner.get("pid") != os.getpid() and not is_gone(owner)
+    )
+
+
 def _host() -> str:
     try:
         return f"{platform.node()} {Path('/proc/self/ns/pid').readlink()}"  # each container counts its own processes

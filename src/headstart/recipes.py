@@ -15,7 +15,7 @@ from .backbones import check_overrides
 from .bench import Bench, Data, find_data, make_bench, require_validation
 from .checkpoint import check_savable, load
 from .classifier import BY_DESIGN, Classifier, as_classifier, check_head_kind, create_classifier
-from .closing import FitResult, finish, leaked_rows, leave_usable, write_plan
+from .closing import FitResult, finish, leaked_rows, leave_usable, split_rows, write_plan
 from .dataset import ImageTable, Splits, check_images
 from .dataspec import DataSpec
 from .diary import Diary
@@ -35,11 +35,12 @@ from .recipe import (
     Stage,
     load_recipe,
 )
+from .resume import Journey, find_begun, open_again
 from .run import check_run_path, open_run
 from .runtime import Runtime, make_runtime
 from .settings import own_settings
 from .stage_result import Log, StageResult
-from .stage_run import look_at_stored_labels, run_stage, train_stage
+from .stage_run import look_at_stored_labels, run_stage, source_behind, train_stage
 from .terminal import say
 
 
@@ -63,6 +64,7 @@ def fine_tune(
     root: str | Path | None = None,
     bad_files: str = "error",
     overwrite: bool = False,
+    resume: bool = False,
     device: str = "auto",
     precision: str = "auto",
     workers: int | None = None,
@@ -97,6 +99,9 @@ def fine_tune(
         val, test: shares held out where the data bring no such split.
         root: the folder that a manifest's relative paths start from.
         bad_files: `error` names every unreadable file and stops; `skip` leaves them out and lists them in the report.
+        resume: go on with the run in `out` that was stopped or killed, with the same arguments; begin it where there
+            is none yet. On the same machine it ends in the bits in which it would have ended. Where a run stands is
+            written into its folder after each stage and every half minute, and removed at its end.
         device, precision, workers, compile: see `make_runtime`.
         limit: use this many pictures only, class by class: a dry run.
         cache: keep decoded pictures in the cache folder (see `headstart cache`), and use those kept before.
@@ -108,6 +113,9 @@ def fine_tune(
         HeadstartError: one of its leaves, with what to do; nothing is left behind unless training had begun.
         Interrupted: stopped by hand during training; the run folder holds the best state so far.
     """
+    if resume and (overwrite or out is None):
+        why = "to overwrite it is to begin anew" if overwrite else "out names the run's folder"
+        raise RecipeError(f"resume goes on with a run that was begun: {why}. Give the one or the other.")
     if isinstance(data, Bench):
         runtime = data.runtime
     else:
@@ -126,7 +134,8 @@ def fine_tune(
         )  # fmt: skip
     else:
         weights = weights_of(plan, weights)
-    _by_main(runtime, lambda: out is None or check_run_path(out, overwrite=overwrite))
+    begun = find_begun(out) if resume and out is not None else None
+    _by_main(runtime, lambda: out is None or begun or check_run_path(out, overwrite=overwrite))
     origin = weights if from_run is None else from_run
     diary = Diary(None, progress and runtime.is_main, listener=log, earlier=origin)
     try:
@@ -162,31 +171,43 @@ def fine_tune(
             )  # fmt: skip
         splits = bench.splits
         _say_seen(diary, splits)
+        pictures = split_rows(bench) if out is not None else ()
     except KeyboardInterrupt:
         raise Interrupted("Stopped before training began; nothing was written.") from None
 
     def begin() -> None:
         if out is None:
             return
-        diary.run = open_run(out, overwrite=overwrite)
-        write_plan(diary.run, plan, bench, origin)
+        diary.run = open_again(begun, show=diary.show) if begun else open_run(out, overwrite=overwrite)
+        if begun and begun.point:
+            diary.run.write_environment()
+            return
+        write_plan(diary.run, plan, pictures, origin)
         if bench.audit is not None:
             diary.run.write_json("audit.json", bench.audit.to_dict())
 
     _by_main(runtime, begin)
+    journey = Journey(
+        model, plan, diary, bench.runtime, pictures=pictures, augment=augment or plan.augment_spec, begun=begun
+    )
+    bench.audit = bench.audit if bench.share else journey.audit or bench.audit
     try:
         trainset = bench.pixels("train", model.spec, augment=augment or plan.augment_spec, seed=plan.seed)
         valset = bench.pixels("val", model.spec)
-        for stage in plan.stages:
-            source = run_stage(model, trainset, valset, stage, plan, diary, bench)
+        skipped = journey.done
+        for index, stage in list(enumerate(plan.stages))[skipped:]:
+            source = run_stage(model, trainset, valset, stage, plan, diary, bench, journey.keeper(index))
             look_at_stored_labels(source, diary, bench)
+            journey.stage_done()
+        if skipped == len(plan.stages):  # it was killed while it was scored
+            source = source_behind(model, trainset, valset, plan.stages[-1], diary, bench)
         return finish(model, bench, plan, diary, source)
     except KeyboardInterrupt:
         raise Interrupted(f"Stopped by hand. {leave_usable(model, diary, splits)}", model) from None
     except Exception as error:
         if diary.run is None:
             raise
-        if not diary.stages:
+        if not diary.stages and journey.point is None:
             diary.run.discard()  # nothing has been trained: nothing is lost, and the same command can be given again
         elif isinstance(error, HeadstartError):
             raise type(error)(f"{error}\n{leave_usable(model, diary, splits)}") from error

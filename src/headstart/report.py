@@ -306,7 +306,7 @@ def _recipe(run: RunRecord) -> str:
     keys = list(dict.fromkeys(key for stage in stages.values() for key in stage if key != "name"))
     rows = [(f"<code>{esc(key)}</code>", *(esc(_short(stage.get(key))) for stage in stages.values())) for key in keys]
     versions = run.environment.get("versions") or {}
-    machine = {**{k: v for k, v in run.environment.items() if k not in ("versions", "created")}, **versions}
+    machine = {**{k: v for k, v in run.environment.items() if k not in ("versions", "created", "process")}, **versions}
     return section(
         "Recipe and environment",
         facts([(esc(key), esc(_short(value))) for key, value in recipe.items()]),

@@ -20,6 +20,7 @@ from typing import Any
 
 from .errors import CheckpointError
 from .files import check_folder, read_csv, sync_folder, to_csv, to_json, write_atomic
+from .owners import this_process
 
 RUN_FILES = (
     "model.safetensors",
@@ -34,6 +35,7 @@ RUN_FILES = (
     "predictions.csv",
     "report.html",
 )
+POINT_FILES = ("point-a.json", "point-a.safetensors", "point-b.json", "point-b.safetensors")  # while a run is made
 EVALUATION_FILES = ("metrics.json", "predictions.csv", "report.html")
 _LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file browsers leave in a folder they have shown
 _PACKAGES = (
@@ -85,6 +87,12 @@ class Run:
         write_atomic(self._file(name), to_csv(header, rows))
         return self._file(name)
 
+    def write_environment(self) -> Path:
+        """Write down the machine and versions that the run is made with, and the process that makes it."""
+        before = read_object(self._file("environment.json"))  # of an earlier process, where the run goes on
+        begun = {"begun": before.get("begun", before["created"])} if "created" in before else {}
+        return self.write_json("environment.json", {**environment(), **begun, "process": this_process()})
+
     def append_history(self, record: Mapping[str, Any]) -> None:
         """Add one line to history.jsonl, on disk before this returns; a line torn by a crash before it is dropped."""
         path = self._file("history.jsonl")
@@ -95,6 +103,25 @@ class Run:
             file.write(to_json(record) + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def cut_history(self, n: int) -> list[dict[str, Any]]:
+        """The first n records of history.jsonl, which then holds these alone.
+
+        Raises:
+            CheckpointError: it holds fewer.
+        """
+        path = self._file("history.jsonl")
+        records = read_history(path)
+        if len(records) < n:
+            raise CheckpointError(f"{path} holds {len(records)} records of {n}. Restore it, or fit again.")
+        if len(records) > n or path.exists():
+            write_atomic(path, b"".join(to_json(record) + b"\n" for record in records[:n]))
+        return records[:n]
+
+    def forget_points(self) -> None:
+        """Remove what a stopped run would go on from."""
+        for name in POINT_FILES:
+            self._file(name).unlink(missing_ok=True)
 
     def finish(self) -> Path:
         """The run is complete: put it in place of the older one, if there is one, and remove that. Returns `path`.
@@ -123,8 +150,11 @@ class Run:
 
     def discard(self) -> None:
         """The run came to nothing: remove what it wrote. An older run under the same name is left as it was."""
-        for entry in list(self.path.iterdir()) if self.path.is_dir() else []:
-            if entry.name in RUN_FILES or entry.suffix == ".tmp":
+        entries = list(self.path.iterdir()) if self.path.is_dir() else []
+        for entry in sorted(
+            entries, key=lambda entry: entry.name == "recipe.json"
+        ):  # which says that it is a run, last
+            if entry.name in (*RUN_FILES, *POINT_FILES) or is_torn(entry):
                 entry.unlink()
         if self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()
@@ -167,7 +197,7 @@ def open_evaluation(path: str | Path, *, overwrite: bool = False) -> Run:
         there = {entry.name for entry in folder.iterdir()} - set(_LITTER) if folder.exists() else set()
     except OSError as error:
         raise CheckpointError(f"{path}: the folder cannot be made ({error}). Choose another with --out.") from None
-    there = {name for name in there if not (name.startswith(".") and name.endswith(".tmp"))}  # of one that was killed
+    there = {name for name in there if not is_torn(Path(name))}
     others = sorted(there - set(EVALUATION_FILES))
     if others or (there and not overwrite):
         what, way = (", ".join(others[:3]), "") if others else ("an earlier evaluation", ", or pass --overwrite")
@@ -211,11 +241,9 @@ def _refuse_unless_run(folder: Path) -> None:
             f"Run {folder}: --overwrite replaces run folders only, and this holds no recipe.json of a run. "
             "Choose another folder with --out."
         )
-    known = {*RUN_FILES, *_LITTER}
+    known = {*RUN_FILES, *POINT_FILES, *_LITTER}
     other = sorted(
-        entry.name
-        for entry in folder.iterdir()
-        if entry.is_dir() or (entry.name not in known and not (entry.name.startswith(".") and entry.suffix == ".tmp"))
+        entry.name for entry in folder.iterdir() if entry.is_dir() or (entry.name not in known and not is_torn(entry))
     )
     if other:
         raise CheckpointError(
@@ -223,6 +251,11 @@ def _refuse_unless_run(folder: Path) -> None:
             + (f" and {len(other) - 5} more" if len(other) > 5 else "")
             + ". Move it elsewhere, or choose another folder with --out."
         )
+
+
+def is_torn(path: Path) -> bool:
+    """Whether it is what `write_atomic` leaves of a file where the process is killed."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
 
 
 def _mend_last_line(path: Path) -> None:
@@ -271,7 +304,7 @@ class RunRecord:
     @cached_property
     def audit(self) -> dict[str, Any]:
         """What audit.json holds, read on first use; empty where the pictures were not looked at."""
-        return _read_object(self.path / "audit.json")
+        return read_object(self.path / "audit.json")
 
     @cached_property
     def splits(self) -> list[dict[str, str]]:
@@ -289,6 +322,14 @@ def is_run(path: str | Path) -> bool:
     return isinstance(stages, list) and bool(stages) and all(isinstance(s, dict) and "freeze_line" in s for s in stages)
 
 
+def is_complete(path: str | Path) -> bool:
+    """Whether a run has come to its end: scored, not stopped by hand, with its report, and nothing to go on from."""
+    path = Path(path)
+    metrics = read_object(path / "metrics.json")
+    is_scored = bool(metrics) and not metrics.get("interrupted") and (path / "report.html").is_file()
+    return is_scored and not any((path / name).exists() for name in POINT_FILES)
+
+
 def read_run(path: str | Path) -> RunRecord:
     """Read a run folder; only recipe.json must be there, since an interrupted run may have written no more.
 
@@ -301,15 +342,20 @@ def read_run(path: str | Path) -> RunRecord:
         raise CheckpointError(f"Run {path}: {why}. Give a folder that `headstart fit --out` has written.")
     return RunRecord(
         path,
-        recipe=_read_object(path / "recipe.json"),
-        environment=_read_object(path / "environment.json"),
+        recipe=read_object(path / "recipe.json"),
+        environment=read_object(path / "environment.json"),
         history=read_history(path / "history.jsonl"),
-        metrics=_read_object(path / "metrics.json"),
-        model=_read_object(path / "model.json"),
+        metrics=read_object(path / "metrics.json"),
+        model=read_object(path / "model.json"),
     )
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file of a run holds; an empty one where there is no file.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:

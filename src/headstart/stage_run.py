@@ -22,22 +22,28 @@ from .features import FeatureSource, PixelSource, StageData, place_source
 from .freezing import set_freeze_line
 from .metrics import paired_difference
 from .pixels import Pixels
+from .points import Keeper
 from .recipe import Recipe, Stage
 from .stage_result import Log, Progress, StageResult
 from .terminal import ProgressBar, duration, say
 
 
 def run_stage(
-    model: Classifier, trainset: Pixels, valset: Pixels, stage: Stage, plan: Recipe, diary: Diary, bench: Bench
-) -> StageData:
+    model: Classifier, trainset: Pixels, valset: Pixels, stage: Stage, plan: Recipe, diary: Diary, bench: Bench,
+    keeper: Keeper,
+) -> StageData:  # fmt: skip
     line = set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
     say(f"Stage {stage.name}: {line.describe()}", enabled=diary.show)
-    started = time.perf_counter()
-    with diary.phase(f"stage {stage.name}"):
+    before = keeper.begun.values["course"]["seconds"] if keeper.begun else 0.0
+    if keeper.begun:
+        epoch = keeper.begun.values["course"]["epoch"]
+        say(f"  goes on behind epoch {epoch} of {stage.epochs}", enabled=diary.show)
+    started = time.perf_counter() - before
+    with diary.phase(f"stage {stage.name}", before=before):
         done = train_stage(
             model, trainset, valset, stage, bench=bench, show=diary.show, plan=plan,
             starts_trained=bool(diary.stages or diary.handover), lr=plan.lr * stage.lr_scale, log=diary.log,
-            following=dict(pairwise(plan.stages)).get(stage),
+            following=dict(pairwise(plan.stages)).get(stage), keeper=keeper,
         )  # fmt: skip
     result, seconds = done.result, time.perf_counter() - started
     best, which = result.best, "last" if stage.select == "last" else "best"
@@ -117,6 +123,7 @@ def train_stage(
     show: bool,
     log: Log | None,
     following: Stage | None = None,
+    keeper: Keeper | None = None,
 ) -> Trained:
     """Make the source that the freeze line calls for, then run the loop, each with its bar, or recall an equal stage.
 
@@ -133,7 +140,8 @@ def train_stage(
         source, shared = bench.source(trainset, valset, model, place, advance=bar.advance, aside=aside)
     if stage.mixup and not isinstance(source.train, PixelSource):
         say("  mixup blends what the frozen layers made of the pictures, which is stored, not pixels", enabled=show)
-    recalled = bench.recall(key, model)
+    begun = bool(keeper and keeper.begun)
+    recalled = None if begun else bench.recall(key, model)
     if recalled:
         result, seconds = recalled
         for record in result.history if log else ():
@@ -142,10 +150,21 @@ def train_stage(
     with ProgressBar(len(trainset) * stage.epochs, f"  {stage.name}", enabled=show) as bar:
         result = training.fit(
             model, source, stage, lr=lr, seed=plan.seed, runtime=bench.runtime, starts_trained=starts_trained,
-            log=log, report=_to_bar(bar),
+            log=log, report=_to_bar(bar), keeper=keeper,
         )  # fmt: skip
-    bench.keep(key, model, result, seconds=result.seconds)
+    if not begun:  # its key is of the state that it began in
+        bench.keep(key, model, result, seconds=result.seconds)
     return Trained(result, source, shared)
+
+
+def source_behind(
+    model: Classifier, trainset: Pixels, valset: Pixels, stage: Stage, diary: Diary, bench: Bench
+) -> StageData:
+    """What a stage that is done was fed with, as the final scores want it."""
+    set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
+    place = place_source(trainset, valset, model, views=stage.views, runtime=bench.runtime)
+    with ProgressBar(place.passes, "  frozen backbone", enabled=diary.show and bool(place.passes)) as bar:
+        return bench.source(trainset, valset, model, place, advance=bar.advance)[0]
 
 
 def _cut_of(

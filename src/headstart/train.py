@@ -7,16 +7,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import torch
+
 from .alarm import CollapseError, make_alarm
 from .attempt import Attempt
 from .averaging import Candidate, State, best_mixture, restore, snapshot, trained_tensors
 from .classifier import Classifier
+from .course import Course, course_of
 from .errors import ModelError
 from .evaluation import Score
 from .features import FeatureSource, StageData
 from .freezing import is_batchnorm, learns_statistics
 from .linear import set_ridge
 from .memory import Portion
+from .points import Keeper, Point
 from .recipe import Stage
 from .runtime import Runtime
 from .schedule import in_numbers, learning_rate
@@ -38,6 +42,7 @@ def fit(
     starts_trained: bool = False,
     log: Log | None = None,
     report: Report | None = None,
+    keeper: Keeper | None = None,
 ) -> StageResult:
     """Train what stands behind the freeze line and leave the model in its best state by validation score.
 
@@ -51,17 +56,19 @@ def fit(
         starts_trained: the head has been trained before, so a collapse in the first steps can be told.
         log: called with each history record.
         report: called after every optimiser step.
+        keeper: keeps points of the stage as it goes, and may have one from which it goes on, to the same bits.
     Raises:
         ModelError: the freeze contract was broken; a loss that is not finite under `on_collapse="ignore"` too.
     """
-    started, asked = time.perf_counter(), lr
+    asked, begun = lr, keeper.begun if keeper else None
+    started = time.perf_counter() - (begun.values["course"]["seconds"] if begun else 0.0)
     everyone = runtime
     if isinstance(data.train, FeatureSource):
         # Each process has all rows, and a head is quicker computed from whole batches than talked about: as one does.
         runtime = runtime.alone()
     entry_state = snapshot(model)
-    history: list[Record] = []
-    events: list[Record] = []
+    history: list[Record] = list(keeper.records) if keeper and begun else []
+    events: list[Record] = [record["event"] for record in history if record.get("event")]
 
     def write(record: Record) -> None:
         history.append(record)
@@ -75,16 +82,27 @@ def fit(
     finds_size, stage = stage.batch_size == "auto", in_numbers(stage)
     # BatchNorm that learns its statistics takes no variance from one picture.
     portion = Portion(least=2 if learns_statistics(model) else 1)
-    for attempt in range(MAX_RETRIES + 1):
+    first = 0
+    if begun:
+        runtime = _in_format(runtime, begun.values["attempt"]["dtype"])
+        first, lr = begun.values["course"]["number"], begun.values["course"]["lr"]
+    for attempt in range(first, MAX_RETRIES + 1):
         run = Attempt(model, data, stage, lr=lr, seed=seed, runtime=runtime, portion=portion)
         try:
             with data.train.kernels(model, runtime):
-                if attempt == 0:
+                if attempt == 0 and not begun:
                     run.gradients.keep_quicker_format()
                     runtime = run.runtime = run.gradients.runtime
-                if finds_size and attempt == 0:
-                    run.gradients.fit_to_memory()
-                best, epochs = _attempt(run, entry_state, watch=watch, write=write, report=report)
+                    if finds_size:
+                        run.gradients.fit_to_memory()
+                if begun:
+                    course = _course_at(run, begun)
+                    entry_state, watch, loss_before = course.start, course.watch, course.loss_before
+                    begun = None
+                else:
+                    course = _begin(run, entry_state, watch=watch, write=write)
+                    course.number, course.loss_before = attempt, loss_before
+                best, epochs = _attempt(run, course, write=write, report=report, keeper=keeper, started=started)
             break
         except CollapseError as collapse:
             restore(model, entry_state)
@@ -118,10 +136,22 @@ def fit(
     return StageResult(replace(stage), lr, best.val, best.epoch, epochs, seconds, history, events)
 
 
-def _attempt(
-    run: Attempt, entry_state: State, *, watch: bool, write: Log, report: Report | None
-) -> tuple[Candidate, int]:
-    """Train all epochs; returns the state that was kept, which the model then holds, and the epochs trained."""
+def _in_format(runtime: Runtime, dtype: str) -> Runtime:
+    """The runtime in the number format that a stage was begun in, where that was chosen by timing a step."""
+    return replace(runtime, dtype=getattr(torch, dtype)) if runtime.times_formats else runtime
+
+
+def _course_at(run: Attempt, point: Point) -> Course:
+    """What the attempt had come to at a point; the model and the attempt are where they were there."""
+    run.go_on(point)
+    return course_of(
+        point, run.stage, device=run.runtime.device, steps_per_epoch=run.steps_per_epoch,
+        training=len(run.data.train.labels), validation=len(run.data.val.labels),
+    )  # fmt: skip
+
+
+def _begin(run: Attempt, entry_state: State, *, watch: bool, write: Log) -> Course:
+    """What stands before the first step: the state that the stage starts from, scored, or a warm start."""
     model, stage = run.model, run.stage
     entry = Candidate(entry_state, run.score_val(), 0)
     if not math.isfinite(entry.val.loss) and not learns_statistics(model):  # statistics still to be learned may mend it
@@ -146,7 +176,15 @@ def _attempt(
     seconds = time.perf_counter() - started
     event = _joined([*run.gradients.portion.take(), *([event] if event else [])])
     write(_record(run, epoch=0, train_loss=None, val=entry.val, best=True, seconds=seconds, event=event))
-    epoch = 0
+    return Course(entry_state, entry, best, last, alarm, run.lr, watch, number=0, loss_before=math.inf)
+
+
+def _attempt(
+    run: Attempt, course: Course, *, write: Log, report: Report | None, keeper: Keeper | None, started: float
+) -> tuple[Candidate, int]:
+    """Train all epochs; returns the state that was kept, which the model then holds, and the epochs trained."""
+    model, stage, alarm = run.model, run.stage, course.alarm
+    epoch, stage_started = course.epoch, started
 
     def look(limit: int | None) -> Score:
         with run.in_shown_state():  # a running average forgives single steps, as it does in what is kept
@@ -154,26 +192,36 @@ def _attempt(
 
     def after_step() -> None:
         if report:
-            report(Progress(stage.name, epoch, run.step, run.steps, run.pictures, last.val))
+            report(Progress(stage.name, epoch, run.step, run.steps, run.pictures, course.last.val))
         if alarm:
             alarm.within(epoch, run.step, look)
+        if run.runtime.world == 1:  # random numbers are each process's own
+            keep()
+
+    def keep() -> None:
+        if keeper and keeper.is_due and stage.optimizer != "lbfgs":  # which is done in seconds
+            course.seconds = time.perf_counter() - stage_started
+            values, tensors = course.point()
+            own_values, own_tensors = run.point()
+            keeper.write({**values, "attempt": own_values}, tensors | own_tensors)
 
     pool = ThreadPoolExecutor(run.runtime.workers, thread_name_prefix="headstart-batch")
     try:
-        for epoch in range(1, stage.epochs + 1):
+        for epoch in range(course.epoch + 1, stage.epochs + 1 if not course.over else 0):
             started = time.perf_counter()
             train_loss = run.epoch(epoch, pool=pool, after_step=after_step)
             run.contract.watch()
             with run.in_shown_state():
                 val = run.score_val()
                 if not (math.isfinite(val.loss) and run.is_finite()):
-                    _not_finite(run, watch, epoch)
+                    _not_finite(run, course.watch, epoch)
                 if alarm:
                     alarm.at_end(epoch, run.step, val)
-                better = stage.select == "last" or _is_better(val, best.val, stage.select)
-                last = Candidate(snapshot(model) if better or stage.wise else {}, val, epoch)
-                best = last if better else best
-                stop = bool(stage.early_stop) and epoch - best.epoch >= stage.early_stop and epoch < stage.epochs
+                better = stage.select == "last" or _is_better(val, course.best.val, stage.select)
+                course.last = Candidate(snapshot(model) if better or stage.wise else {}, val, epoch)
+                course.best = course.last if better else course.best
+                waited = epoch - course.best.epoch
+                stop = bool(stage.early_stop) and waited >= stage.early_stop and epoch < stage.epochs
                 happened = run.gradients.portion.take()
                 if stop:
                     text = f"No better validation score for {stage.early_stop} epochs."
@@ -193,18 +241,20 @@ def _attempt(
                         event=_joined(happened),
                     )
                 )
+            course.epoch, course.over = epoch, stop
+            keep()
             if stop:
                 break
         if stage.wise:
-            best = _wise(run, entry, best, last, write)
+            course.best = _wise(run, course.entry, course.best, course.last, write)
     except BaseException:
-        restore(model, best.state)
+        restore(model, course.best.state)
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-    restore(model, best.state)
+    restore(model, course.best.state)
     run.contract.finish()
-    return best, epoch
+    return course.best, epoch
 
 
 def _joined(events: list[Record]) -> Record | None:

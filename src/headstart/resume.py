@@ -1,0 +1,196 @@
+"""Going on with a run that was stopped or killed: what it was begun with is compared, then it is put where it stood.
+
+It then ends in the same bits as one that nobody stopped, on the same machine and with the same versions: orders, views
+and random numbers are functions of (seed, epoch, picture), and everything else that training changes is in a point.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .averaging import trained_tensors
+from .classifier import Classifier
+from .contract import tensors_digest
+from .diary import Diary
+from .errors import CheckpointError
+from .files import to_json
+from .findings import AuditResult, read_audit
+from .owners import is_at_work
+from .points import Keeper, Point, Points, has_points, put, read_point
+from .recipe import AugmentSpec, Recipe
+from .run import Run, environment, is_complete, is_run, is_torn, open_run, read_history, read_object
+from .runtime import Runtime
+from .terminal import say
+
+_PACKAGES = ("headstart", "torch", "timm", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that was begun and has not come to its end: its folder, and the newest point that verifies, if any."""
+
+    folder: Path
+    point: Point | None
+
+
+def find_begun(out: str | Path) -> Begun | None:
+    """The run to go on with in a folder; None where there is nothing yet, or something else, which is refused later.
+
+    Raises:
+        CheckpointError: the run is complete; a process of this machine has it in hand.
+    """
+    folder = Path(out).expanduser().absolute()
+    if not is_run(folder):
+        torn = folder.is_dir() and any(folder.iterdir()) and all(map(is_torn, folder.iterdir()))
+        return Begun(folder, None) if torn else None
+    if is_complete(folder):
+        raise CheckpointError(
+            f"Run {out} is complete: there is nothing to go on with. Choose another folder with --out."
+        )
+    owner = read_object(folder / "environment.json").get("process")
+    if isinstance(owner, dict) and is_at_work(owner):
+        raise CheckpointError(f"Run {out}: process {owner['pid']} has it in hand. Wait for its end, or stop it.")
+    point = read_point(folder)
+    if point is None and has_points(folder):
+        say(f"Run {out}: where it stood cannot be read, since the files are damaged.", enabled=True)
+    return Begun(folder, point)
+
+
+def open_again(begun: Begun, *, show: bool) -> Run:
+    """The folder of a run that goes on, or of one of which nothing can be gone on with and that starts over."""
+    if begun.point:
+        for path in filter(is_torn, list(begun.folder.iterdir())):
+            path.unlink()
+        return Run(begun.folder, begun.folder)
+    say(f"Nothing of {begun.folder.name} can be gone on with: it starts over.", enabled=show)
+    if (begun.folder / "model.safetensors").is_file():  # what was saved when it was stopped is kept until the end
+        return open_run(begun.folder, overwrite=True)
+    run = Run(begun.folder, begun.folder)
+    run.discard()
+    return open_run(begun.folder)
+
+
+class Journey:
+    """One run through its stages: where it stands, for a later process, and where an earlier one has left it.
+
+    Args:
+        model: as it is before its first stage. pictures: the rows of splits.csv. augment: the training views.
+        begun: what is gone on with.
+
+    Attributes:
+        done: the stages that are behind. point: what is gone on from. audit: what the run's audit.json said then.
+    Raises:
+        CheckpointError: the run was begun with something else.
+    """
+
+    def __init__(
+        self, model: Classifier, plan: Recipe, diary: Diary, runtime: Runtime, *, pictures: Sequence[Sequence[str]],
+        augment: object, begun: Begun | None,
+    ) -> None:  # fmt: skip
+        self.model, self.diary = model, diary
+        self.point = begun.point if begun else None
+        self.audit: AuditResult | None = None
+        self.done, self._stage, self._trained = 0, 0, set[str]()
+        self._settings: dict[str, Any] = {}
+        if diary.run or self.point:
+            self._settings = _plain({
+                "recipe": plan.to_dict(),
+                "backbone": model.backbone_name or type(model.backbone).__name__,
+                "preprocessing": asdict(model.spec),
+                "augmentation": augment.to_dict() if isinstance(augment, AugmentSpec) else repr(type(augment)),
+                "pictures": hashlib.sha256(to_json(pictures)).hexdigest(),
+                "weights or head": tensors_digest(model.state_dict().items()),
+            })  # fmt: skip
+        self._means = _plain(_means(runtime))
+        self._points = Points(diary.run.path if diary.run else None, serial=self.point.serial if self.point else 0)
+        if begun and self.point:
+            self._go_on(begun.folder, self.point)
+
+    def _go_on(self, folder: Path, begun: Point) -> None:
+        values, diary = begun.values["run"], self.diary
+        other = [name for name, value in self._settings.items() if values["settings"].get(name) != value]
+        if other:
+            raise CheckpointError(
+                f"Run {folder} was begun otherwise: {', '.join(self._in_words(name, values) for name in other)}."
+                " Give the same command as then, or begin another run with --out."
+            )
+        means = [
+            f"{name} {values['means'].get(name)}, now {value}"
+            for name, value in self._means.items()
+            if values["means"].get(name) != value
+        ]
+        if means:
+            say(f"Going on, but not to the same bits: it was begun with {'; '.join(means)}.", enabled=diary.show)
+        everything = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        put(everything, begun, "model")
+        self.done = values["done"]
+        self._trained = set(values["trained"])
+        diary.stages, diary.phases = list(values["stages"]), list(values["phases"])
+        diary.right = begun.tensors["right/run"].numpy() if "right/run" in begun.tensors else None
+        n = values["records"]
+        diary.history = diary.run.cut_history(n) if diary.run else read_history(folder / "history.jsonl")[:n]
+        if (folder / "audit.json").is_file():
+            self.audit = read_audit(folder / "audit.json")
+            if self.audit.doubtful is not None:
+                diary.doubtful = [one.file for one in self.audit.doubtful if one.flagged]
+
+    def _in_words(self, setting: str, begun: dict[str, Any]) -> str:
+        if setting != "recipe":
+            return setting
+        before, now = begun["settings"]["recipe"], self._settings["recipe"]
+        return f"recipe ({', '.join(key for key in now if before.get(key) != now[key])})"
+
+    def keeper(self, stage: int) -> Keeper:
+        """What keeps the points of a stage, and where it goes on."""
+        is_here = self.point and "course" in self.point.values and self.point.values["run"]["stage"] == stage
+        self._stage = stage
+        records = [record for record in self.diary.history if record["stage_index"] == stage]
+        return Keeper(self._points, self._about, self.point if is_here else None, records)
+
+    def stage_done(self) -> None:
+        """A stage is behind: with what it has trained, later ones go on."""
+        self._trained |= set(trained_tensors(self.model))
+        self.done = self._stage = self._stage + 1
+        self._points.write(*self._about(within=False))
+
+    def _about(self, *, within: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What stands in every point; `within` a stage, which adds what it trains."""
+        diary = self.diary
+        values = {
+            "settings": self._settings, "means": self._means, "stage": self._stage, "done": self.done,
+            "records": len(diary.history), "stages": diary.stages, "phases": diary.phases,
+            "trained": sorted(self._trained),
+        }  # fmt: skip
+        everything = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        names = self._trained - set(trained_tensors(self.model)) if within else self._trained
+        tensors = {f"model/{name}": everything[name] for name in sorted(names)}
+        if diary.right is not None:
+            tensors["right/run"] = torch.from_numpy(diary.right)
+        return {"run": values}, tensors
+
+
+def _means(runtime: Runtime) -> dict[str, Any]:
+    """What the bits of a result depend on, beside the settings."""
+    versions = environment()["versions"]
+    return {
+        "device": runtime.device.type,
+        "number format": str(runtime.dtype).removeprefix("torch."),
+        "processes": runtime.world,
+        "threads": torch.get_num_threads(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        **{name: versions[name] for name in _PACKAGES},
+    }
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives them back."""
+    found: dict[str, Any] = json.loads(to_json(values))
+    return found

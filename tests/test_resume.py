@@ -1,0 +1,364 @@
+"""A run that is killed and goes on ends in the bits of one that nobody stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from numpy.random import default_rng
+
+import headstart
+from conftest import make_photos
+from headstart import (
+    CheckpointError,
+    FitResult,
+    HeadSpec,
+    HiddenLayer,
+    Interrupted,
+    Recipe,
+    RecipeError,
+    Stage,
+    fine_tune,
+    points,
+)
+from headstart.points import Point, read_point, write_point
+from headstart.run import POINT_FILES
+
+TINY: dict[str, Any] = {
+    "backbone": "test_resnet", "weights": "none", "spec_overrides": {"image_size": 32}, "precision": "fp32",
+    "device": "cpu", "workers": 1,
+}  # fmt: skip
+HEAD = Stage(epochs=3, views=2, batch_size=8)
+ALL = Stage(name="all", freeze_line="all", epochs=3, batch_size=8, lr_scale=0.1)
+RECIPES = {
+    "dropout, averages": Recipe(stages=(HEAD, replace(ALL, ema=0.9, wise=True)), head=HeadSpec(dropout=0.3), lr=0.01),
+    "activations": Recipe(stages=(replace(ALL, freeze_line="layer3", views=2, early_stop=1, epochs=6),), lr=0.1),
+    "statistics": Recipe(stages=(replace(ALL, batchnorm="train", accumulate=2, batch_size=4),), lr=0.01),
+    "momentum": Recipe(stages=(HEAD, replace(ALL, optimizer="sgd", mixup=0.2)), lr=0.01, augment="light"),
+    "rmsprop": Recipe(stages=(replace(ALL, optimizer="rmsprop", clip_norm=1.0, schedule="one-cycle"),), lr=1e-3),
+    "ridge, two layers": Recipe(
+        stages=(Stage(epochs=3, views=2, optimizer="lbfgs", warm_start="ridge"), replace(ALL, head_lr_multiplier=10.0)),
+        lr=0.01,
+    ),
+    "own layers": Recipe(
+        stages=(HEAD, replace(ALL, layer_decay=0.8)), head=HeadSpec(hidden=(HiddenLayer(8),), batchnorm=True), lr=0.01
+    ),
+    "rolled back": Recipe(stages=(HEAD, replace(ALL, lr_scale=1.0, collapse_margin=0.0)), lr=0.5),
+}  # fmt: skip
+
+
+def ending(run: Path) -> dict[str, Any]:
+    """What a run left, without the seconds that it took."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items() if k not in ("seconds", "phases", "shared_seconds")}
+        return [plain(v) for v in value] if isinstance(value, list) else value
+
+    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    return {
+        "files": sorted(path.name for path in run.iterdir()),
+        "model": hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest(),
+        "predictions": (run / "predictions.csv").read_text(),
+        "history": plain(history),
+        "metrics": plain(json.loads((run / "metrics.json").read_bytes())),
+        "audit": plain(json.loads((run / "audit.json").read_bytes())),
+        "splits": (run / "splits.csv").read_text(),
+    }
+
+
+@pytest.fixture
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(points, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(points, "SHARE", 1e9)
+
+
+def killed(at: Path, kept: Path, monkeypatch: pytest.MonkeyPatch, start: Callable[[], FitResult]) -> list[Path]:
+    """The run folder `at` as it was after each point of a run, as if it had been killed there."""
+    write, folders = points.write_point, list[Path]()
+
+    def copied(folder: Path, point: Point) -> None:
+        write(folder, point)
+        folders.append(kept / f"{point.serial:03}")
+        shutil.copytree(at, folders[-1])
+        card = json.loads((folders[-1] / "environment.json").read_text())
+        card["process"]["started"] = "long ago"
+        (folders[-1] / "environment.json").write_text(json.dumps(card))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(points, "write_point", copied)
+        start()
+    return folders
+
+
+def spread(folders: list[Path], n: int) -> list[Path]:
+    """The first, the last, and some between."""
+    return [folders[round(i * (len(folders) - 1) / (n - 1))] for i in range(n)] if len(folders) > n else folders
+
+
+@pytest.mark.usefixtures("every_step")
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_that_goes_on_ends_in_the_same_bits(
+    name: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def start(resume: bool = False) -> FitResult:
+        return fine_tune(photos, out=out, recipe=RECIPES[name], resume=resume, **TINY)
+
+    folders = killed(out, tmp_path / "killed", monkeypatch, start)
+    whole = ending(out)
+    assert len(folders) > 6
+    assert not [path for path in out.iterdir() if path.name in POINT_FILES]
+    if name == "rolled back":
+        assert any("Rolled back" in (record["event"] or {}).get("message", "") for record in whole["history"])
+    for folder in spread(folders, 5):
+        shutil.rmtree(out)
+        shutil.copytree(folder, out)
+        result = start(resume=True)
+        assert ending(out) == whole, folder.name
+        assert [record["epoch"] for record in result.history] == [record["epoch"] for record in whole["history"]]
+
+
+@pytest.mark.usefixtures("every_step")
+def test_what_is_trained_again_is_what_came_after_the_point(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    plan = RECIPES["dropout, averages"]
+    folders = killed(out, tmp_path / "killed", monkeypatch, lambda: fine_tune(photos, out=out, recipe=plan, **TINY))
+    steps: list[int] = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *given: (steps.append(1), step(self, *given))[1])
+    taken = []
+    for folder in (folders[0], folders[len(folders) // 2], folders[-1]):
+        steps.clear()
+        fine_tune(photos, out=folder, recipe=plan, resume=True, **TINY)
+        taken.append(len(steps))
+    assert taken[0] > taken[1] > taken[2] == 0
+
+
+@pytest.fixture(scope="module")
+def half_done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of `photos`, a run `whole`, and a `half` of it, killed within its last stage, with two points."""
+    folder = tmp_path_factory.mktemp("half-done")
+    photos = make_photos(folder / "photos", 12, ("red", "green", "blue"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(points, "EVERY_SECONDS", 0.0)
+        patch.setattr(points, "SHARE", 1e9)
+        folders = killed(
+            folder / "whole", folder / "killed", patch,
+            lambda: fine_tune(photos, out=folder / "whole", recipe=RECIPES["momentum"], **TINY),
+        )  # fmt: skip
+    shutil.copytree(folders[-4], folder / "half")
+    return folder
+
+
+@pytest.fixture
+def half(half_done: Path, tmp_path: Path) -> Path:
+    """A copy of the half-done run, to do with as one likes."""
+    return Path(shutil.copytree(half_done / "half", tmp_path / "half"))
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(default_rng(len(data)).integers(len(data)))] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "flipped": flipped,
+    "zeros": lambda path: path.write_bytes(bytes(64) + path.read_bytes()[64:]),
+    "gone": lambda path: path.unlink(),
+    "a pickle": lambda path: path.write_bytes(b"\x80\x04K\x01."),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_point_is_not_gone_on_from(
+    damage: str, half: Path, half_done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = read_point(half)
+    assert newest
+    serials = set()
+    for name in POINT_FILES:
+        hurt = Path(shutil.copytree(half, tmp_path / name))
+        DAMAGES[damage](hurt / name)
+        found = read_point(hurt)
+        assert found
+        serials.add(found.serial)
+    assert serials == {newest.serial, newest.serial - 1}
+    for name in POINT_FILES[:: 1 if damage == "cut" else 2]:
+        DAMAGES[damage](half / name)
+    assert read_point(half) is None
+    if damage == "cut":
+        fine_tune(half_done / "photos", out=half, recipe=RECIPES["momentum"], resume=True, progress=True, **TINY)
+        assert "it starts over" in capsys.readouterr().err
+        assert ending(half) == ending(half_done / "whole")
+
+
+def test_points_of_two_runs_do_not_mix(half: Path, tmp_path: Path) -> None:
+    point = read_point(half)
+    assert point
+    tensors = {name: t + 1 if t.is_floating_point() else t for name, t in point.tensors.items()}
+    for serial in (point.serial, point.serial + 1):
+        write_point(tmp_path, replace(point, tensors=tensors, serial=serial))
+    for name in POINT_FILES[1::2]:
+        shutil.copy(tmp_path / name, half / name)
+    assert read_point(half) is None
+
+
+def test_a_run_goes_on_with_what_it_was_begun_with_alone(half: Path, half_done: Path, tmp_path: Path) -> None:
+    plan, photos = RECIPES["momentum"], half_done / "photos"
+
+    def held() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in half.iterdir() if path.name != "environment.json"}
+
+    def refused(words: str, pictures: Path = photos, **changed: Any) -> None:
+        before = held()
+        with pytest.raises(CheckpointError, match=f"was begun otherwise: {words}[.] Give the same command"):
+            fine_tune(pictures, out=half, resume=True, **({"recipe": plan} | TINY | changed))
+        assert held() == before
+
+    refused(r"recipe \(lr\)", recipe=replace(plan, lr=0.02))
+    refused(r"recipe \(seed\), pictures, weights or head", recipe=replace(plan, seed=1))
+    refused("preprocessing", spec_overrides={"image_size": 40})
+    refused("backbone", backbone="test_resnet.r160_in1k")
+    refused("augmentation", augment="none")
+    other = Path(shutil.copytree(photos, tmp_path / "other"))
+    (other / "red/red3.jpg").write_bytes((other / "red/red4.jpg").read_bytes())
+    refused("pictures", other)
+    fine_tune(photos, out=half, resume=True, recipe=plan, **TINY)
+    assert ending(half) == ending(half_done / "whole")
+
+
+def test_where_there_is_nothing_to_go_on_with(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, out = Recipe(stages=(replace(HEAD, epochs=1),)), tmp_path / "run"
+    with pytest.raises(RecipeError, match="out names the run's folder"):
+        fine_tune(photos, recipe=plan, resume=True, **TINY)
+    with pytest.raises(RecipeError, match="to overwrite it is to begin anew"):
+        fine_tune(photos, out=out, recipe=plan, resume=True, overwrite=True, **TINY)
+    fine_tune(photos, out=out, recipe=plan, resume=True, **TINY)  # a new one: for a command that a queue repeats
+    whole = ending(out)
+    with pytest.raises(CheckpointError, match=r"is complete: there is nothing to go on with"):
+        fine_tune(photos, out=out, recipe=plan, resume=True, **TINY)
+    assert ending(out) == whole
+    for name in ("metrics.json", "model.safetensors", "model.json", "predictions.csv", "report.html"):
+        (out / name).unlink()  # as if it had been killed before its first point
+    fine_tune(photos, out=out, recipe=plan, resume=True, **TINY)
+    assert ending(out) == whole
+    with pytest.raises(CheckpointError, match="a folder that is not empty is there"):
+        fine_tune(photos, out=photos, recipe=plan, resume=True, **TINY)
+    (out / "metrics.json").unlink()
+    card = json.loads((out / "environment.json").read_text())
+
+    def owned_by(pid: int) -> None:
+        (out / "environment.json").write_text(
+            json.dumps(card | {"process": card["process"] | {"pid": pid, "started": ""}})
+        )
+
+    owned_by(os.getppid())
+    with pytest.raises(CheckpointError, match=f"process {os.getppid()} has it in hand"):
+        fine_tune(photos, out=out, recipe=plan, resume=True, **TINY)
+    owned_by(2**22 + 1)  # no such process
+    fine_tune(photos, out=out, recipe=plan, resume=True, **TINY)
+    assert ending(out) == whole
+    torn = tmp_path / "torn"  # killed while it wrote its first file
+    torn.mkdir()
+    (torn / ".recipe.json.0123456789ab.tmp").write_text("{")
+    fine_tune(photos, out=torn, recipe=plan, resume=True, **TINY)
+    assert ending(torn) == whole
+
+
+def test_a_run_that_was_stopped_by_hand_goes_on(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = RECIPES["dropout, averages"]
+    fine_tune(photos, out=tmp_path / "whole", recipe=plan, **TINY)
+    append = headstart.run.Run.append_history
+
+    def stop(self: headstart.run.Run, record: dict[str, Any]) -> None:
+        append(self, record)
+        if record["stage"] == "all" and record["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(headstart.run.Run, "append_history", stop)
+    with pytest.raises(Interrupted, match=r"Go on:       the same command with --out .*run --resume"):
+        fine_tune(photos, out=tmp_path / "run", recipe=plan, **TINY)
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["interrupted"]
+    fine_tune(photos, out=tmp_path / "run", recipe=plan, resume=True, progress=True, **TINY)
+    assert "Stage head" not in capsys.readouterr().err  # it goes on behind it
+    assert ending(tmp_path / "run") == ending(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("every_step")
+def test_a_point_that_cannot_be_written_stops_nothing(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(folder: Path, point: Point) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(points, "write_point", full)
+    result = fine_tune(photos, out=tmp_path / "run", recipe=RECIPES["momentum"], **TINY)
+    assert result.metrics["test"]["n"] == 6
+    assert "could not be written down (OSError" in capsys.readouterr().err
+
+
+def test_points_are_written_seldom(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    write = points.write_point
+    monkeypatch.setattr(points, "write_point", lambda f, p: (written.append(p.values["run"]["done"]), write(f, p)))
+    fine_tune(photos, out=tmp_path / "run", recipe=RECIPES["momentum"], **TINY)
+    assert written == [1, 2]  # at the end of each stage; half a minute has not gone by
+    clock = [0.0]
+    monkeypatch.setattr(points.time, "monotonic", lambda: clock[0])
+
+    def slow(folder: Path, point: Point) -> None:
+        clock[0] += 10.0
+
+    monkeypatch.setattr(points, "write_point", slow)
+    at = points.Points(tmp_path)
+    for now, due in ((29.0, False), (30.0, True)):
+        clock[0] = now
+        assert at.is_due == due
+    at.write({}, {})
+    for now, due in ((71.0, False), (539.0, False), (541.0, True)):  # of ten seconds' work, once in five hundred
+        clock[0] = now
+        assert at.is_due == due
+    assert not points.Points(None).is_due
+
+
+def test_a_point_reads_back_as_it_was(tmp_path: Path) -> None:
+    tensors = {"a/b": torch.randn(3, 2).to(memory_format=torch.contiguous_format), "right": torch.tensor([True, False])}
+    for serial in (1, 2, 3):
+        write_point(tmp_path, Point({"run": {"n": serial, "x": 0.1}}, tensors, serial))
+    point = read_point(tmp_path)
+    assert point
+    assert (point.serial, point.values) == (3, {"run": {"n": 3, "x": 0.1}})
+    assert torch.equal(point.under("a")["b"], tensors["a/b"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(POINT_FILES)
+    with pytest.raises(CheckpointError, match="b is not as it was when the run was begun"):
+        points.put({"b": torch.zeros(2, 2)}, point, "a")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes to be killed are forked")
+def test_a_fit_that_is_killed_again_and_again_ends_in_the_same_bits() -> None:
+    """A sample of tools/kills.py; the whole one is a part of `make soak`."""
+    tool = Path(__file__).parents[1] / "tools" / "kills.py"
+    command = [sys.executable, str(tool), "--n", "10", "--seed", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert (done.returncode, done.stdout[:9]) == (0, "10 kills "), done.stdout + done.stderr
+    assert "\n0 failures" in done.stdout
