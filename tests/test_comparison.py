@@ -31,6 +31,7 @@ from headstart import (
     load_images,
     metrics,
     read_run,
+    recipes,
     split,
 )
 from headstart.bench import make_bench
@@ -40,6 +41,7 @@ from headstart.comparison_page import _curve_chart, _forest, render_comparison
 from headstart.metrics import holm, judge_pairs, paired_difference
 from headstart.recipe import RECIPES, load_recipe
 from headstart.report_page import duration
+from headstart.run import Run
 from headstart.runtime import make_runtime
 
 MACHINE: dict[str, Any] = {
@@ -255,6 +257,40 @@ def test_a_comparison_that_is_stopped_says_that_the_same_command_goes_on(
         Interrupted, match=r"^Stopped by hand\. The same command goes on behind the runs that are done\.$"
     ):
         compare(folder, recipes=("head",), out=tmp_path / "out", **MACHINE)
+
+
+def test_a_run_that_was_stopped_within_is_gone_on_with(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, run_stage, stages = Run.append_history, recipes.run_stage, list[str]()
+
+    def stop(self: Run, record: dict[str, Any]) -> None:
+        append(self, record)
+        if record["stage_index"] == 1 and record["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    def noted(model: Any, trainset: Any, valset: Any, stage: Any, *rest: Any) -> Any:
+        stages.append(stage.name)
+        return run_stage(model, trainset, valset, stage, *rest)
+
+    call = {"recipes": ("last:3",), "budgets": {"last:3": Budget((2, 2))}, **MACHINE}
+    whole = compare(folder, out=tmp_path / "whole", **call)
+    monkeypatch.setattr(recipes, "run_stage", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "append_history", stop)
+        with pytest.raises(Interrupted, match="The same command goes on"):
+            compare(folder, out=tmp_path / "out", **call)
+    again = compare(folder, out=tmp_path / "out", **call)
+    assert stages == ["head", "fine-tune", "fine-tune"]
+    assert again.results["recipes"][0]["test"] == whole.results["recipes"][0]["test"]
+    name = "last-3-seed0/model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "append_history", stop)
+        with pytest.raises(Interrupted):
+            compare(folder, out=tmp_path / "out", **call | {"budgets": {"last:3": Budget((2, 3))}})
+    compare(folder, out=tmp_path / "out", **call | {"budgets": {"last:3": Budget((2, 1))}})
+    assert stages[3:] == ["head", "fine-tune"] * 2  # of another recipe it is begun again
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,7 @@ SIDEWAYS = {
     ("train", "course"),
     ("resume", "diary"),
     ("recipes", "resume"),
+    ("comparison", "resume"),
     ("asking", "closing"),
     ("comparison", "bench"),
     ("comparison", "recipes"),

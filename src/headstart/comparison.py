@@ -27,6 +27,7 @@ from .freezing import set_freeze_line
 from .metrics import judge_pairs, paired_difference, wilson_interval
 from .recipe import DEFAULT_BACKBONE, RECIPES, Recipe, load_recipe
 from .recipes import fine_tune, weights_of
+from .resume import can_go_on
 from .run import RunRecord, read_run
 from .runtime import make_runtime
 from .settings import own_settings
@@ -253,10 +254,11 @@ def run_or_read(
     size: int,
     progress: bool,
 ) -> RunRecord:
-    """Train, or read what an earlier call finished with the very same recipe and picture size.
+    """Train, or read what an earlier call finished with the very same recipe and picture size, or go on with it.
 
     The bench of both has the same test pictures, or none.
     """
+    resume = False
     if path.exists():
         try:
             earlier = read_run(path)
@@ -267,11 +269,12 @@ def run_or_read(
             if same and image_size(earlier) == size and whole:
                 say("  done before; read from its folder", enabled=progress)
                 return earlier
+            resume = can_go_on(path, plan, size)
         except HeadstartError:
             pass  # torn or something else: the run below says whether it may be replaced
     try:
         result = fine_tune(
-            bench, recipe=plan, out=path, overwrite=path.exists(), backbone=backbone,
+            bench, recipe=plan, out=path, overwrite=path.exists() and not resume, resume=resume, backbone=backbone,
             weights=weights_of(plan, weights), spec_overrides=overrides, progress=progress,
         )  # fmt: skip
     except Interrupted:

@@ -64,6 +64,15 @@ def find_begun(out: str | Path) -> Begun | None:
     return Begun(folder, point)
 
 
+def can_go_on(folder: Path, plan: Recipe, size: int) -> bool:
+    """Whether a run of this recipe, on pictures of this side, was stopped here, and there is where to go on from."""
+    point = None if is_complete(folder) else read_point(folder)
+    if point is None:
+        return False
+    settings = point.values["run"]["settings"]
+    return bool(settings["recipe"] == _plain(plan.to_dict()) and settings["preprocessing"]["image_size"] == size)
+
+
 def open_again(begun: Begun, *, show: bool) -> Run:
     """The folder of a run that goes on, or of one of which nothing can be gone on with and that starts over."""
     if begun.point:
