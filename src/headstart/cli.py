@@ -91,6 +91,7 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resume",
         action="store_true",
+        default=None,
         help="go on with the run in --out that was stopped or killed, to the same bits; begin it where there is none",
     )
     group.add_argument("--auto", action="store_true", help="train by what `headstart advise` proposes for the pictures")
@@ -148,9 +149,8 @@ def _fit(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             spec_overrides=spec_overrides,
             progress=not args.quiet,
-            resume=args.resume,
             **given(args, "bad_files", "val", "test", "val_folder", "test_folder", "root", "limit"),
-            **given(args, "from_run", "device", "precision", "workers", "compile", "cache", "audit"),
+            **given(args, "resume", "from_run", "device", "precision", "workers", "compile", "cache", "audit"),
         )
     if result.run_path is None:  # one of several processes: another one writes and prints
         return 0

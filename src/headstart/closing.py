@@ -26,6 +26,7 @@ from .evaluation import Evaluation, source_logits
 from .features import PixelSource, StageData
 from .files import read_csv
 from .hashes import FileHashes
+from .points import has_points
 from .recipe import Recipe
 from .run import Run
 from .sizes import input_sizes
@@ -254,7 +255,9 @@ def leave_usable(model: Classifier, diary: Diary, splits: Splits) -> str:
     lines += [f"Score it:    headstart evaluate {quoted} FOLDER", f"Use it:      headstart predict {quoted} FILES"]
     if model.backbone_name and model.head_spec:
         lines.append(f"Train on:    headstart fit PHOTOS --from-run {quoted} --out NEW_RUN")
-    lines.append(f"Go on:       the same command with --out {quoted} --resume (resume=True in Python)")
+    if has_points(path):
+        instead = " in place of --overwrite" if replaces else ""
+        lines.append(f"Go on:       the same command with --out {quoted} --resume{instead}")
     return "\n".join(lines)
 
 

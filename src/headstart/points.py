@@ -54,7 +54,7 @@ class Points:
 
     def __init__(self, folder: Path | None, *, serial: int = 0) -> None:
         self.folder, self._serial = folder, serial
-        self._last, self._cost = time.monotonic(), 0.0
+        self._last, self._cost, self._told = time.monotonic(), 0.0, False
 
     @property
     def is_due(self) -> bool:
@@ -71,7 +71,11 @@ class Points:
             write_point(self.folder, Point(dict(values), dict(tensors), self._serial + 1))
             self._serial += 1
         except (OSError, CheckpointError) as error:
-            say(f"Where the run stands could not be written down ({in_words(error)}); it goes on.", enabled=True)
+            say(
+                f"Where the run stands could not be written down ({in_words(error)}); it goes on.",
+                enabled=not self._told,
+            )
+            self._told = True
         self._last = time.monotonic()
         self._cost = self._last - started
 

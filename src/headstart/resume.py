@@ -107,7 +107,9 @@ class Journey:
         self.model, self.diary = model, diary
         self.point = begun.point if begun else None
         self.audit: AuditResult | None = None
-        self.done, self._stage, self._trained = 0, 0, set[str]()
+        self.done, self._stage = 0, 0
+        # Of a head of the user's own nobody knows how its tensors come about, those included that are never trained.
+        self._trained = {name for name in _tensors(model) if name.startswith("head.")}
         self._settings: dict[str, Any] = {}
         if diary.run or self.point:
             self._settings = _plain({
@@ -116,7 +118,8 @@ class Journey:
                 "preprocessing": asdict(model.spec),
                 "augmentation": augment.to_dict() if isinstance(augment, AugmentSpec) else repr(type(augment)),
                 "pictures": hashlib.sha256(to_json(pictures)).hexdigest(),
-                "weights or head": tensors_digest(model.state_dict().items()),
+                "weights": tensors_digest(model.backbone.state_dict().items()),
+                "head": [[name, list(tensor.shape)] for name, tensor in model.head.state_dict().items()],
             })  # fmt: skip
         self._means = _plain(_means(runtime))
         self._points = Points(diary.run.path if diary.run else None, serial=self.point.serial if self.point else 0)
@@ -138,8 +141,7 @@ class Journey:
         ]
         if means:
             say(f"Going on, but not to the same bits: it was begun with {'; '.join(means)}.", enabled=diary.show)
-        everything = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        put(everything, begun, "model")
+        put(_tensors(self.model), begun, "model")
         self.done = values["done"]
         self._trained = set(values["trained"])
         diary.stages, diary.phases = list(values["stages"]), list(values["phases"])
@@ -178,12 +180,16 @@ class Journey:
             "records": len(diary.history), "stages": diary.stages, "phases": diary.phases,
             "trained": sorted(self._trained),
         }  # fmt: skip
-        everything = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        everything = _tensors(self.model)
         names = self._trained - set(trained_tensors(self.model)) if within else self._trained
         tensors = {f"model/{name}": everything[name] for name in sorted(names)}
         if diary.right is not None:
             tensors["right/run"] = torch.from_numpy(diary.right)
         return {"run": values}, tensors
+
+
+def _tensors(model: Classifier) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def _means(runtime: Runtime) -> dict[str, Any]:
