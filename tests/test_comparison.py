@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.stats import binomtest
 
 from conftest import make_photos
@@ -247,6 +248,16 @@ def test_the_same_call_goes_on_and_other_settings_are_refused(compared: Any, fol
     with pytest.raises(CheckpointError, match=r"holds no compare\.json"):
         compare(folder, out=elsewhere, overwrite=True, **call, **MACHINE)
     assert (elsewhere / "mine.txt").exists()
+
+
+def test_pictures_that_were_changed_meanwhile_are_not_compared(folder: Path, tmp_path: Path) -> None:
+    photos = Path(shutil.copytree(folder, tmp_path / "photos"))
+    call = {"recipes": "head", "budgets": {"head": Budget((1,))}, "out": tmp_path / "out", **MACHINE}
+    compare(photos, **call)
+    with Image.open(photos / "red/red0.jpg") as picture:
+        picture.save(photos / "red/red0.jpg", quality=50)
+    with pytest.raises(CheckpointError, match="another contents of the pictures"):
+        compare(photos, **call)
 
 
 def test_a_comparison_that_is_stopped_says_that_the_same_command_goes_on(

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -282,6 +283,55 @@ def test_an_interrupt_leaves_a_usable_run(photos: Path, tmp_path: Path, monkeypa
     assert (fine / "metrics.json").read_bytes() == whole
     assert isinstance(caught.value.model, headstart.Classifier)
     assert f"headstart fit PHOTOS --from-run {fine}" in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["headstart.recipes.write_plan", "headstart.bench.make_source"])
+def test_an_interrupt_before_anything_is_trained_leaves_nothing(
+    place: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(Interrupted, match=r"^Stopped before anything was trained; nothing was written\.$"):
+        fine_tune(photos, out=tmp_path / "run", recipe=SHORT, **TINY)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_scored_is_written_whatever_interrupts(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headstart import report
+
+    write = report.write_report
+
+    def interrupted(folder: Path) -> Path:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        return write(folder)
+
+    monkeypatch.setattr(report, "write_report", interrupted)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as on the command line
+    try:
+        result = fine_tune(photos, out=tmp_path / "run", recipe=SHORT, **TINY)
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert result.report_path == tmp_path / "run/report.html"
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["test"]["n"] == 6
+
+
+def test_a_disk_that_is_full_at_the_end_is_told_with_the_file(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(model: object, folder: Path) -> None:
+        raise CheckpointError(f"Cannot write {folder}/model.safetensors: No space left on device.")
+
+    monkeypatch.setattr("headstart.closing.save", full)
+    with pytest.raises(
+        CheckpointError, match=r"(?s)^Cannot write .*model\.safetensors.*\nThe state so far could not be"
+    ):
+        fine_tune(photos, out=tmp_path / "run", recipe=SHORT, **TINY)
+    monkeypatch.undo()
+    result = fine_tune(photos, out=tmp_path / "run", recipe=SHORT, resume=True, **TINY)  # nothing is trained again
+    assert result.metrics["test"]["n"] == 6
 
 
 def test_an_error_in_training_leaves_what_was_trained_or_nothing(

@@ -149,7 +149,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkey
         raise OSError("no space left on device")
 
     monkeypatch.setattr(run_room.os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(CheckpointError, match=r"Cannot write .*metrics\.json: no space.* Make room"):
         write_atomic(path, b"new")
     assert everything(tmp_path) == {"metrics.json": b"old"}
 
@@ -428,6 +428,27 @@ def test_what_a_file_browser_or_a_crash_left_does_not_stop_overwriting(tmp_path:
         (tmp_path / "r" / name).write_bytes(b"")
     complete(open_run(tmp_path / "r", overwrite=True), "new").finish()
     assert not (tmp_path / "r" / ".DS_Store").exists()
+
+
+def test_a_run_that_another_process_is_making_is_not_overwritten(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    run.write_json("recipe.json", Recipe().to_dict())
+    run.write_environment()
+    open_run(run.path, overwrite=True).discard()  # by the process that makes it, as in a notebook
+    card = json.loads((run.path / "environment.json").read_text())
+    newer = open_run(run.path, overwrite=True)
+    newer.write_json("recipe.json", Recipe().to_dict())
+    run.write_json("environment.json", card | {"process": card["process"] | {"pid": os.getppid(), "started": ""}})
+    for refused in (
+        lambda: open_run(run.path, overwrite=True),
+        lambda: check_run_path(run.path, overwrite=True),
+        newer.finish,
+    ):
+        with pytest.raises(CheckpointError, match=f"process {os.getppid()} has it in hand"):
+            refused()
+    run.write_json("metrics.json", {"val": {}})
+    run.write_text("report.html", "")
+    assert newer.finish() == run.path  # it has come to its end
 
 
 def test_a_link_to_a_run_stays_a_link(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from headstart import store
 from headstart.cli import main
 from headstart.errors import SetupError
 from headstart.hashes import FileHashes, content_hash
@@ -164,6 +166,42 @@ def test_a_torn_file_that_cannot_be_removed_is_none(cache: Cache, monkeypatch: p
     assert cache.describe("features", "a") is None
     with pytest.raises(SetupError, match=r"cannot be removed\. Make its folder writable"):
         cache.clear()
+
+
+def test_what_cannot_be_asked_is_neither_counted_as_free_nor_in_the_way(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, opened, room = [put(cache, name) for name in "abc"], Path.open, cache.room()
+    sizes = [path.stat().st_size for path in paths]
+
+    def refuse(self: Path, *given: Any, **options: Any) -> Any:
+        if self == paths[1]:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)  # another account's
+        assert room - cache.room() == sizes[1]
+        assert cache.clear() == (sum(sizes), 0)
+    assert not any(path.exists() for path in paths)
+    paths = [put(cache, name) for name in "abc"]
+    unlink = Path.unlink
+
+    def stuck(self: Path, missing_ok: bool = False) -> None:
+        if self in paths[:2]:
+            raise OSError(30, "Read-only file system", str(self))
+        unlink(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", stuck)
+    with pytest.raises(SetupError, match=r"cannot be removed, nor can 1 more\. Make its folder writable"):
+        cache.clear()
+    assert [path.exists() for path in paths] == [True, True, False]
+
+
+def test_what_was_installed_under_a_running_program_is_not_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = store.code_hash("errors")
+    monkeypatch.setattr(Path, "read_bytes", lambda self: b"newer")
+    assert store.code_hash("errors") == before
 
 
 def test_hashes_that_are_read_count_as_used(cache: Cache, tmp_path: Path) -> None:

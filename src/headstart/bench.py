@@ -433,6 +433,13 @@ def data_digest(splits: Splits) -> str:
     return digest.hexdigest()[:12]
 
 
+def contents_digest(bench: Bench) -> str:
+    """Twelve letters that tell what stands in the pictures' files."""
+    tables = bench.splits.named().values()
+    digest = hashlib.sha256("".join(content for table in tables for content in bench.contents(table)).encode())
+    return digest.hexdigest()[:12]
+
+
 def settle(out: str | Path, file: str, settings: dict[str, Any], *, overwrite: bool = False) -> Path:
     """The folder of several runs: made anew with `settings` in its `file`, or found with the same ones to go on in.
 

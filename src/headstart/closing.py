@@ -153,15 +153,16 @@ def finish(model: Classifier, bench: Bench, plan: Recipe, diary: Diary, last: St
     run = diary.run
     report_path = None
     if run:
-        save(model, run.path)
-        _write_predictions(run, results, splits.class_names, splits.train.root)
-        run.write_json("metrics.json", metrics)
-        with diary.phase("report"):
-            from .report import write_report
+        from .report import write_report
 
-            write_report(run.path)
-        run.forget_points()
-        report_path = run.finish() / "report.html"
+        with not_interrupted():  # all is done but for the writing
+            save(model, run.path)
+            _write_predictions(run, results, splits.class_names, splits.train.root)
+            run.write_json("metrics.json", metrics)
+            with diary.phase("report"):
+                write_report(run.path)
+            run.forget_points()
+            report_path = run.finish() / "report.html"
     return FitResult(model, metrics, diary.history, splits, plan, run.path if run else None, report_path)
 
 
@@ -242,12 +243,11 @@ def leave_usable(model: Classifier, diary: Diary, splits: Splits) -> str:
     from .report import write_report
 
     model.eval()
-    with _not_interrupted():
-        save(model, run.path)
-        run.write_json("metrics.json", _facts(model, diary, splits, interrupted=True))
-        write_report(run.path)
-        replaces = run.path != run.target
-        path = run.path if replaces else run.finish()
+    save(model, run.path)
+    run.write_json("metrics.json", _facts(model, diary, splits, interrupted=True))
+    write_report(run.path)
+    replaces = run.path != run.target
+    path = run.path if replaces else run.finish()
     quoted = shlex.quote(str(path))
     lines = [f"{path} holds the best state so far, not yet scored on the test split."]
     if replaces:
@@ -262,13 +262,17 @@ def leave_usable(model: Classifier, diary: Diary, splits: Splits) -> str:
 
 
 @contextmanager
-def _not_interrupted() -> Iterator[None]:
-    """A second Ctrl-C must not tear what the first one saves."""
+def not_interrupted() -> Iterator[None]:
+    """A second Ctrl-C, or SIGTERM where it is taken as one, must not tear what the first one saves."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
+    taken = [sign for sign, handler in before.items() if sign == signal.SIGINT or handler is signal.default_int_handler]
+    for sign in taken:
+        signal.signal(sign, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for sign in taken:
+            signal.signal(sign, before[sign])

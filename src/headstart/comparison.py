@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backbones import spec_of
-from .bench import Bench, data_digest, make_bench, settle
+from .bench import Bench, contents_digest, data_digest, make_bench, settle
 from .classifier import create_classifier
 from .comparison_page import write_comparison
 from .dataset import ImageTable, Splits
@@ -164,6 +164,7 @@ def compare(
         "contents of the weights": contents_of(weights or "hub"),
         "seed of the split": seeds[0],
         "data": data_digest(bench.splits),
+        "contents of the pictures": contents_digest(bench),
         "pictures": json.loads(to_json(dict(spec_overrides or {}))),
         "precision": str(bench.runtime.dtype).removeprefix("torch."),
     }

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from .backbones import spec_of
-from .bench import Bench, data_digest, make_bench, settle
+from .bench import Bench, contents_digest, data_digest, make_bench, settle
 from .checkpoint import load
 from .classifier import Classifier, create_classifier
 from .closing import trained_on
@@ -141,7 +141,8 @@ def shootout(
         seed=plan.seed, spec=_first_spec(entrants, overrides), progress=progress, **data_options,
     )  # fmt: skip
     settings = {
-        "data": data_digest(bench.splits), "recipe": json.loads(to_json(plan.to_dict())),
+        "data": data_digest(bench.splits), "contents of the pictures": contents_digest(bench),
+        "recipe": json.loads(to_json(plan.to_dict())),
         "pictures": json.loads(to_json(overrides)), "precision": str(bench.runtime.dtype).removeprefix("torch."),
     }  # fmt: skip
     folder = settle(out, FILE, settings, overwrite=overwrite)

@@ -147,9 +147,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_atomic(path: str | Path, data: bytes | Iterable[bytes]) -> None:
-    """Write `data`, whole or piece by piece, to `path` in one step; see `replacing`."""
-    with replacing(path) as temporary, temporary.open("xb") as file:
-        file.writelines([data] if isinstance(data, bytes) else data)
+    """Write `data`, whole or piece by piece, to `path` in one step; see `replacing`.
+
+    Raises:
+        CheckpointError: see `check_target`; the disk is full, or the like.
+    """
+    try:
+        with replacing(path) as temporary, temporary.open("xb") as file:
+            file.writelines([data] if isinstance(data, bytes) else data)
+    except BrokenPipeError:  # whoever reads it has seen enough
+        raise
+    except OSError as error:
+        raise CheckpointError(f"Cannot write {path}: {error.strerror or error}. Make room, or name another.") from error
 
 
 def _plain(value: Any) -> Any:

@@ -45,9 +45,8 @@ def is_gone(owner: Mapping[str, Any]) -> bool:
 
 def is_at_work(owner: Mapping[str, Any]) -> bool:
     """Whether it is known to be another process of this machine that has not ended."""
-    return (
-        os.name == "posix" and owner.get("host") == _host() and owner.get("pid") != os.getpid() and not is_gone(owner)
-    )
+    is_here = os.name == "posix" and owner.get("host") == _host() and isinstance(owner.get("pid"), int)
+    return is_here and owner["pid"] != os.getpid() and not is_gone({"started": "", **owner})
 
 
 def _host() -> str:

@@ -15,7 +15,7 @@ from .backbones import check_overrides
 from .bench import Bench, Data, find_data, make_bench, require_validation
 from .checkpoint import check_savable, load
 from .classifier import BY_DESIGN, Classifier, as_classifier, check_head_kind, create_classifier
-from .closing import FitResult, finish, leaked_rows, leave_usable, split_rows, write_plan
+from .closing import FitResult, finish, leaked_rows, leave_usable, not_interrupted, split_rows, write_plan
 from .dataset import ImageTable, Splits, check_images
 from .dataspec import DataSpec
 from .diary import Diary
@@ -186,12 +186,13 @@ def fine_tune(
         if bench.audit is not None:
             diary.run.write_json("audit.json", bench.audit.to_dict())
 
-    _by_main(runtime, begin)
-    journey = Journey(
-        model, plan, diary, bench.runtime, pictures=pictures, augment=augment or plan.augment_spec, begun=begun
-    )
-    bench.audit = bench.audit if bench.share else journey.audit or bench.audit
+    goes_on = begun is not None and begun.point is not None
     try:
+        _by_main(runtime, begin)
+        journey = Journey(
+            model, plan, diary, bench.runtime, pictures=pictures, augment=augment or plan.augment_spec, begun=begun
+        )
+        bench.audit = bench.audit if bench.share else journey.audit or bench.audit
         trainset = bench.pixels("train", model.spec, augment=augment or plan.augment_spec, seed=plan.seed)
         valset = bench.pixels("val", model.spec)
         skipped = journey.done
@@ -203,17 +204,34 @@ def fine_tune(
             source = source_behind(model, trainset, valset, plan.stages[-1], diary, bench)
         return finish(model, bench, plan, diary, source)
     except KeyboardInterrupt:
-        raise Interrupted(f"Stopped by hand. {leave_usable(model, diary, splits)}", model) from None
+        with not_interrupted():
+            if not (diary.history or goes_on):
+                _discard(diary)
+                raise Interrupted("Stopped before anything was trained; nothing was written.", model) from None
+            raise Interrupted(f"Stopped by hand. {_left(model, diary, splits)}", model) from None
     except Exception as error:
-        if diary.run is None:
+        if diary.run is None or (goes_on and not diary.stages):
             raise
-        if not diary.stages and journey.point is None:
-            diary.run.discard()  # nothing has been trained: nothing is lost, and the same command can be given again
+        if not diary.stages:
+            _discard(diary)  # nothing has been trained: nothing is lost, and the same command can be given again
         elif isinstance(error, HeadstartError):
-            raise type(error)(f"{error}\n{leave_usable(model, diary, splits)}") from error
+            raise type(error)(f"{error}\n{_left(model, diary, splits)}") from error
         else:
-            leave_usable(model, diary, splits)
+            _left(model, diary, splits)
         raise
+
+
+def _discard(diary: Diary) -> None:
+    if diary.run:
+        diary.run.discard()
+
+
+def _left(model: Classifier, diary: Diary, splits: Splits) -> str:
+    """See `leave_usable`; what stopped the run is told, too, where nothing can be written any more."""
+    try:
+        return leave_usable(model, diary, splits)
+    except (HeadstartError, OSError) as error:
+        return f"The state so far could not be saved: {error}"
 
 
 @own_settings(draws=True)

@@ -23,10 +23,9 @@ from .diary import Diary
 from .errors import CheckpointError
 from .files import to_json
 from .findings import AuditResult, read_audit
-from .owners import is_at_work
 from .points import Keeper, Point, Points, has_points, put, read_point
 from .recipe import AugmentSpec, Recipe
-from .run import Run, environment, is_complete, is_run, is_torn, open_run, read_history, read_object
+from .run import Run, environment, is_complete, is_run, is_torn, open_run, read_history, refuse_in_hand
 from .runtime import Runtime
 from .terminal import say
 
@@ -55,9 +54,7 @@ def find_begun(out: str | Path) -> Begun | None:
         raise CheckpointError(
             f"Run {out} is complete: there is nothing to go on with. Choose another folder with --out."
         )
-    owner = read_object(folder / "environment.json").get("process")
-    if isinstance(owner, dict) and is_at_work(owner):
-        raise CheckpointError(f"Run {out}: process {owner['pid']} has it in hand. Wait for its end, or stop it.")
+    refuse_in_hand(folder)
     point = read_point(folder)
     if point is None and has_points(folder):
         say(f"Run {out}: where it stood cannot be read, since the files are damaged.", enabled=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 from .errors import CheckpointError
 from .files import check_folder, read_csv, sync_folder, to_csv, to_json, write_atomic
-from .owners import this_process
+from .owners import is_at_work, this_process
 
 RUN_FILES = (
     "model.safetensors",
@@ -235,12 +235,24 @@ def _free_name(target: Path, word: str) -> Path:
     return name
 
 
+def refuse_in_hand(folder: Path) -> None:
+    """A run that another process of this machine is still making is left to it.
+
+    Raises:
+        CheckpointError: there is such a process.
+    """
+    owner = read_object(folder / "environment.json").get("process")
+    if isinstance(owner, dict) and is_at_work(owner) and not is_complete(folder):
+        raise CheckpointError(f"Run {folder}: process {owner['pid']} has it in hand. Wait for its end, or stop it.")
+
+
 def _refuse_unless_run(folder: Path) -> None:
     if not is_run(folder):
         raise CheckpointError(
             f"Run {folder}: --overwrite replaces run folders only, and this holds no recipe.json of a run. "
             "Choose another folder with --out."
         )
+    refuse_in_hand(folder)
     known = {*RUN_FILES, *POINT_FILES, *_LITTER}
     other = sorted(
         entry.name for entry in folder.iterdir() if entry.is_dir() or (entry.name not in known and not is_torn(entry))

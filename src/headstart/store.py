@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -87,8 +88,12 @@ def key_of(parts: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+@cache
 def code_hash(*modules: str) -> str:
-    """Hash of the source text of these rooms, or of all: what they computed is not taken for what they compute now."""
+    """Hash of the source text of these rooms, or of all: what they computed is not taken for what they compute now.
+
+    As it was when it was first asked for: a version that is installed under a running program is not what runs there.
+    """
     digest = hashlib.blake2b(digest_size=8)
     folder = Path(__file__).parent
     for path in [folder / f"{name}.py" for name in modules] or sorted(folder.glob("*.py")):
@@ -298,13 +303,19 @@ class Cache:
             SetupError: the folder cannot be written to.
         """
         removed, kept = self._sweep(_FRESH_SECONDS if fcntl else _STALE_SECONDS), 0
+        stuck: list[Path] = []
         for entry in self.entries():
             if entry.kind in kinds:
-                gone = _remove_unheld(entry.path)
-                if not gone and not _is_held(entry.path):
-                    raise SetupError(f"{entry.path} cannot be removed. Make its folder writable, or remove it by hand.")
+                try:
+                    gone = _remove_unheld(entry.path, strict=True)
+                except OSError:
+                    stuck.append(entry.path)
+                    continue
                 removed += entry.nbytes * gone
                 kept += not gone
+        if stuck:
+            more = f", nor can {len(stuck) - 1:,} more" if len(stuck) > 1 else ""
+            raise SetupError(f"{stuck[0]} cannot be removed{more}. Make its folder writable, or remove it by hand.")
         return removed, kept
 
     @contextmanager
@@ -386,14 +397,22 @@ def drop(path: Path) -> None:
 
 
 def _is_held(path: Path) -> bool:
+    """Whether somebody uses it, or may: another account's, which cannot be asked."""
     try:
         with path.open("rb") as file:
             return not _try_lock(file.fileno())
-    except OSError:
+    except FileNotFoundError:
         return False
+    except OSError:
+        return True
 
 
-def _remove_unheld(path: Path) -> bool:
+def _remove_unheld(path: Path, *, strict: bool = False) -> bool:
+    """Remove a file unless somebody uses it; whether it is gone.
+
+    Args:
+        strict: remove one that cannot be asked, too; an OSError where that cannot be done.
+    """
     try:
         with path.open("rb") as file:
             if not _try_lock(file.fileno()):
@@ -405,5 +424,7 @@ def _remove_unheld(path: Path) -> bool:
     except FileNotFoundError:
         return True
     except OSError:
-        return False
+        if not strict:
+            return False
+        path.unlink(missing_ok=True)
     return True

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .backbones import spec_of
-from .bench import Bench, data_digest, make_bench, settle
+from .bench import Bench, contents_digest, data_digest, make_bench, settle
 from .comparison import check_lines
 from .errors import Interrupted, RecipeError, SetupError, in_words
 from .files import to_json, write_atomic
@@ -187,7 +187,8 @@ def sweep(
         own = _own(weights, name, backbone)
         check_lines(trial_recipe(plan, {"freeze_line": line} if line else {}), name, own, bench, spec_overrides or {})
     settings = {
-        "data": data_digest(bench.splits), "recipe": json.loads(to_json(plan.to_dict())), "backbone": backbone,
+        "data": data_digest(bench.splits), "contents of the pictures": contents_digest(bench),
+        "recipe": json.loads(to_json(plan.to_dict())), "backbone": backbone,
         "weights": str(weights or "hub"), "contents of the weights": contents_of(weights or "hub"),
         "pictures": json.loads(to_json(dict(spec_overrides or {}))),
         "precision": str(bench.runtime.dtype).removeprefix("torch."),
