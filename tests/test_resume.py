@@ -327,7 +327,9 @@ def test_a_run_that_was_stopped_by_hand_goes_on(
     monkeypatch.undo()
     assert json.loads((tmp_path / "run/metrics.json").read_text())["interrupted"]
     fine_tune(photos, out=tmp_path / "run", recipe=plan, resume=True, progress=True, **TINY)
-    assert "Stage head" not in capsys.readouterr().err  # it goes on behind it
+    told = capsys.readouterr().err
+    assert "Going on with run: 1 of 2 stages done." in told
+    assert "Stage head" not in told
     assert ending(tmp_path / "run") == ending(tmp_path / "whole")
 
 

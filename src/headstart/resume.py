@@ -104,7 +104,7 @@ class Journey:
         self.model, self.diary = model, diary
         self.point = begun.point if begun else None
         self.audit: AuditResult | None = None
-        self.done, self._stage = 0, 0
+        self.done, self._stage, self._stages = 0, 0, plan.stages
         # Of a head of the user's own nobody knows how its tensors come about, those included that are never trained.
         self._trained = {name for name in _tensors(model) if name.startswith("head.")}
         self._settings: dict[str, Any] = {}
@@ -138,6 +138,7 @@ class Journey:
         ]
         if means:
             say(f"Going on, but not to the same bits: it was begun with {'; '.join(means)}.", enabled=diary.show)
+        say(f"Going on with {folder.name}: {values['done']} of {len(self._stages)} stages done.", enabled=diary.show)
         put(_tensors(self.model), begun, "model")
         self.done = values["done"]
         self._trained = set(values["trained"])
