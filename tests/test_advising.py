@@ -182,14 +182,21 @@ def test_the_command_writes_a_recipe_that_fit_takes(
     folder: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "advice.json"
-    assert main(["advise", str(folder), "--weights", str(trained), "--out", str(out), *ARGUMENTS]) == 0
+    assert main(["advise", str(folder), "--weights", str(trained), "--out", str(out), "--val", "0.2", *ARGUMENTS]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("This is the case: small, ")
+    assert printed.rstrip().endswith(f"--recipe {out} --val 0.2")
     assert load_recipe(out).name == "advised"
     assert tuned_on(out)["weights"] == str(trained)
     assert main(["advise", str(folder), "--weights", str(trained), "--out", str(out), "--json", *ARGUMENTS]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["facts"]["classes"] == 3
+    mine = tmp_path / "mine.csv"
+    mine.write_text("path,label\n")
+    for target, words in ((mine, "is there and is no recipe; it is not replaced"), (tmp_path, "it is a folder")):
+        assert main(["advise", str(folder), "--weights", str(trained), "--out", str(target), *ARGUMENTS]) == 2
+        assert words in capsys.readouterr().err
+    assert mine.read_text() == "path,label\n"
 
 
 def test_fit_auto_follows_the_advice_and_keeps_it(

@@ -390,6 +390,8 @@ def test_predict_reads_no_picture_for_a_call_that_is_wrong(
         (["predict", "{run}", "{folder}/redd"], "Did you mean: red?"),
         (["predict", "{run}", "{folder}", "--csv", "{folder}"], "it is a folder. Name a file in it."),
         (["preview", "{folder}", "--out", "no/folder.png"], "there is no folder no"),
+        (["preview", "{folder}", "--seed", "-1"], "--seed is -1; it takes a whole number from 0"),
+        (["compare", "{folder}", "--budget", "head=1", "--budget", "head=2"], "--budget of head is given twice"),
         (["predict", "{run}", "{folder}", "--csv", "no/folder.csv"], "there is no folder no"),
         (["evaluate", "{run}", "{run}"], "Expected is one folder per class"),
         (["evaluate", "{folder}", "{folder}"], "model.json"),

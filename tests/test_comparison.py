@@ -260,6 +260,18 @@ def test_pictures_that_were_changed_meanwhile_are_not_compared(folder: Path, tmp
         compare(photos, **call)
 
 
+def test_a_complete_run_of_another_budget_is_kept_unless_asked(folder: Path, tmp_path: Path) -> None:
+    call = {"recipes": "head", "out": tmp_path / "out", **MACHINE}
+    compare(folder, budgets={"head": Budget((1,))}, **call)
+    model = tmp_path / "out/head-seed0/model.safetensors"
+    before = model.read_bytes()
+    with pytest.raises(CheckpointError, match=r"is complete, of another recipe, budget .* --overwrite to replace it"):
+        compare(folder, budgets={"head": Budget((2,))}, **call)
+    assert model.read_bytes() == before
+    found = compare(folder, budgets={"head": Budget((2,))}, overwrite=True, **call)
+    assert found.results["recipes"][0]["budget"]["epochs"] == [2]
+
+
 def test_a_comparison_that_is_stopped_says_that_the_same_command_goes_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,8 +311,8 @@ def test_a_run_that_was_stopped_within_is_gone_on_with(
     with monkeypatch.context() as patch:
         patch.setattr(Run, "append_history", stop)
         with pytest.raises(Interrupted):
-            compare(folder, out=tmp_path / "out", **call | {"budgets": {"last:3": Budget((2, 3))}})
-    compare(folder, out=tmp_path / "out", **call | {"budgets": {"last:3": Budget((2, 1))}})
+            compare(folder, out=tmp_path / "two", **call | {"budgets": {"last:3": Budget((2, 3))}})
+    compare(folder, out=tmp_path / "two", **call | {"budgets": {"last:3": Budget((2, 1))}})
     assert stages[3:] == ["head", "fine-tune"] * 2  # of another recipe it is begun again
 
 
@@ -314,6 +326,7 @@ def test_a_run_that_was_stopped_within_is_gone_on_with(
         ({"recipes": ("head",), "seeds": (1, 1)}, RecipeError, "different"),
         ({"recipes": "head", "seeds": 1}, RecipeError, "seeds are 1; give one or more"),
         ({"recipes": "last:900"}, ModelError, "900"),
+        ({"recipes": "fin-tune"}, ModelError, r"no recipe either .*Did you mean: fine-tune"),
         ({"recipes": ("head",), "test": 0.0}, RecipeError, "--test"),
     ],
 )

@@ -14,7 +14,19 @@ import pytest
 import torch
 
 from conftest import make_photos
-from headstart import Entrant, ImageTable, RecipeError, Shootout, Splits, fine_tune, load, load_images, shootout, split
+from headstart import (
+    Entrant,
+    ImageTable,
+    RecipeError,
+    SetupError,
+    Shootout,
+    Splits,
+    fine_tune,
+    load,
+    load_images,
+    shootout,
+    split,
+)
 from headstart.cli import main
 from headstart.cli_shootout import shootout_table
 from headstart.contest import _seen, estimated_seconds, pareto_front
@@ -101,6 +113,34 @@ def test_a_backbone_that_cannot_be_had_is_left_out_with_its_reason(folder: Path,
     assert found["chosen"] == "test_resnet (random)"
     with pytest.raises(RecipeError, match="No backbone could be probed: test_resnot"):
         shootout(folder, backbones=("test_resnot=none",), recipe=PLAN, out=tmp_path / "none", **MACHINE)
+
+
+def test_a_line_that_a_backbone_lacks_leaves_it_out(folder: Path, tmp_path: Path) -> None:
+    plan = replace(PLAN, stages=(PLAN.stages[0], replace(PLAN.stages[1], freeze_line="layer4")))
+    found = shootout(
+        folder, backbones=("test_resnet=none", "test_vit=none"), recipe=plan, out=tmp_path / "out", **MACHINE
+    ).results
+    assert "layer4" in found["entrants"][1]["why_not"]
+    assert found["chosen"] == "test_resnet (random)"
+    assert "fine_tuned" in found["entrants"][0]
+
+
+def test_a_finalist_that_fails_leaves_the_others(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from headstart import contest
+
+    run_or_read = contest.run_or_read
+
+    def fails(*given: Any, backbone: str, **options: Any) -> Any:
+        if backbone == "test_vit":
+            raise SetupError("Out of memory in stage 'fine-tune'.")
+        return run_or_read(*given, backbone=backbone, **options)
+
+    monkeypatch.setattr(contest, "run_or_read", fails)
+    found = shootout(
+        folder, backbones=("test_resnet=none", "test_vit=none"), recipe=PLAN, out=tmp_path / "out", **MACHINE
+    ).results
+    assert found["entrants"][1]["why_not"] == "Out of memory in stage 'fine-tune'."
+    assert found["chosen"] == "test_resnet (random)"
 
 
 def test_a_run_folder_takes_part_with_its_own_weights(shot: Shootout) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from headstart import AugmentSpec, HeadSpec, HiddenLayer, Recipe, RecipeError, Stage, load_recipe
 from headstart.recipe import POLICIES, RECIPES
+from headstart.tuned import tuned_on
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -97,9 +98,22 @@ def test_lists_and_arrays_are_taken_as_tuples() -> None:
 def test_a_recipe_file_that_is_none_is_told(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"neither a known recipe .* nor a file.*Did you mean: fine-tune"):
         load_recipe("finetune")
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(RecipeError, match="not a JSON file"):
-        load_recipe(tmp_path / "bad.json")
+    bad = tmp_path / "bad.json"
+    deep, long = "[" * 100_000 + "]" * 100_000, "1" * 5000
+    for text, words in (
+        ("{", "not a JSON file"),
+        (deep, "nested too deeply"),
+        (f'{{"lr": {long}}}', "not a JSON file"),
+    ):
+        bad.write_text(text)
+        for read in (load_recipe, tuned_on):
+            with pytest.raises(RecipeError, match=words):
+                read(bad)
+    bad.write_text(json.dumps({"lr": 10**400}))
+    with pytest.raises(RecipeError, match="lr has 401 digits; it takes a smaller number"):
+        load_recipe(bad)
+    bad.write_text(json.dumps(RECIPES["head"].to_dict()), encoding="utf-8-sig")  # as editors on Windows write it
+    assert load_recipe(bad) == RECIPES["head"]
 
 
 def test_fine_tuning_is_a_hundred_times_slower_than_the_head_and_none_changes_nothing() -> None:

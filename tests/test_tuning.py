@@ -26,6 +26,7 @@ from headstart import (
     ModelError,
     Recipe,
     RecipeError,
+    SetupError,
     Space,
     Stage,
     find_lr,
@@ -38,7 +39,7 @@ from headstart.bench import Bench
 from headstart.cli import main
 from headstart.errors import HeadstartError
 from headstart.features import make_source
-from headstart.lr_finder import RateCurve, option_for, range_test, smoothed, suggestions
+from headstart.lr_finder import RateCurve, describe, option_for, range_test, smoothed, suggestions
 from headstart.owners import is_gone, this_process
 from headstart.recipe import HeadSpec, load_recipe
 from headstart.runtime import make_runtime
@@ -130,6 +131,51 @@ def test_suggestions_of_a_curve_with_a_known_shape() -> None:
     assert suggestions(rates, losses)[0] == steepest
     losses[0] = 0.0  # or low by chance
     assert suggestions(rates, losses)[::2] == (steepest, tenth)
+
+
+def fastai_valley(rates: Any, losses: Any) -> float:
+    """As in fastai 2.8, callback/schedule.py, `valley`, with its own words."""
+    n = len(losses)
+    max_start, max_end = 0, 0
+    lds = [1] * n
+    for i in range(1, n):
+        for j in range(i):
+            if losses[i] < losses[j] and lds[i] < lds[j] + 1:
+                lds[i] = lds[j] + 1
+            if lds[max_end] < lds[i]:
+                max_end = i
+                max_start = max_end - lds[max_end]
+    sections = (max_end - max_start) / 3
+    return float(rates[max_start + int(sections) + int(sections / 2)])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_valley_is_fastais(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rates = np.geomspace(1e-6, 10, 101)
+    losses = 2 - 1.6 / (1 + np.exp(-4 * (np.log10(rates) + 2.5))) + rng.normal(0, 0.05, 101)
+    assert suggestions(rates, losses)[1] == fastai_valley(rates, losses)
+
+
+def test_a_curve_that_does_not_fall_suggests_nothing(photos: Path) -> None:
+    call: dict[str, Any] = {"recipe": replace(HEAD, stages=(replace(HEAD.stages[0], batch_size=4),)), **NET, **MACHINE}
+    flat = find_lr(photos, low=1e-9, high=1e-7, **call)
+    assert not flat.falls
+    assert "no suggestion: no rate here lowers the loss" in describe(flat)
+    assert "suggestion: --lr" not in describe(flat)
+    fell = find_lr(photos, **call)
+    assert fell.falls
+    assert describe(fell).endswith(f"suggestion: {fell.option}")
+    with pytest.raises(RecipeError, match="L-BFGS finds the length of its steps itself"):
+        find_lr(photos, **call | {"recipe": Recipe(stages=(Stage(optimizer="lbfgs"),))})
+
+
+@pytest.mark.parametrize("change", [{"class_weights": (1.0, 50.0, 1.0)}, {"clip_norm": 1e-3, "optimizer": "sgd"}])
+def test_weights_and_clipping_are_in_the_curve(change: dict[str, Any], photos: Path) -> None:
+    plain = replace(HEAD.stages[0], **{name: value for name, value in change.items() if name == "optimizer"})
+    call: dict[str, Any] = {"steps": 30, **NET, **MACHINE}
+    before = find_lr(photos, recipe=Recipe(stages=(plain,)), **call)
+    assert find_lr(photos, recipe=Recipe(stages=(replace(plain, **change),)), **call).losses != before.losses
 
 
 def test_smoothing_begins_without_bias_and_stops_where_it_runs_away() -> None:
@@ -273,6 +319,35 @@ def test_a_trial_that_fails_is_tried_again(photos: Path, tmp_path: Path, monkeyp
         with pytest.raises(ValueError, match="no such thing"):
             sweep(bench, space=GRID, **call)
     assert len(sweep(bench, space=GRID, **call).results["trials"]) == len(GRID.grid())
+
+
+def test_a_trial_that_cannot_be_had_is_left_out_with_its_reason(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench, call = bench_of(photos), {"recipe": HEAD, "out": tmp_path / "out", **NET}
+    space = Space(values={"lr": (1e-3, 1e-2, 1e-1)})
+
+    def fails(bench: Any, *, recipe: Recipe, **options: Any) -> Any:
+        if recipe.lr == 1e-2:
+            raise SetupError("no network")
+        if recipe.lr == 1e-1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return fine_tune(bench, recipe=recipe, **options)
+
+    with monkeypatch.context() as broken:
+        broken.setattr("headstart.sweeps.fine_tune", fails)
+        found = sweep(bench, space=space, **call)
+        assert [row["values"] for row in found.results["trials"]] == [{"lr": 1e-3}]
+        assert [one["values"] for one in found.results["failed"]] == [{"lr": 1e-2}, {"lr": 1e-1}]
+        assert found.best == load_recipe(tmp_path / "out/best.json")
+        assert "lr 0.01: failed: no network" in capsys.readouterr().err
+        broken.setattr("headstart.sweeps.fine_tune", mock.Mock(side_effect=SetupError("no network")))
+        with pytest.raises(RecipeError, match=r"No trial came to its end\. lr 0\.001: no network"):
+            sweep(bench, space=space, **call | {"out": tmp_path / "none"})
+        with pytest.raises(RecipeError, match="No trial came to its end"):
+            sweep(bench, space=space, method="tpe", trials=2, **call | {"out": tmp_path / "tpe"})
+    again = sweep(bench, space=space, **call)
+    assert (len(again.results["trials"]), again.results["failed"]) == (3, [])
 
 
 @pytest.mark.parametrize("budget", [{"trials": 0}, {"trials": -1}, {"minutes": float("nan")}, {"minutes": -3.0}])
@@ -495,6 +570,9 @@ def test_values_are_read_and_wrong_ones_refused() -> None:
     for wrong in (["rate=1"], ["lr"], ["lr=fast"]):
         with pytest.raises(RecipeError):
             parse_values(wrong)
+    for twice in (lambda: parse_values(["lr=1e-3", "lr=1e-2"]), lambda: parse_point("lr=1e-3,lr=1e-2")):
+        with pytest.raises(RecipeError, match="lr is given twice"):
+            twice()
     with pytest.raises(RecipeError, match="either"):
         Space()
     for values in ({"lr": 1e-3}, {"freeze_line": "head"}, {"lr": ()}, ["lr"]):

@@ -49,6 +49,7 @@ from .cli_predict import EVALUATE, PREDICT
 from .cli_recipe import follow_tuned
 from .drawing import check_picture
 from .errors import HeadstartError, Interrupted, RecipeError, SetupError, in_words, near_matches
+from .fields import check_number
 from .owners import launched
 from .recipe import DEFAULT_BACKBONE, HeadSpec, load_recipe
 from .run import is_complete, read_run
@@ -216,6 +217,8 @@ def _preview_options(parser: argparse.ArgumentParser) -> None:
 
 def _preview(args: argparse.Namespace) -> int:
     recipe = apply_overrides(load_recipe(DEFAULT_RECIPE), {"augment": args.augment, "erasing": args.erasing})
+    if args.seed is not None:
+        check_number("preview", "--seed", args.seed, 0, whole=True)
     overrides = picture_overrides(vars(args))
     out = args.out or "preview.png"
     check_picture("Preview", out)

@@ -18,9 +18,10 @@ from .cli_options import (
     short_path,
 )
 from .cli_overrides import apply_overrides
-from .cli_tuning import add_work_options, given_work
-from .errors import RecipeError
-from .recipe import Recipe
+from .cli_tuning import add_work_options, given_work, repeated_data
+from .errors import CheckpointError, RecipeError
+from .files import check_folder, check_target
+from .recipe import Recipe, load_recipe
 from .terminal import say
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.out:
+        _check_out(Path(args.out))
     advice = _advise(args)
     backbone = advice.found_on["backbone"]
     out = Path(args.out) if args.out else default_run_path(args.photos, f"{backbone}-advice.json", overwrite=True)
@@ -51,9 +54,22 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(advice.to_dict(), indent=1, default=str))
     else:
         print(advice.text())
-        use = f"headstart fit {quote(args.photos)} --recipe {quote(str(out))}"
+        use = f"headstart fit {quote(args.photos)} --recipe {quote(str(out))}{repeated_data(args)}"
         print(f"\nrecipe  {short_path(out.absolute())}\nuse     {use}")
     return 0
+
+
+def _check_out(out: Path) -> None:
+    """The recipe's file can be written, and replaces nothing but an earlier recipe; told before the work."""
+    if not out.parent.is_dir():
+        check_folder(out.parent, f"Cannot write {out}")
+        return
+    check_target(out)
+    if out.is_file() and out.stat().st_size:
+        try:
+            load_recipe(out)
+        except RecipeError:
+            raise CheckpointError(f"{out} is there and is no recipe; it is not replaced. Name another file.") from None
 
 
 def follow_advice(args: argparse.Namespace) -> Advice:

@@ -90,6 +90,8 @@ def read_budgets(texts: Sequence[str]) -> dict[str, str]:
         name, equals, budget = one.partition("=")
         if not equals or not name or not budget:
             raise RecipeError(f"--budget is {one!r}; it takes RECIPE=EPOCHS[@PX], such as scratch=10@96.")
+        if name in budgets:
+            raise RecipeError(f"--budget of {name} is given twice. Leave one out.")
         budgets[name] = budget
     return budgets
 

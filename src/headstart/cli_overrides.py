@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from .cli_options import RECIPE_OPTIONS, STAGE_OPTIONS, read_number, read_whole, read_word
 from .errors import RecipeError, near_matches
+from .fields import read_json_file
 from .recipe import POLICIES, AugmentSpec, HeadSpec, HiddenLayer, Recipe, Stage
 
 
@@ -112,10 +112,7 @@ def read_augment(text: str, flag: str = "--augment") -> str | AugmentSpec:
             f"{flag} is {text!r}: neither a policy ({', '.join(POLICIES)}) nor a file."
             f"{near_matches(text, tuple(POLICIES))}"
         )
-    try:
-        return AugmentSpec.from_dict(json.loads(path.read_text(encoding="utf-8")), where=text)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RecipeError(f"{flag} {text}: not a JSON file ({error}).") from None
+    return AugmentSpec.from_dict(read_json_file(path, f"{flag} {text}"), where=text)
 
 
 def picture_overrides(options: Mapping[str, Any]) -> dict[str, Any]:

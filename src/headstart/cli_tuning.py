@@ -51,6 +51,12 @@ def given_work(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def repeated_data(args: argparse.Namespace) -> str:
+    """The options that say which pictures are meant and how they are split, as given, for another command."""
+    names = ("root", "val_folder", "test_folder", "val", "test", "bad_files", "limit")
+    return "".join(f" --{name.replace('_', '-')} {quote(str(v))}" for name, v in given(args, *names).items())
+
+
 def recipe_of(args: argparse.Namespace, default: str) -> Recipe:
     """The recipe that the options describe; what its file was found on goes into `args`."""
     follow_tuned(args)
@@ -175,7 +181,9 @@ def _sweep(args: argparse.Namespace) -> int:
     print(terminal.sweep_table(result.results))
     if result.best:
         best = short_path(result.path / "best.json")
-        print(f"\nbest    {best}\nuse     headstart fit {quote(args.photos)} --recipe {quote(best)}")
+        print(
+            f"\nbest    {best}\nuse     headstart fit {quote(args.photos)} --recipe {quote(best)}{repeated_data(args)}"
+        )
     return 0
 
 

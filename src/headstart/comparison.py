@@ -20,7 +20,7 @@ from .bench import Bench, contents_digest, data_digest, make_bench, settle
 from .classifier import create_classifier
 from .comparison_page import write_comparison
 from .dataset import ImageTable, Splits
-from .errors import HeadstartError, Interrupted, RecipeError
+from .errors import CheckpointError, HeadstartError, Interrupted, ModelError, RecipeError, near_matches
 from .fields import as_tuple
 from .files import to_json, write_atomic
 from .freezing import set_freeze_line
@@ -28,7 +28,7 @@ from .metrics import judge_pairs, paired_difference, wilson_interval
 from .recipe import DEFAULT_BACKBONE, RECIPES, Recipe, load_recipe
 from .recipes import fine_tune, weights_of
 from .resume import can_go_on
-from .run import RunRecord, read_run
+from .run import RunRecord, is_complete, is_run, read_run
 from .runtime import make_runtime
 from .settings import own_settings
 from .terminal import say
@@ -93,8 +93,8 @@ def named_recipe(name: str) -> Recipe:
 
     The seed in a file, that of the run or sweep which wrote it, is left out.
     """
-    if name in RECIPES or name.endswith(".json"):
-        is_file = name.endswith(".json")
+    is_file = name not in RECIPES and (name.endswith(".json") or Path(name).is_file())
+    if name in RECIPES or is_file:
         return replace(load_recipe(name), name=Path(name).stem if is_file else name, seed=Recipe.seed)
     base = RECIPES["fine-tune"]
     return replace(base, name=name, stages=(*base.stages[:-1], replace(base.stages[-1], freeze_line=name)))
@@ -147,6 +147,7 @@ def compare(
     """
     seeds = _whole_numbers(seeds)
     plans = _plans(recipes, budgets or {})
+    _check_words(plans, backbone)
     overrides = {p.name: _overrides(spec_overrides or {}, (budgets or {}).get(p.name)) for p in plans}
     bench = data if isinstance(data, Bench) else make_bench(
         data, runtime=make_runtime(device=device, precision=precision, workers=workers, compile=compile),
@@ -180,7 +181,7 @@ def compare(
                 run_or_read(
                     bench, replace(plan, seed=seed), folder / run_name(plan.name, seed), backbone=backbone,
                     weights=weights if plan.pretrained else None, overrides=overrides[plan.name], size=sizes[plan.name],
-                    progress=progress,
+                    overwrite=overwrite, progress=progress,
                 )
             )  # fmt: skip
     results = {"settings": settings, "seeds": list(seeds), "wall_seconds": time.perf_counter() - started}
@@ -206,6 +207,24 @@ def _plans(recipes: str | Recipe | Sequence[str | Recipe], budgets: Mapping[str,
         if name not in names:
             raise RecipeError(f"Budget for {name!r}, which is not compared. Recipes: {', '.join(names)}.")
     return [budgets[plan.name].apply(plan) if plan.name in budgets else plan for plan in plans]
+
+
+def _check_words(plans: Sequence[Recipe], backbone: str) -> None:
+    """A word that is no recipe is a freeze line of this backbone: told before the pictures are read.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    lines = [plan for plan in plans if plan.name not in RECIPES and plan.name == plan.stages[-1].freeze_line]
+    if not lines:
+        return
+    model = create_classifier(backbone, ("a", "b"), weights="none")
+    for plan in lines:
+        try:
+            set_freeze_line(model, plan.stages[-1].freeze_line)
+        except ModelError as error:
+            recipes = f"It is no recipe either ({', '.join(RECIPES)}).{near_matches(plan.name, tuple(RECIPES))}"
+            raise ModelError(f"{error} {recipes}") from None
 
 
 def _overrides(shared: Mapping[str, Any], budget: Budget | None) -> dict[str, Any]:
@@ -253,11 +272,15 @@ def run_or_read(
     weights: str | Path | None,
     overrides: dict[str, Any],
     size: int,
+    overwrite: bool,
     progress: bool,
 ) -> RunRecord:
     """Train, or read what an earlier call finished with the very same recipe and picture size, or go on with it.
 
     The bench of both has the same test pictures, or none.
+
+    Raises:
+        CheckpointError: a complete run of another recipe or picture size is there, and `overwrite` is not set.
     """
     resume = False
     if path.exists():
@@ -273,6 +296,11 @@ def run_or_read(
             resume = can_go_on(path, plan, size)
         except HeadstartError:
             pass  # torn or something else: the run below says whether it may be replaced
+        if is_run(path) and is_complete(path) and not overwrite:
+            raise CheckpointError(
+                f"Run {path} is complete, of another recipe, budget or picture size. Choose another folder with --out,"
+                " or pass --overwrite to replace it."
+            )
     try:
         result = fine_tune(
             bench, recipe=plan, out=path, overwrite=path.exists() and not resume, resume=resume, backbone=backbone,

@@ -28,7 +28,7 @@ from .closing import trained_on
 from .comparison import run_name, run_or_read
 from .dataset import Splits
 from .dataspec import DataSpec
-from .errors import HeadstartError, RecipeError
+from .errors import HeadstartError, ModelError, RecipeError, SetupError
 from .features import FeatureSource, make_source
 from .files import to_json, write_atomic
 from .freezing import set_freeze_line
@@ -154,7 +154,7 @@ def shootout(
     if not any("probe" in row for row in rows):
         raise RecipeError("No backbone could be probed: " + "; ".join(f"{r['label']}: {r['why_not']}" for r in rows))
     _mark_fronts(rows)
-    runs = _fine_tuned(rows, blind, plan, overrides, folder, finalists, clock, progress)
+    runs = _fine_tuned(rows, blind, plan, overrides, folder, finalists, clock, overwrite, progress)
     results = {
         "settings": settings, "minutes": minutes, "recipe": plan.name, "class_names": list(bench.splits.class_names),
         "root": str(bench.splits.train.root),
@@ -221,6 +221,8 @@ def _probed(
             one.backbone, bench.splits.class_names, head=plan.head, weights=str(weights_of(plan, one.weights)),
             seed=plan.seed, **overrides,
         ).to(bench.runtime.device)  # fmt: skip
+        for stage in plan.stages:  # a line that is not in this network is found before others are trained
+            set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
         row |= _costs(model, bench)
         row["probe"] = probe_on(model, bench, show=show)
     except HeadstartError as error:
@@ -307,7 +309,7 @@ def probe_on(model: Classifier, bench: Bench, *, show: bool = False) -> dict[str
 
 def _fine_tuned(
     rows: list[dict[str, Any]], bench: Bench, plan: Recipe, overrides: dict[str, Any], folder: Path, finalists: int,
-    clock: _Clock, show: bool,
+    clock: _Clock, overwrite: bool, show: bool,
 ) -> dict[str, RunRecord]:  # fmt: skip
     """Fine-tune in the order of the probes while the time lasts; what each came to goes into its row."""
     runs: dict[str, RunRecord] = {}
@@ -324,11 +326,16 @@ def _fine_tuned(
         say(f"{row['label']}: fine-tuning", enabled=show)
         done = folder / row["run"] / "metrics.json"
         before = done.stat().st_mtime_ns if done.exists() else None
-        run = run_or_read(
-            bench, plan, folder / row["run"], backbone=row["backbone"],
-            weights=None if row["weights"] == "hub" else row["weights"], overrides=overrides, size=row["image_size"],
-            progress=show,
-        )  # fmt: skip
+        try:
+            run = run_or_read(
+                bench, plan, folder / row["run"], backbone=row["backbone"],
+                weights=None if row["weights"] == "hub" else row["weights"], overrides=overrides,
+                size=row["image_size"], overwrite=overwrite, progress=show,
+            )  # fmt: skip
+        except (ModelError, SetupError) as error:  # of this backbone: the others may still win
+            row["why_not"] = str(error).splitlines()[0]
+            say(f"{row['label']}: {error}", enabled=show)
+            continue
         seconds = sum(stage["seconds"] for stage in run.metrics["stages"])
         trained_now = done.stat().st_mtime_ns != before  # else by an earlier call
         if trained_now:

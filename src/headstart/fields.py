@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any, Self
 
 from .errors import RecipeError, near_matches
@@ -33,7 +35,11 @@ def check_number(
 ) -> None:
     """A finite number from `low` (or `above` it) to `high`; true and false are none."""
     kind = (int,) if whole else (int, float)
-    is_number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(float(value))
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    try:
+        is_number = is_number and math.isfinite(float(value))  # type: ignore[arg-type]
+    except OverflowError:  # a whole number of hundreds of digits
+        raise RecipeError(f"{owner}: {name} has {len(str(value)):,} digits; it takes a smaller number.") from None
     if not is_number or not low <= float(value) <= high or (above and float(value) == low):  # type: ignore[arg-type]
         what = "a whole number" if whole else "a number"
         span = f"{'above' if above else 'from'} {low:g}" + (f" to {high:g}" if high < math.inf else "")
@@ -54,6 +60,20 @@ def as_tuple(owner: str, name: str, value: object, kind: type, what: str) -> Any
         if not isinstance(one, kind):
             raise RecipeError(f"{owner}: {name}[{i}] is {one!r}; it takes {what}.")
     return tuple(value)
+
+
+def read_json_file(path: Path, what: str) -> Any:
+    """What a user's JSON file holds, with or without a byte order mark.
+
+    Raises:
+        RecipeError: it is none; `what` says whose file it is, in the message's words.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise RecipeError(f"{what}: nested too deeply for a JSON file of ours.") from None
+    except ValueError as error:  # no UTF-8, no JSON, a number of thousands of digits
+        raise RecipeError(f"{what}: not a JSON file ({error}).") from None
 
 
 class Spec:

@@ -11,6 +11,7 @@ from torch import nn
 
 from .backbones import create_backbone, within
 from .classifier import Classifier, as_classifier
+from .fields import check_number
 from .freezing import count_statistics, layers_in_order, place_line
 from .heads import create_head
 from .recipe import HeadSpec, load_recipe
@@ -139,6 +140,7 @@ def _from_name(name: str, head: HeadSpec, num_classes: int | None, image_size: i
         pool = "avg" if head.features_from and head.pool == "backbone" else head.pool
         model = Classifier(net, nn.Identity(), spec, (), pool=pool, backbone_name=name)
         if num_classes is not None:
+            check_number("summary", "num_classes", num_classes, 1, 10**7, whole=True)
             model.head = create_head(head, model.num_features, num_classes)
         return model
 

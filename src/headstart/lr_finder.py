@@ -7,7 +7,7 @@ Reference: Smith 2017, "Cyclical learning rates for training neural networks", a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from .recipe import DEFAULT_BACKBONE, Recipe, Stage, load_recipe
 from .recipes import fine_tune, weights_of
 from .run import read_run
 from .runtime import Runtime, make_runtime
-from .schedule import batches_of_epoch, make_optimizer, views_of_epoch
+from .schedule import batches_of_epoch, class_weight_vector, make_optimizer, views_of_epoch
 from .settings import own_settings
 from .terminal import ProgressBar
 
@@ -45,9 +45,10 @@ LEAST_STEPS = 10
 class RateCurve:
     """Loss against rate for one stage, and what it suggests; rates are those of the stage, per optimiser step.
 
-    losses: smoothed training loss (nats). steepest: where it falls fastest per decade. valley: the middle of the
-    longest fall, two thirds down. minimum_tenth: a tenth of the rate with the least loss. diverged: whether the test
-    ended because the loss ran away.
+    losses: smoothed training loss (nats). steepest: where it falls fastest per decade. valley: half-way along the
+    longest fall, as fastai has it. minimum_tenth: a tenth of the rate with the least loss. diverged: whether the test
+    ended because the loss ran away. falls: whether it falls at all, by more than single batches scatter; without that
+    no rate is worth taking.
     """
 
     stage: str
@@ -59,6 +60,7 @@ class RateCurve:
     minimum_tenth: float
     diverged: bool
     option: str
+    falls: bool = True
     picture: Path | None = None
 
     @property
@@ -116,6 +118,8 @@ def find_lr(
     plan = Recipe.from_dict(read_run(run).recipe) if run is not None else _plan(recipe)
     if after_head and len(plan.stages) < 2:
         raise RecipeError(f"Recipe {plan.name!r} has one stage, so nothing comes after its head stage.")
+    place = len(plan.stages) - 1 if run is not None else int(after_head)
+    _refuse_lbfgs(plan.stages[place])
     spec = (
         DataSpec.from_dict(read_card(Path(run))["preprocessing"])
         if run is not None
@@ -143,7 +147,6 @@ def find_lr(
             drop_rate=plan.drop_rate, drop_path_rate=plan.drop_path_rate, **(spec_overrides or {}),
         ).to(bench.runtime.device)  # fmt: skip
         stage = plan.stages[0]
-    place = len(plan.stages) - 1 if run is not None else int(after_head)
     curve = range_test(
         model, _source(model, stage, plan, bench, progress), stage, steps=steps, low=low, high=high, seed=plan.seed,
         runtime=bench.runtime, nominal=plan.lr, place=place, stages=len(plan.stages), progress=progress,
@@ -185,14 +188,17 @@ def range_test(
     """Train `steps` steps at rates from `low` to `high` behind the model's freeze line, then put everything back.
 
     Weights, statistics, modes and the random state are afterwards what they were, to the bit. Weight decay is left
-    out: at the far rates it would shrink the weights and be seen in the loss.
+    out: at the far rates it would shrink the weights and be seen in the loss. So are mixing, running averages and
+    accumulation: a step is one batch.
 
     Args:
         nominal, place, stages: the recipe's rate, which of its stages this is, from 0, and how many it has: the terms
             of the suggestion.
     Raises:
         ModelError: the loss was not finite for the first steps already.
+        RecipeError: the stage's optimiser finds the length of its steps itself.
     """
+    _refuse_lbfgs(stage)
     state, was_training = snapshot(model), model.training
     try:
         with torch.random.fork_rng(devices=runtime.generators), data.train.kernels(model, runtime):
@@ -209,8 +215,13 @@ def range_test(
     steepest, valley, tenth = suggestions(rates[: len(losses)], losses)
     return RateCurve(
         stage.name, stage.freeze_line, tuple(rates[: len(losses)]), tuple(losses), steepest, valley, tenth, diverged,
-        option_for(valley, nominal=nominal, stage=stage, place=place, stages=stages),
+        option_for(valley, nominal=nominal, stage=stage, place=place, stages=stages), falls(losses, raw),
     )  # fmt: skip
+
+
+def _refuse_lbfgs(stage: Stage) -> None:
+    if stage.optimizer == "lbfgs":
+        raise RecipeError(f"Stage {stage.name!r}: L-BFGS finds the length of its steps itself; it takes no rate.")
 
 
 def option_for(rate: float, *, nominal: float, stage: Stage, place: int, stages: int) -> str:
@@ -231,6 +242,9 @@ def _rising(
     show: bool,
 ) -> tuple[list[float], list[float]]:
     optimizer = make_optimizer(model, stage, lr=low)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    weights = class_weight_vector(stage, data.train.labels, len(model.class_names))
+    weights = None if weights is None else weights.to(runtime.device)
     rates, losses, least = [], [], math.inf
     model.train()
     with ProgressBar(steps, "  rates", unit="step", enabled=show) as bar:
@@ -242,7 +256,9 @@ def _rising(
             with runtime.autocast():
                 logits = data.train.forward(model, inputs)
             labels = data.train.labels[indices].to(logits.device)
-            loss = torch.nn.functional.cross_entropy(logits.float(), labels, label_smoothing=stage.label_smoothing)
+            loss = torch.nn.functional.cross_entropy(
+                logits.float(), labels, weight=weights, label_smoothing=stage.label_smoothing
+            )
             value = float(loss.detach())
             rates.append(rate)
             losses.append(value)
@@ -250,6 +266,8 @@ def _rising(
             if not math.isfinite(value) or (step > LEAST_STEPS and value > 3 * DIVERGED * max(least, 0.1)):
                 break
             loss.backward()
+            if stage.clip_norm:
+                torch.nn.utils.clip_grad_norm_(held, stage.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             bar.advance()
@@ -292,25 +310,30 @@ def suggestions(rates: ArrayLike, losses: ArrayLike) -> tuple[float, float, floa
     end = first + int(y[first:].argmin()) + 1  # behind the minimum nothing is to be found
     stop = max(end, first + 2)
     steepest = first + int(np.gradient(y[first:stop], x[first:stop]).argmin())
-    start, stop = _longest_fall(y)
-    valley = start + (stop - start) // 2 + (stop - start) // 6  # two thirds down
-    return float(10 ** x[steepest]), float(10 ** x[valley]), float(10 ** (x[end - 1] - 1))
+    return float(10 ** x[steepest]), float(10 ** x[_valley(y)]), float(10 ** (x[end - 1] - 1))
 
 
-def _longest_fall(losses: NDArray[np.float64]) -> tuple[int, int]:
-    """First and last place of the longest falling subsequence; the later one of equals."""
+def _valley(losses: NDArray[np.float64]) -> int:
+    """The place that fastai's `valley` takes: as far back from the end of the longest falling subsequence as half its
+    steps, the first of equally long ones.
+    """
     n = len(losses)
-    length, before = np.ones(n, dtype=np.int64), np.full(n, -1)
+    length = np.ones(n, dtype=np.int64)
     for i in range(1, n):
         higher = np.flatnonzero(losses[:i] > losses[i])
         if len(higher):
-            j = higher[length[higher].argmax()]
-            length[i], before[i] = length[j] + 1, j
-    last = n - 1 - int(length[::-1].argmax())
-    first = last
-    while before[first] >= 0:
-        first = int(before[first])
-    return first, last
+            length[i] = length[higher].max() + 1
+    end = int(length.argmax())
+    third = length[end] / 3
+    return max(0, end - int(length[end]) + int(third) + int(third / 2))
+
+
+def falls(losses: Sequence[float], raw: Sequence[float]) -> bool:
+    """Whether the smoothed loss falls further than single batches scatter, before it is least."""
+    smooth = np.asarray(losses)
+    least = int(smooth.argmin())
+    scatter = float(np.std(np.diff(np.asarray(raw, dtype=np.float64)[: len(smooth)]))) / math.sqrt(2)
+    return bool(least >= LEAST_STEPS and smooth[:least].max() - smooth[least] > scatter)
 
 
 def describe(curve: RateCurve) -> str:
@@ -321,6 +344,9 @@ def describe(curve: RateCurve) -> str:
         f"until {ran} at {curve.rates[-1]:.2g}",
         f"valley {curve.valley:.2g}   steepest {curve.steepest:.2g}   a tenth of the minimum's "
         f"{curve.minimum_tenth:.2g}",
-        f"suggestion: {curve.option}",
+        f"suggestion: {curve.option}"
+        if curve.falls
+        else "no suggestion: no rate here lowers the loss by more than it differs between batches; try others (--low,"
+        " --high, --steps)",
     ]
     return "\n".join(lines)

@@ -5,14 +5,13 @@ A recipe is a head, an augmentation and a short list of stages; a stage is a fre
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError, near_matches
-from .fields import Spec, as_tuple, check_choice, check_flag, check_number
+from .fields import Spec, as_tuple, check_choice, check_flag, check_number, read_json_file
 
 DEFAULT_BACKBONE = "mobilenetv2_100"
 ACTIVATIONS = ("none", "relu", "gelu")
@@ -430,10 +429,7 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
             f"Recipe {str(name_or_file)!r} is neither a known recipe ({', '.join(RECIPES)}) nor a file."
             f"{near_matches(str(name_or_file), tuple(RECIPES))}"
         )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RecipeError(f"Recipe {path}: not a JSON file ({error}).") from None
+    data = read_json_file(path, f"Recipe {path}")
     if isinstance(data, dict):
         data.pop(TUNED_ON, None)
     return Recipe.from_dict(data, where=str(path))

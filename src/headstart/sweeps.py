@@ -21,8 +21,9 @@ from typing import Any
 from .backbones import spec_of
 from .bench import Bench, contents_digest, data_digest, make_bench, settle
 from .comparison import check_lines
-from .errors import Interrupted, RecipeError, SetupError, in_words
+from .errors import HeadstartError, Interrupted, RecipeError, SetupError, in_words
 from .files import to_json, write_atomic
+from .memory import is_out_of_memory
 from .owners import is_gone, this_process
 from .plots import plot_parallel
 from .recipe import DEFAULT_BACKBONE, Recipe, load_recipe
@@ -156,7 +157,8 @@ def sweep(
             parallel-coordinates picture.
         data_options: val, test, val_folder, test_folder, root, bad_files, limit and cache, as in `fine_tune`.
     Raises:
-        SetupError: Optuna is not installed. RecipeError: options that cannot be used.
+        SetupError: Optuna is not installed. RecipeError: options that cannot be used; every trial failed, while one
+            that does is left out, and told, where others come to their end.
         Interrupted: stopped by hand; what the finished trials found is written.
     """
     if not isinstance(space, Space):
@@ -202,11 +204,12 @@ def sweep(
     study = _study(optuna, str(storage or folder / JOURNAL), name=name, prune=prune, fresh=overwrite)
     started = time.perf_counter()
     limit = (trials or (TPE_TRIALS if minutes is None else None)) if method == "tpe" else trials
-    stopped = False
+    stopped, failed = False, list[dict[str, Any]]()
     while minutes is None or time.perf_counter() - started < 60 * minutes:
         taken = _taken(optuna, study)
-        left = [point for point in space.grid() if _key(point) not in taken] if method == "grid" else [{}]
-        if not left or (limit is not None and len(taken) >= limit):
+        tried = [*taken, *(_key(one["values"]) for one in failed)]
+        left = [point for point in space.grid() if _key(point) not in tried] if method == "grid" else [{}]
+        if not left or (limit is not None and len(tried) >= limit):
             break
         trial = _ask(optuna, study, seed=plan.seed)
         trial.set_user_attr("process", this_process())
@@ -218,9 +221,18 @@ def sweep(
         except (KeyboardInterrupt, Interrupted):
             stopped = True
             break
+        except (HeadstartError, MemoryError, RuntimeError) as error:  # of this trial: others may do better
+            if not (isinstance(error, HeadstartError) or is_out_of_memory(error)):
+                raise
+            reason = str(error) if isinstance(error, HeadstartError) else in_words(error)
+            failed.append({"values": point, "reason": reason})
+            say(f"{describe(point)}: failed: {reason}", enabled=True)
     results = {"settings": settings, "method": method, "wall_seconds": time.perf_counter() - started}
     results["trials"] = [_row(trial, space) for trial in study.get_trials(deepcopy=False) if _scored(optuna, trial)]
+    results["failed"] = failed  # in this call; the next one tries them again
     found = _finish(results, plan, folder)
+    if failed and not stopped and not found.best:
+        raise RecipeError(f"No trial came to its end. {describe(failed[0]['values'])}: {failed[0]['reason']}")
     if stopped:
         done = len(found.results["trials"])
         best = f", the best of them in {folder / 'best.json'}" if found.best else ""
@@ -442,6 +454,8 @@ def parse_values(texts: Iterable[str]) -> dict[str, tuple[Any, ...]]:
         name, equals, listed = text.partition("=")
         if not equals or name not in PARAMETERS or not listed:
             raise RecipeError(f"{text!r}: it takes PARAMETER=VALUE,... with one of {', '.join(PARAMETERS)}.")
+        if name in values:
+            raise RecipeError(f"{name} is given twice. All its values go into one: {name}=A,B.")
         parts: Sequence[str] = listed.split(",")
         values[name] = tuple(parts) if name in WORDS else tuple(_number(name, p) for p in parts)
     return values
@@ -449,7 +463,7 @@ def parse_values(texts: Iterable[str]) -> dict[str, tuple[Any, ...]]:
 
 def parse_point(text: str) -> dict[str, Any]:
     """`lr=0.01,weight_decay=0` as one trial of an explicit list."""
-    return {name: found[0] for part in text.split(",") for name, found in parse_values([part]).items()}
+    return {name: found[0] for name, found in parse_values(text.split(",")).items()}
 
 
 def _number(name: str, text: str) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError
+from .fields import read_json_file
 from .files import to_json, write_atomic
 from .recipe import RECIPES, TUNED_ON, Recipe
 
@@ -39,10 +39,7 @@ def tuned_on(name_or_file: str | Path) -> dict[str, Any]:
     """
     if str(name_or_file) in RECIPES or not Path(name_or_file).is_file():
         return {}
-    try:
-        data = json.loads(Path(name_or_file).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RecipeError(f"Recipe {name_or_file}: not a JSON file ({error}).") from None
+    data = read_json_file(Path(name_or_file), f"Recipe {name_or_file}")
     found = data.get(TUNED_ON, {}) if isinstance(data, Mapping) else {}
     pictures = found.get("pictures", {}) if isinstance(found, Mapping) else None
     words = [found.get(name, "") for name in ("backbone", "weights")] if isinstance(found, Mapping) else []
