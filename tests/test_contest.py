@@ -253,6 +253,24 @@ def test_labels_lie_on_no_mark() -> None:
     assert min(np.diff(heights)) >= 14
 
 
+def test_what_speaks_against_the_choice_is_told(shot: Shootout) -> None:
+    results = json.loads((shot.path / "shootout.json").read_text())
+    tuned = next(row for row in results["entrants"] if "fine_tuned" in row)
+    tuned["fine_tuned"]["log_loss"], tuned["probe"]["log_loss"] = 1.6, 0.7
+    results["test"] |= {"accuracy_ci95": [0.3, 0.6], "majority_baseline": 1 / 3}
+    told = shootout_table(results)
+    assert f"{results['chosen']} is not shown to be better than always answering the most frequent class" in told
+    assert f"{tuned['label']} is worse fine-tuned than its probe" in told
+    assert "What speaks against the choice" in render_shootout(results)
+    tuned["fine_tuned"]["log_loss"], results["test"]["accuracy_ci95"] = 0.7, [0.4, 0.6]
+    others = [row for row in results["entrants"] if row is not tuned and "fine_tuned" in row]
+    for row in others:
+        row["fine_tuned"]["log_loss"] = row["probe"]["log_loss"]
+    assert "speaks against" not in render_shootout(results)
+    del results["test"]["majority_baseline"]  # by an earlier version
+    assert "not shown to be better" not in shootout_table(results)
+
+
 def test_the_page_is_whole_and_loads_nothing(shot: Shootout) -> None:
     page = shot.page_path.read_text()
     assert "default-src 'none'" in page

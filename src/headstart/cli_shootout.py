@@ -80,7 +80,7 @@ def shootout_table(results: Mapping[str, Any]) -> str:
     Args:
         results: the content of shootout.json.
     """
-    from .shootout_page import ranked, seen_words
+    from .shootout_page import doubts, ranked, seen_words
 
     header = ["backbone", "MB", "ms", "probe loss", "probe acc.", "tuned loss", "tuned acc.", "time", ""]
     rows = []
@@ -100,7 +100,7 @@ def shootout_table(results: Mapping[str, Any]) -> str:
             f"{results['chosen']} on the test pictures, scored once: accuracy {test['accuracy']:.3f} ({low:.3f} -"
             f" {high:.3f}, n = {test['n']:,}), loss {test['log_loss']:.3f}. The rest is of validation pictures."
         )
-    return "\n".join(parts)
+    return "\n".join([*parts, *doubts(results)])
 
 
 COMMAND = Command(

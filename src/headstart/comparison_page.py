@@ -319,7 +319,8 @@ def _figures(results: Mapping[str, Any]) -> str:
         ),
         "<h3>Scores</h3>",
         table(header, scores, label="scores of each recipe", numbers=range(1, len(header))),
-        f"<p class='note'>Time, alone: what a run takes by itself; here equal parts were computed once.{mean}</p>",
+        "<p class='note'>Time, alone: what a run takes by itself; here equal parts were computed once. Features that"
+        f" the cache had from earlier calls are not counted.{mean}</p>",
         f"<h3>Events</h3><ul>{''.join(events)}</ul>" if events else "",
     )
 

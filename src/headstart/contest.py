@@ -391,7 +391,8 @@ def _chosen(rows: Sequence[Mapping[str, Any]], bench: Bench, folder: Path) -> di
         return {"chosen": best["label"], "test": None}
     model = load(folder / best["run"], device=bench.runtime.device)
     score = bench.evaluate(model, "test").metrics
-    return {"chosen": best["label"], "test": {k: score[k] for k in ("accuracy", "accuracy_ci95", "log_loss", "n")}}
+    keys = ("accuracy", "accuracy_ci95", "log_loss", "n", "majority_baseline")
+    return {"chosen": best["label"], "test": {key: score[key] for key in keys}}
 
 
 def _mark_fronts(rows: Sequence[dict[str, Any]]) -> None:

@@ -15,6 +15,8 @@ from .svg import nice_ticks, svg, tag, text
 
 Row = Mapping[str, Any]
 
+WORSE = 1.1  # a probe's penalty is chosen on the pictures that score it: so much better it may look by that alone
+
 _STYLE = """
 .lead{font-size:1.35rem;line-height:1.35;margin:10px 0 4px;font-weight:600;max-width:46ch}
 svg circle.probe{fill:var(--paper);stroke:var(--val);stroke-width:2.2}
@@ -74,6 +76,24 @@ def seen_words(row: Row) -> str:
     met = [f"{n:,} {words}" for part, words in (("val", "validation"), ("test", "test")) if (n := seen.get(part, 0))]
     what = f"{' and '.join(met)} picture{'s' * (sum(seen.values()) > 1)}"
     return f"{what} trained this run or chose its state: its figures here are too good." if met else ""
+
+
+def doubts(results: Mapping[str, Any]) -> list[str]:
+    """Sentences on what speaks against the choice: guessing is as good, or fine-tuning has made a backbone worse."""
+    test, found = results["test"] or {}, []
+    if "majority_baseline" in test and test["accuracy_ci95"][0] <= test["majority_baseline"]:
+        found.append(
+            f"{results['chosen']} is not shown to be better than always answering the most frequent class, which gives"
+            f" {100 * test['majority_baseline']:.1f} % of the test pictures."
+        )
+    for row in results["entrants"]:
+        tuned, probe = (row.get(key, {}).get("log_loss", 0.0) for key in ("fine_tuned", "probe"))
+        if tuned > WORSE * probe > 0:
+            found.append(
+                f"{row['label']} is worse fine-tuned than its probe on frozen features (validation loss {tuned:.3f},"
+                f" {probe:.3f}): the recipe may be too short for it, or its rate too high."
+            )
+    return found
 
 
 def _head(results: Mapping[str, Any], name: str) -> str:
@@ -269,8 +289,15 @@ def _cells(row: Row, is_chosen: bool) -> tuple[str, ...]:
 
 
 def _pairs(results: Mapping[str, Any]) -> str:
-    items = "".join(f"<li>{esc(pair['sentence'])}</li>" for pair in results["pairs"])
-    return section("Which differences are real", f'<ul class="pairs">{items}</ul>') if items else ""
+    lists = (
+        ("Which differences are real", [pair["sentence"] for pair in results["pairs"]]),
+        ("What speaks against the choice", doubts(results)),
+    )
+    return "".join(
+        section(title, f'<ul class="pairs">{"".join(f"<li>{esc(one)}</li>" for one in sentences)}</ul>')
+        for title, sentences in lists
+        if sentences
+    )
 
 
 def _how(results: Mapping[str, Any]) -> str:
