@@ -7,12 +7,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -80,6 +82,33 @@ def test_two_processes_make_the_model_that_one_makes(launcher: str, photos: Path
     again = LAUNCHERS[launcher].format(port=free_port()) + " " + FIT.format(photos=photos, out=tmp_path / "three")
     run(again, cache)
     assert probabilities(tmp_path / "three") == got
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_go_on_together(photos: Path, tmp_path: Path) -> None:
+    fit = FIT.replace("--epochs 4,2", "--epochs 4,40")
+
+    def launched(out: Path, more: str = "") -> str:
+        return f"{LAUNCHERS['accelerate'].format(port=free_port())} {fit.format(photos=photos, out=out)} {more}"
+
+    whole, out, cache = tmp_path / "whole", tmp_path / "out", tmp_path / "cache"
+    run(launched(whole), cache)
+    environment = os.environ | {"HEADSTART_CACHE": str(cache), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", *launched(out).split()]
+    started = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "point-a.json").exists() and time.monotonic() < deadline:  # the head stage is done
+            time.sleep(0.02)
+    finally:
+        for process in (psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)):
+            process.kill()
+        started.wait()
+    assert (out / "point-a.json").exists()
+    assert not (out / "model.safetensors").exists()
+    assert run(launched(out, "--resume"), cache).count("report  ") == 1
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert probabilities(out) == probabilities(whole)
 
 
 @pytest.mark.slow
