@@ -353,9 +353,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="share held out for validation where PHOTOS has no such folder (default: 0.15)",
     )
-    group.add_argument(
-        "--test", type=float, metavar="X", help="share held out for the test, likewise (default: 0.15)"
-    )
+    group.add_argument("--test", type=float, metavar="X", help="share held out for the test, likewise (default: 0.15)")
     group.add_argument("--val-folder", metavar="NAME", help="split folder of PHOTOS to use for validation")
     group.add_argument("--test-folder", metavar="NAME", help="split folder of PHOTOS to use as the test split")
     add_root_option(group)

@@ -81,7 +81,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found. `results` is what compare.json holds; the runs lie beside it in `path`."""
+    """What `compare` found.
+
+    results: what compare.json holds: `recipes` (the figures of each, over its seeds), `pairs` (differences on the same
+    test pictures, each with a `sentence`), `chosen` (the best by validation loss). path: the folder; the runs lie in
+    it. page_path: of compare.html.
+    """
 
     results: dict[str, Any]
     path: Path
