@@ -33,6 +33,7 @@ check: $(INSTALLED) ## formatting, lint, types, direction of imports, generated 
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python tools/cli_docs.py --check
+	$(BIN)/python tools/api_docs.py --check
 	$(BIN)/python tools/notebooks.py --check
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
@@ -42,6 +43,7 @@ format: $(INSTALLED) ## put the code into its form
 
 docs: $(INSTALLED) ## write the generated pages and notebooks
 	$(BIN)/python tools/cli_docs.py
+	$(BIN)/python tools/api_docs.py
 	$(BIN)/python tools/notebooks.py
 
 demo: $(INSTALLED) ## transfer between scanned digits in two minutes, without network

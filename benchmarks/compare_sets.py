@@ -26,6 +26,7 @@ from records import SHARED, WEIGHTS, Record, append, parser, read, show
 
 import headstart
 from headstart.advising import FAR_STAGE
+from headstart.comparison import pair_sentence
 from headstart.recipe import HEAD_STAGE, RECIPES
 
 SETS = ("hotdog", "cats_dogs", "cats_dogs_128", "dogs10", "hymenoptera", "flowers5", "emotions3")
@@ -75,7 +76,8 @@ def table() -> str:
     sentences = []
     for name in SETS:
         for record in filter(None, (recorded(name, group) for group in ("scratch", "seeds"))):
-            sentences += [f"- {name}: {pair['sentence']}" for pair in record["pairs"]]
+            told = [pair_sentence(pair, len(record["pairs"])) for pair in record["pairs"]]
+            sentences += [f"- {name}: {sentence}" for sentence in told]
             for entry in record["recipes"]:
                 test, budget = entry["test"], entry["budget"]
                 low, high = test["accuracy_ci95"]

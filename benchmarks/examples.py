@@ -25,6 +25,8 @@ from pathlib import Path
 
 from records import HERE, RESULTS, SHARED, WEIGHTS, newest, parser, show
 
+from headstart.comparison import pair_sentence
+
 EXAMPLES = HERE.parent / "examples"
 BACKBONE = "mobilenetv2_100"
 
@@ -156,7 +158,10 @@ def _row(entry: dict, example: Example) -> str:
 def _sentences(record: dict, example: Example) -> list[str]:
     """What the chosen pairs of recipes say, and each stage that was rolled back."""
     told = [
-        pair["sentence"] for names in example.pairs for pair in record["pairs"] if {pair["a"], pair["b"]} == set(names)
+        pair_sentence(pair, len(record["pairs"]))
+        for names in example.pairs
+        for pair in record["pairs"]
+        if {pair["a"], pair["b"]} == set(names)
     ]
     for entry in record["recipes"]:
         if entry["name"] in example.courses:

@@ -107,6 +107,24 @@ def test_help_shows_the_recipes_own_values(monkeypatch: pytest.MonkeyPatch) -> N
     assert "(default: adamw)" in text
 
 
+def test_help_states_the_defaults_that_are_used() -> None:
+    from headstart.bench import make_bench
+    from headstart.comparison import compare
+    from headstart.recipes import fine_tune
+    from headstart.sweeps import sweep
+
+    said = {name: " ".join(one.format_help().split()) for name, one in cli.build_parser()[1].items()}
+    for name, verb in (("fit", fine_tune), ("sweep", sweep)):
+        default = inspect.signature(verb).parameters["recipe"].default
+        assert f"such as a run's recipe.json (default: {default})" in said[name]
+    for verb in (fine_tune, compare, make_bench):
+        shares = inspect.signature(verb).parameters
+        assert (shares["val"].default, shares["test"].default) == (0.15, 0.15)
+    holding_out = [text for text in said.values() if "share held out" in text]
+    assert len(holding_out) > 4
+    assert all(text.count("(default: 0.15)") == 2 for text in holding_out)
+
+
 def test_predict_s_help_says_what_becomes_of_bad_files() -> None:
     parsers = cli.build_parser()[1]
     said = {name: " ".join(parsers[name].format_help().split()) for name in ("predict", "evaluate")}

@@ -37,7 +37,7 @@ from headstart import (
 )
 from headstart.bench import make_bench
 from headstart.cli import main
-from headstart.comparison import _pair_sentence, named_recipe, run_name
+from headstart.comparison import named_recipe, pair_sentence, run_name
 from headstart.comparison_page import _curve_chart, _forest, render_comparison
 from headstart.metrics import holm, judge_pairs, paired_difference
 from headstart.recipe import RECIPES, load_recipe
@@ -158,15 +158,22 @@ def test_pairs_count_the_pictures_that_one_alone_gets_right(compared: Any) -> No
             hits[name] = [[r["pred"] == r["label"] for r in of if r["split"] == "test"] for of in rows]
         difference = np.mean(hits[pair["a"]]) - np.mean(hits[pair["b"]])
         assert pair["difference"] == pytest.approx(difference)
-        assert ("No difference" in pair["sentence"]) == (not pair["shown"])
+        assert pair["sentence"].startswith(("No difference", "Not shown")) == (not pair["shown"])
 
 
 def test_an_interval_that_leaves_0_out_where_nothing_is_shown_says_why() -> None:
-    pair = {"a": "x", "b": "y", "difference": 0.16, "low": 0.02, "high": 0.3, "n": 30, "shown": False}
-    told = _pair_sentence({**pair, "p": 0.03, "p_adjusted": 0.3}, 10)
-    assert told.endswith("0 lies outside, but beside the other 9 pairs chance explains that (p = 0.30).")
-    assert "by the exact test" in _pair_sentence({**pair, "p": 0.06, "p_adjusted": 0.06}, 1)
-    assert "lies outside" not in _pair_sentence({**pair, "low": -0.02, "p": 0.3, "p_adjusted": 0.3}, 10)
+    pair = {"a": "x", "b": "y", "difference": -0.16, "low": -0.3, "high": -0.02, "n": 30, "shown": False}
+    ahead = "y is ahead of x by 16.0 points on the same 30 test pictures (95 % interval +2.0 to +30.0 points; "
+    assert pair_sentence({**pair, "p": 0.03, "p_adjusted": 0.3}, 10) == (
+        f"Not shown once the number of comparisons is taken into account: {ahead}p = 0.03 alone, 0.3 among 10 pairs)."
+    )
+    for pairs in (1, 3):
+        told = pair_sentence({**pair, "p": 0.061, "p_adjusted": 0.061 * pairs}, pairs)
+        assert told == f"Not shown by the paired test: {ahead}p = 0.061)."
+    assert pair_sentence({**pair, "high": 0.02, "p": 0.3, "p_adjusted": 0.3}, 10) == (
+        "No difference between x and y that these 30 pictures can show: -16.0 points"
+        " (95 % interval -30.0 to +2.0 points)."
+    )
 
 
 def test_a_difference_is_shown_where_test_and_interval_agree() -> None:

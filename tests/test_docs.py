@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import headstart
+
 ROOT = Path(__file__).parents[1]
-TOOL = ROOT / "tools" / "cli_docs.py"
+TOOLS = {"cli_docs": "cli.md", "api_docs": "api.md"}
 
 
-def test_command_line_page_is_up_to_date() -> None:
-    done = subprocess.run([sys.executable, TOOL, "--check"], capture_output=True, text=True, check=False)
+def tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_generated_page_is_up_to_date(name: str) -> None:
+    words = [sys.executable, ROOT / "tools" / f"{name}.py", "--check"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -28,24 +44,111 @@ def test_command_line_page_names_every_option() -> None:
     assert all(f"## headstart {name}\n" in text for name in commands)
 
 
-def test_check_tells_a_page_that_is_out_of_date(tmp_path: Path) -> None:
-    (tmp_path / "tools").mkdir()
-    (tmp_path / "docs").mkdir()
-    tool = tmp_path / "tools" / "cli_docs.py"
-    tool.write_text(TOOL.read_text(encoding="utf-8"), encoding="utf-8")
-    page = tmp_path / "docs" / "cli.md"
+@pytest.mark.parametrize("name", TOOLS)
+def test_check_tells_a_page_that_is_out_of_date(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable in ("COLUMNS", "NO_COLOR"):
+        monkeypatch.setenv(variable, "")  # which the tool sets, and which is then as it was
+    module, page = tool(name), tmp_path / "docs" / TOOLS[name]
+    monkeypatch.setattr(module, "PAGE", page)
+    assert module.main(["--check"]) == 1
+    assert f"{page} is not what" in capsys.readouterr().err
+    page.parent.mkdir()
     page.write_text("old", encoding="utf-8")
-
-    def run(*arguments: str) -> int:
-        return subprocess.run([sys.executable, tool, *arguments], capture_output=True, check=False).returncode
-
-    assert run("--check") == 1
+    assert module.main(["--check"]) == 1
     assert page.read_text(encoding="utf-8") == "old"
-    assert run() == 0
-    assert run("--check") == 0
-    assert page.read_text(encoding="utf-8") == (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert module.main([]) == 0
+    assert module.main(["--check"]) == 0
+    assert page.read_text(encoding="utf-8") == (ROOT / "docs" / TOOLS[name]).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("target", ["test", "quick", "check", "docs", "demo"])
 def test_makefile_has_the_target(target: str) -> None:
     assert f"\n{target}: $(INSTALLED)" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_makefile_writes_and_checks_the_page(name: str) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"python tools/{name}.py\n" in makefile
+    assert f"python tools/{name}.py --check\n" in makefile
+
+
+# ---- the page of the library -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def api_docs() -> ModuleType:
+    return tool("api_docs")
+
+
+def test_python_page_has_every_name_and_no_dead_link() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^#{2,3} (.*)$", text, flags=re.MULTILINE)
+    assert {*headstart.__all__} <= {*headings}
+    counts: dict[str, int] = {}
+    anchors = set()
+    for heading in headings:  # as GitHub makes them
+        plain = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        anchors.add(f"{plain}-{counts[plain]}" if counts.get(plain) else plain)
+        counts[plain] = counts.get(plain, 0) + 1
+    links = {*re.findall(r"\]\(#([^)]+)\)", text)}
+    assert len(links) > 60
+    assert links - anchors == set()
+    assert " at 0x" not in text  # what is another one in every process
+
+
+def test_an_exported_name_without_a_group_is_told(api_docs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(headstart, "__all__", sorted([*headstart.__all__, "new_verb"]))
+    with pytest.raises(LookupError, match="new_verb"):
+        api_docs.page()
+
+
+def test_a_docstring_becomes_prose_and_lists(api_docs: ModuleType) -> None:
+    text = """What it does to `a_b` *now*.
+
+    Args:
+        one, other: of `load`,
+            going on. As in `make_runtime`.
+        last: 2 * x_i and _this_.
+    Raises:
+        DataError: none. RecipeError: `x`.
+    """
+    lines = [line.removeprefix("    ") for line in text.splitlines()]
+    assert api_docs._markdown("\n".join(lines), (), {"make_runtime": "make_runtime", "load": "load"}).splitlines() == [
+        r"What it does to `a_b` \*now\*.",
+        "",
+        "Args:",
+        "",
+        "- `one`, `other`: of `load`, going on. As in [`make_runtime`](#make_runtime).",
+        r"- `last`: 2 \* x_i and \_this\_.",
+        "",
+        "Raises:",
+        "",
+        "- `DataError`: none.",
+        "- `RecipeError`: `x`.",
+    ]
+    assert api_docs._markdown("One thing. size: of it, in px. kind, way: words.", ("size", "kind", "way"), {}) == (
+        "One thing.\n\n- `size`: of it, in px.\n- `kind`, `way`: words."
+    )
+
+
+def test_every_field_with_few_words_names_them() -> None:
+    """What a value object takes from a short list stands in its docstring, which is all that the page has."""
+    from headstart import recipe
+
+    for owner, field, allowed in (
+        (recipe.Stage, "optimizer", recipe.OPTIMIZERS),
+        (recipe.Stage, "schedule", recipe.SCHEDULES),
+        (recipe.Stage, "on_collapse", recipe.ON_COLLAPSE),
+        (recipe.Stage, "warm_start", recipe.WARM_STARTS),
+        (recipe.Stage, "select", recipe.SELECTIONS),
+        (recipe.HiddenLayer, "activation", recipe.ACTIVATIONS),
+        (recipe.AugmentSpec, "auto", recipe.AUTO_POLICIES),
+    ):
+        words = (owner.__doc__ or "").partition(f"{field}: ")[2]
+        assert words, f"{owner.__name__}.{field} is not described"
+        assert [word for word in allowed if f"`{word}`" not in words] == [], f"{owner.__name__}.{field}"
+    named = {name for name in recipe.Stage.__dataclass_fields__ if name in (recipe.Stage.__doc__ or "")}
+    assert {*recipe.Stage.__dataclass_fields__} - named == set()

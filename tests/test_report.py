@@ -428,6 +428,27 @@ def test_a_mixture_is_no_epoch_of_the_curves() -> None:
     assert len({e.get("y") for e in names}) == 2  # one does not lie on the other
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_mixtures_that_were_tried_and_not_kept_are_no_event_of_the_curves(alpha: float) -> None:
+    kept = {"kind": "wise", "message": "Kept by validation.", "alpha": alpha, "epoch": 3 * int(alpha)}
+    history = [record("head", 0, e, 1.0 - 0.25 * e, best=True) for e in range(4)]
+    svg = curves([*history, record("head", 0, 4, 0.25, event=kept)], "loss")
+    assert "mixed" not in svg
+    assert svg == curves(history, "loss")
+
+
+@pytest.mark.parametrize(("alpha", "told"), [(0.0, False), (0.5, True)])
+def test_the_lines_over_the_curves_are_explained(tmp_path: Path, alpha: float, told: bool) -> None:
+    run = open_run(tmp_path / "run")
+    run.write_json("recipe.json", Recipe().to_dict())
+    wise = {"kind": "wise", "message": "Kept by validation: some of the way.", "alpha": alpha, "epoch": 1}
+    for row in (record("head", 0, 0, 1.0), record("head", 0, 1, 0.5, best=True), record("head", 0, 2, 0.4, event=wise)):
+        run.append_history(row)
+    text = write_report(run.path).read_text(encoding="utf-8")
+    assert ("An upright red line marks an event" in text) == told
+    assert ("Mixed: the weights that were kept lie between" in text) == told
+
+
 def test_curves_map_epochs_and_values_to_the_frame() -> None:
     history = [record("head", 0, e, 1.0 - 0.25 * e, best=True) for e in range(4)]
     root = ElementTree.fromstring(curves(history, "loss"))

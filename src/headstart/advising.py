@@ -108,7 +108,11 @@ class Advice:
     Attributes:
         case: `small, similar` and so on.
         reasons: sentences, one for each thing proposed.
-        found_on: backbone, weights and pictures, as `write_tuned` takes them.
+        facts: the figures: pictures counted (`classes`, `train`, `val`, `per_class`, the median, `sampled`) and their
+            sides (`side_px`, `input_px`); accuracies of linear classifiers on the frozen features (`frozen`), on those
+            of random weights (`chance`), on earlier `blocks` and on `mirrored` pictures, both with their p values; the
+            share of errors that pretraining `removed`.
+        found_on: `backbone`, `weights`, and `pictures`, what replaced the backbone's own preprocessing.
         seconds: what looking took, reading the pictures left out.
     """
 

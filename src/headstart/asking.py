@@ -36,12 +36,23 @@ def evaluate_run(
     overwrite: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Score a saved model on a folder or manifest of labelled pictures: the figures of `metrics.json`, per split.
-
-    With `tta` (see `tta_views`) the probabilities are means over several views of each picture.
+    """Score a saved model on a folder or manifest of labelled pictures.
 
     Args:
-        out: a folder for metrics.json, predictions.csv and report.html; `overwrite` replaces an earlier evaluation.
+        folder: as `load_images` takes it; classes are called as in training, and some of them are enough.
+        tta: as in `evaluate`.
+        root: the folder that a manifest's relative paths start from.
+        device, precision, workers: as in `make_runtime`.
+        bad_files: `error` names every unreadable file and stops; `skip` leaves them out.
+        out: a folder for metrics.json, predictions.csv and report.html, in which the split is called test whatever the
+            pictures are; `overwrite` replaces an earlier evaluation.
+    Returns:
+        n, accuracy, accuracy_ci95, top5 (None up to 5 classes), log_loss, balanced_accuracy, weighted_precision,
+        weighted_recall, weighted_f1, majority_baseline, per_class (a list) and confusion (a row for each true class).
+    Raises:
+        CheckpointError: no model in `run`; `out` holds something else, or lies in the folder of the pictures.
+        DataError: pictures that cannot be read, or of classes that the model does not know.
+        RecipeError: `tta` or `overwrite` cannot be used. SetupError: no such device.
     """
     views = len(tta_views(tta))
     if overwrite and out is None:

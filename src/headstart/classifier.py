@@ -245,16 +245,21 @@ def create_classifier(
     """Put a new head on a backbone; nothing is frozen until `set_freeze_line` says so.
 
     Args:
-        backbone: a timm name (see `create_backbone` for `weights`, `drop_rate`, `drop_path_rate`), or any module
-            that takes normalised pictures [N, 3, S, S] and gives features [N, D] or a feature map [N, C, H, W].
+        backbone: a timm name, with or without a weights tag (`resnet50.a1_in1k`), or any module that takes normalised
+            pictures [N, 3, S, S] and gives features [N, D] or a feature map [N, C, H, W].
         head: a spec, or any module that takes features [N, D] and gives logits [N, C]; None is one Linear.
+        weights: `hub` (through timm's cache), `none` (random), a `.safetensors`, `.pth` or `.pt` file, or a run folder.
         data_spec: the preprocessing; needed with a module, with a name it replaces the weights' own.
         pool, features_from: for a head that is a module; a spec says it itself.
+        drop_rate, drop_path_rate: dropout and stochastic depth of a backbone by name while it is trained; 0 leaves
+            timm's default alone. Most networks drop where they pool: with another `pool` there is none.
         seed: seeds the head, and the backbone where it starts from random weights.
         image_size, ..., fit: single values of the preprocessing put in place of the weights' own.
         num_features: what the backbone gives, where that is known (a saved model): its pass is then not watched for it.
     Raises:
-        ModelError: parts that do not fit together; also whatever `create_backbone` raises.
+        ModelError: an unknown name or block, an option that the network does not take, parts that do not fit together.
+        CheckpointError: a weights file or run folder that cannot be read or does not fit.
+        SetupError: hub weights are neither in the cache nor to be had.
     """
     if isinstance(backbone, Classifier):
         raise ModelError(

@@ -182,13 +182,13 @@ def add_stage_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(option.flag, metavar=option.metavar, help=_help(option.help, default))
 
 
-def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+def add_recipe_options(parser: argparse.ArgumentParser, default_recipe: str = DEFAULT_RECIPE) -> None:
     """The recipe itself and what holds for all its stages."""
     group = parser.add_argument_group("recipe")
     group.add_argument(
         "--recipe",
         metavar="NAME|FILE",
-        help=_help(f"{', '.join(RECIPES)}, or a JSON file such as a run's recipe.json", DEFAULT_RECIPE),
+        help=_help(f"{', '.join(RECIPES)}, or a JSON file such as a run's recipe.json", default_recipe),
     )
     for option in RECIPE_OPTIONS:
         default = _recipe_values(option.name)
@@ -348,9 +348,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Where the splits come from, and what to do about files that cannot be read."""
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--val", type=float, metavar="X", help="share held out for validation where PHOTOS has no such folder"
+        "--val",
+        type=float,
+        metavar="X",
+        help="share held out for validation where PHOTOS has no such folder (default: 0.15)",
     )
-    group.add_argument("--test", type=float, metavar="X", help="share held out for the test, likewise")
+    group.add_argument("--test", type=float, metavar="X", help="share held out for the test, likewise (default: 0.15)")
     group.add_argument("--val-folder", metavar="NAME", help="split folder of PHOTOS to use for validation")
     group.add_argument("--test-folder", metavar="NAME", help="split folder of PHOTOS to use as the test split")
     add_root_option(group)

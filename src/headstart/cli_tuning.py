@@ -28,6 +28,7 @@ from .drawing import check_picture
 from .errors import RecipeError
 from .recipe import DEFAULT_BACKBONE, Recipe, load_recipe
 
+SWEEP_RECIPE = "head"
 COURSE_EPOCHS = "10"  # of the notebook whose table the preset repeats
 
 
@@ -146,7 +147,7 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--limit", type=int, metavar="N", help="use N pictures only")
     add_cache_option(group)
     add_quiet_option(group)
-    add_recipe_options(parser)
+    add_recipe_options(parser, SWEEP_RECIPE)
     add_compile_option(add_work_options(parser))
 
 
@@ -156,7 +157,7 @@ def _sweep(args: argparse.Namespace) -> int:
         raise RecipeError("A sweep takes one of --values (repeated), --trial (repeated) or --preset.")
     if args.preset and args.epochs is None:
         args.epochs = COURSE_EPOCHS
-    recipe = recipe_of(args, "head")
+    recipe = recipe_of(args, SWEEP_RECIPE)
     work = given_work(args)
     from . import sweeps
 

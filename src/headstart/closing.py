@@ -40,7 +40,13 @@ CONTENT, CONTENT_LETTERS = "content", 20  # the column of splits.csv with the be
 
 @dataclass
 class FitResult:
-    """What `fine_tune` returns: the model in its best state, and what the run folder holds."""
+    """What `fine_tune` returns: the model in its best state, and what the run folder holds.
+
+    metrics: what metrics.json holds: `val` and `test` (no `test` where that split is empty) with the figures that
+    `evaluate_run` returns, `stages`, `phases` and `data`. history: the records of history.jsonl. splits, recipe: what
+    was trained on, and by. run_path, report_path: of the run folder; None where `out` is None, and in all processes but
+    the one that writes it.
+    """
 
     model: Classifier
     metrics: dict[str, Any]

@@ -81,7 +81,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found. `results` is what compare.json holds; the runs lie beside it in `path`."""
+    """What `compare` found.
+
+    results: what compare.json holds: `recipes` (the figures of each, over its seeds), `pairs` (differences on the same
+    test pictures, each with a `sentence`), `chosen` (the best by validation loss). path: the folder; the runs lie in
+    it. page_path: of compare.html.
+    """
 
     results: dict[str, Any]
     path: Path
@@ -326,7 +331,7 @@ def summarise(runs: Mapping[str, Sequence[RunRecord]], splits: Splits) -> dict[s
         pairs.append({"a": a["name"], "b": b["name"], **paired_difference(right[a["name"]], right[b["name"]])})
     judge_pairs(pairs)
     for pair in pairs:
-        pair["sentence"] = _pair_sentence(pair, len(pairs))
+        pair["sentence"] = pair_sentence(pair, len(pairs))
     return {
         "class_names": list(splits.class_names),
         "root": str(splits.train.root),
@@ -396,18 +401,27 @@ def _verdicts(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     return found
 
 
-def _pair_sentence(pair: Mapping[str, Any], of: int) -> str:
+def pair_sentence(pair: Mapping[str, Any], of: int) -> str:
+    """What one of `of` pairs shows, in words.
+
+    Args:
+        pair: what `paired_difference` and `judge_pairs` say of it, and the names `a` and `b`.
+    """
+    names, n = (pair["a"], pair["b"]), f"{pair['n']:,}"
     points, low, high = (100 * pair[key] for key in ("difference", "low", "high"))
-    n = f"{pair['n']:,}"
-    span = f"(95 % interval {low:+.1f} to {high:+.1f} points)"
+    if low <= 0 <= high:
+        span = f"{points:+.1f} points (95 % interval {low:+.1f} to {high:+.1f} points)"
+        return f"No difference between {' and '.join(names)} that these {n} pictures can show: {span}."
+    if points < 0:
+        names, points, low, high = names[::-1], -points, -high, -low
+    better, worse = names
+    ahead = f"by {points:.1f} points on the same {n} test pictures (95 % interval {low:+.1f} to {high:+.1f} points"
     if pair["shown"]:
-        better, worse = (pair["a"], pair["b"]) if points > 0 else (pair["b"], pair["a"])
-        return f"{better} is better than {worse} by {abs(points):.1f} points on the same {n} test pictures {span}."
-    apart = ""
-    if low > 0 or high < 0:  # the interval is this pair's alone, what is shown is judged beside the others
-        by = f"beside the other {of - 1} pairs" if of > 1 and pair["p"] < 0.05 else "by the exact test"
-        apart = f" 0 lies outside, but {by} chance explains that (p = {pair['p_adjusted']:.2f})."
-    return (
-        f"No difference between {pair['a']} and {pair['b']} that these {n} pictures can show: "
-        f"{points:+.1f} points {span}.{apart}"
-    )
+        return f"{better} is better than {worse} {ahead})."
+    # The interval is this pair's alone; what is shown is judged beside the others.
+    if of > 1 and pair["p"] < 0.05:
+        why = "once the number of comparisons is taken into account"
+        p = f"p = {pair['p']:.2g} alone, {pair['p_adjusted']:.2g} among {of} pairs"
+    else:
+        why, p = "by the paired test", f"p = {pair['p']:.2g}"
+    return f"Not shown {why}: {better} is ahead of {worse} {ahead}; {p})."

@@ -91,7 +91,12 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Shootout:
-    """What `shootout` found; `results` is what shootout.json holds, the runs lie beside it in `path`."""
+    """What `shootout` found.
+
+    results: what shootout.json holds: `entrants`, `pairs` (differences between finalists, each with a `sentence`),
+    `chosen` and what it got on the `test` pictures. path: the folder; the finalists' runs lie in it. page_path: of
+    shootout.html.
+    """
 
     results: dict[str, Any]
     path: Path

@@ -186,6 +186,7 @@ class Splits:
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """The class names, which all three tables share."""
         return self.train.class_names
 
     def named(self) -> dict[str, ImageTable]:

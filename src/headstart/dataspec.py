@@ -37,10 +37,10 @@ PixelArray = npt.NDArray[np.uint8]
 class DataSpec:
     """What a backbone expects of its input; it travels with the model.
 
-    image_size: side S of the square view, pixels. mean, std: per RGB channel, on the 0-1 scale. interpolation: one of
-    `RESAMPLING`. crop_pct: share of the short side that the view shows, in (0, 1]; used by fit `crop` alone.
-    fit: `crop` keeps the aspect and cuts the centre square, `squash` maps the whole picture to the square,
-    `letterbox` keeps the whole picture and its aspect and pads with the mean colour.
+    image_size: side S of the square view, pixels. mean, std: per RGB channel, on the 0-1 scale. interpolation:
+    `nearest`, `bilinear`, `bicubic` or `lanczos`. crop_pct: share of the short side that the view shows, in (0, 1];
+    used by fit `crop` alone. fit: `crop` keeps the aspect and cuts the centre square, `squash` maps the whole picture
+    to the square, `letterbox` keeps the whole picture and its aspect and pads with the mean colour.
 
     Raises:
         ModelError: a value out of range.

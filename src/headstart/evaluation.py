@@ -40,7 +40,10 @@ PREDICTED_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of N labelled pictures: `metrics` (see `headstart.metrics`) and `probs` [N, C]."""
+    """What a model makes of the N labelled pictures of `table`.
+
+    probs: float64 [N, C], each row sums to 1. metrics: the figures, as `evaluate_run` returns them.
+    """
 
     table: ImageTable
     probs: np.ndarray
@@ -81,8 +84,14 @@ def predict_logits(
     """Logits [N, C] in float32, in the order of the table; the last short batch is included.
 
     Args:
+        pixels: the pictures, prepared for the model: `headstart.pixels.Pixels(table, model.spec)`.
+        runtime: None computes in float32 on what `make_runtime` finds.
+        advance: called with the number of pictures done.
         view: which view of each picture is looked at; 0 is the plain one.
         mirrored: left and right are swapped.
+    Raises:
+        DataError: a file cannot be read. ModelError: pictures of a size that the backbone does not take.
+        SetupError: memory runs out with a single picture.
     """
     runtime = runtime or make_runtime(precision="fp32")
     mine = runtime.share(torch.arange(len(pixels)))
@@ -158,11 +167,15 @@ def evaluate(
     runtime: Runtime | None = None,
     advance: Advance | None = None,
 ) -> Evaluation:
-    """Score the model on labelled pictures, each from its plain view, or averaged over the views that `tta` says.
+    """Score the model on labelled pictures.
 
+    Args:
+        tta: views over which the probabilities are averaged: `none` is the plain one, `flip` that and its mirror image,
+            N (2 to 100) that and N - 1 crops and flips of policy `light`, the same ones for every picture.
+        runtime: None computes in float32 on what `make_runtime` finds.
+        advance: called with the number of pictures done, for each view.
     Raises:
-        DataError: the table's classes are not the model's; a file cannot be read.
-        RecipeError: `tta` is not what `tta_views` takes.
+        DataError: the table's classes are not the model's; a file cannot be read. RecipeError: another `tta`.
     """
     if not isinstance(table, ImageTable):
         raise DataError(
@@ -201,13 +214,16 @@ def predict_files(
     """Predict pictures with a saved model.
 
     Args:
+        run: a run folder, or a model that `load` has read once.
         paths: files, or pictures in memory as `images_from_arrays` takes them, whose `path` is then their number.
-        tta: average over several views of each picture; see `tta_views`.
-
+        tta: as in `evaluate`.
+        device, precision, workers: as in `make_runtime`.
+        progress: a bar on standard error.
     Returns:
         One dict per picture in the order given: `path`, `pred`, `prob`, and `probs` {class name: probability}.
     Raises:
-        DataError: a file cannot be read; there is none.
+        DataError: a file cannot be read; there is none. RecipeError: another `tta`.
+        CheckpointError: no model in `run`.
     """
     tta_views(tta)  # a wrong one is told before the machine is looked at
     runtime = make_runtime(device=device, precision=precision, workers=workers)

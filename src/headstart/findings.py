@@ -70,7 +70,7 @@ class AuditResult:
 
     counts: split (`all` for a folder without splits) -> class -> pictures. traits: what (`format`, `mode`,
     `orientation`) -> split -> class -> value -> pictures. shortcuts: each property's figures, reported or not.
-    seconds: per part. doubtful is None where labels were not looked at (no features).
+    seconds: per part. doubtful: None where labels were not looked at (no features).
     """
 
     root: str

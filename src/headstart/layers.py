@@ -96,6 +96,8 @@ def summary(
             layers), and with `num_classes` the head is put on; without, the table is of the backbone alone.
         freeze_line, batchnorm: as `set_freeze_line` takes them; None draws the line where it is.
         image_size: for a name: the side of the input in pixels.
+    Returns:
+        The table: `text()` is how it is printed, `rows` are its layers.
     Raises:
         ModelError: an unknown name, line or block.
         CheckpointError: the run folder holds no model that can be read.

@@ -31,11 +31,14 @@ TUNED_ON = "tuned_on"  # what a recipe in a file was found on; no part of the re
 
 @dataclass(frozen=True)
 class HiddenLayer(Spec):
-    """One hidden layer of a head: Linear, then its activation, with BatchNorm before or after it, then dropout."""
+    """One hidden layer of a head: Linear, then its activation, with BatchNorm before or after it, then dropout.
+
+    activation: `none`, `relu` or `gelu`. batchnorm: `none`, or `before` or `after` the activation.
+    """
 
     width: int
     activation: str = "relu"
-    batchnorm: str = "none"  # none | before | after (the activation)
+    batchnorm: str = "none"
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -86,7 +89,7 @@ class AugmentSpec(Spec):
     """Ranges of the random changes made to training pictures; 0 turns a change off.
 
     rotation: degrees either way. translation: fraction of the side either way. zoom: fraction in or out.
-    crop_scale: (low, high) area fraction of a random resized crop, (1, 1) is off; crop_ratio: its aspect range.
+    crop_scale: (low, high) area fraction of a random resized crop, (1, 1) is off. crop_ratio: its aspect range.
     hflip, vflip: probabilities. contrast, brightness: factor in 1 +- x. channel_brightness: the same, drawn for
     each channel. noise: standard deviation on the 0-1 scale. downsample: least side fraction the picture may be
     shrunk to before it is enlarged again; 1 is off. auto: `none`, `randaugment` (`auto_ops` operations of strength
@@ -168,25 +171,35 @@ POLICIES: dict[str, AugmentSpec] = {
 class Stage(Spec):
     """One stretch of training with the freeze line in one place.
 
-    lr_scale: the stage's rate is `recipe.lr * lr_scale`. head_lr_multiplier: the head's rate over the backbone's.
-    momentum: of optimizer `sgd`, 0 is plain SGD; every step is then 1 / (1 - momentum) times as long in the end.
-    layer_decay: the rate of each backbone block over that of the next deeper one, 1 is the same for all.
-    views: how many views of each picture are stored when the stage trains from stored features (1 is the plain
-    picture alone). batch_size: pictures per batch; `auto` puts all pictures of an optimiser step into one batch (the
-    default size times `accumulate`) and computes as many at once as memory holds. warmup: share of the steps in which
-    the rate rises from 0. early_stop: epochs without a better score before the stage ends, 0 is off.
-    select: the state that is kept is the best by validation `loss` or `accuracy`, what the stage began with included;
-    or the `last` epoch's whatever its score, as a loop that keeps no best one does: a stage may then end worse.
-    clip_norm: largest gradient norm, 0 is off. accumulate: batches per optimiser step.
-    class_weights: `none`, `balanced` or one number per class. collapse_ratio: the alarm goes off when the validation
-    loss of the first steps exceeds the entry loss by this factor and `collapse_margin` nats.
+    name: what history and report call the stage. freeze_line, batchnorm: as `set_freeze_line` takes them.
+    epochs: passes over the training pictures.
+    batch_size: pictures per batch; `auto` puts all pictures of an optimiser step into one batch (the default size times
+    `accumulate`) and computes as many at once as memory holds. accumulate: batches per optimiser step.
+    optimizer: `adamw`, `adam` (the same), `rmsprop`, `sgd`, or `lbfgs`, for a linear head on stored features: it fits
+    all stored views at once, `weight_decay` is a penalty on the mean loss, weight_decay / 2 * |weight|^2, and rates and
+    batches have no effect. momentum: of optimizer `sgd`, 0 is plain SGD; every step is 1 / (1 - momentum) times as long
+    in the end. lr_scale: the stage's rate is `recipe.lr * lr_scale`. head_lr_multiplier: the head's rate over the
+    backbone's. layer_decay: the rate of each backbone block over that of the next deeper one, 1 is the same for all.
+    weight_decay: decoupled from the gradient with every optimiser; norms and biases are not decayed.
+    schedule: of the rate: `constant`, `cosine` (half of one, to 0) or `one-cycle` (along half a cosine up from a 25th
+    of it, along another down to a 10,000th). warmup: share of the steps in which the rate rises from 0; with
+    `one-cycle` the share before its peak, where 0 means 0.3. label_smoothing: share of each training label that is
+    spread over all classes.
+    class_weights: of the training loss: `none`, `balanced` (N / (C * n_c), rare classes weigh more) or one number per
+    class. balanced_sampling: an epoch draws its pictures with replacement, every class equally often on average.
+    early_stop: epochs without a better score before the stage ends, 0 is off. clip_norm: largest gradient norm, 0 is
+    off. select: the state that is kept is the best by validation `loss` or `accuracy`, what the stage began with
+    included; or the `last` epoch's whatever its score, as a loop that keeps no best one does: a stage may then end
+    worse. views: how many views of each picture are stored when the stage trains from stored features (1 is the plain
+    picture alone). on_collapse: when the rate wrecks the trained head: `retry` (roll back, a tenth of the rate, three
+    times at most), `stop` (roll back and end the stage) or `ignore`. collapse_ratio, collapse_margin: it is wrecked
+    when the validation loss of the first steps exceeds the entry loss by this factor and by this many nats.
+    mixup, cutmix: each batch is mixed with a shuffled copy of itself, the share drawn from Beta(x, x), 0 is off.
     ema: decay of a running average of what is trained, which is then scored and kept in place of the weights
-    themselves, 0 is off. mixup, cutmix: each batch is mixed with a shuffled copy of itself, the share drawn from
-    Beta(x, x), 0 is off. wise: at the end, mix what the stage started from with what it came to, the share chosen on
-    validation. warm_start: `ridge` gives a linear head on stored features its solution in closed form first.
-    optimizer `lbfgs` (the same case) fits all stored views at once: `weight_decay` is then a penalty on the mean loss,
-    weight_decay / 2 * |weight|^2, and rates and batches have no effect. checkpointing: keep few activations
-    of a step and compute the others again for the backward pass: less memory, more time.
+    themselves, 0 is off. wise: at the end, mix what the stage started from with what it came to, the share chosen on
+    validation. warm_start: `none`, or `ridge`: a linear head on stored features starts from its solution in closed
+    form. checkpointing: keep few activations of a step and compute the others again for the backward pass: less memory,
+    more time.
     """
 
     name: str = "head"
@@ -326,8 +339,10 @@ FINE_TUNE_STAGE = Stage(
 class Recipe(Spec):
     """A head, an augmentation, a nominal head rate and the stages that use them.
 
-    lr: nominal learning rate of the head; every stage's own rate is a multiple of it. pretrained: False starts
-    the backbone from random weights. augment: a policy's name or an `AugmentSpec`.
+    lr: nominal learning rate of the head; every stage's own rate is a multiple of it. augment: a policy's name or an
+    `AugmentSpec`. pretrained: False starts the backbone from random weights. drop_rate, drop_path_rate: dropout and
+    stochastic depth in the backbone while it is trained, as timm builds them in; 0 leaves the network's own.
+    seed: of the split, the head's first weights, the order of the pictures, their views and dropout.
     """
 
     name: str = "fine-tune"
@@ -420,7 +435,11 @@ RECIPES: dict[str, Recipe] = {
 
 
 def load_recipe(name_or_file: str | Path) -> Recipe:
-    """A named recipe, or one read from a JSON file of the closed schema (what `recipe.json` in a run folder holds)."""
+    """A named recipe, or one read from a JSON file of the closed schema (what `recipe.json` in a run folder holds).
+
+    Raises:
+        RecipeError: neither a name nor a file; no JSON, an unknown key, a value out of range.
+    """
     if str(name_or_file) in RECIPES:
         return RECIPES[str(name_or_file)]
     path = Path(name_or_file)

@@ -252,12 +252,15 @@ def fit(
     """Train one stage from where the freeze line stands; the model ends in its best state by validation score.
 
     Args:
+        splits: as `split` makes them; `train` and `val` are used.
         stage: lengths and rates; its freeze line must be where the model's stands. None takes the default head
             stage with the line at `head`, and the default fine-tuning stage elsewhere.
         lr: the stage's learning rate; None is the default nominal head rate times the stage's `lr_scale`.
         augment: a policy's name, an `AugmentSpec` or a torchvision v2 transform; None changes nothing.
+        seed: of the order of the pictures, their views and dropout.
+        runtime: None is what `make_runtime` finds.
         starts_trained: the head was trained before; a collapse in the first steps is then caught and rolled back.
-        cache: as in `fine_tune`.
+        log, cache, progress: as in `fine_tune`.
     Raises:
         ModelError: the stage's line is not the model's.
     """

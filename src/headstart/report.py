@@ -13,7 +13,7 @@ from typing import Any
 from .cautions import cautions
 from .files import write_atomic
 from .report_audit import audit_section
-from .report_charts import curves, freeze_strip, interval_scale
+from .report_charts import curves, freeze_strip, interval_scale, is_drawn_event
 from .report_page import (
     NONE,
     details,
@@ -31,7 +31,7 @@ from .report_page import (
 )
 from .report_results import SPLITS, confusion_section, data_section, mistakes_section, per_class_section
 from .run import RunRecord, environment, read_run
-from .verdicts import Verdict, verdicts
+from .verdicts import Verdict, is_mixture, verdicts
 
 __all__ = ["Verdict", "verdicts", "write_report"]
 
@@ -214,12 +214,21 @@ def _curves(run: RunRecord) -> str:
     note = (
         '<p class="note">Both curves are scored alike: in evaluation mode, on plain pictures without augmentation, by '
         "plain cross-entropy in nats. Epoch 0 is the state a stage starts from. A line that leaves the frame starts "
-        "or ends beyond it; a pale line was rolled back.</p>"
+        f"or ends beyond it; a pale line was rolled back.{_events_in_words(run)}</p>"
     )
     if len(figures) % 2:  # two in a row: the note fills the free place
         figures.append(f"<div>{note}</div>")
         note = ""
     return section("How it learned", keys, f'<div class="charts">{"".join(figures)}</div>', note)
+
+
+def _events_in_words(run: RunRecord) -> str:
+    """What the upright lines over the curves are, where there is one."""
+    drawn = [record for record in run.history if is_drawn_event(record)]
+    words = " An upright red line marks an event, which is told in full below."
+    if any(map(is_mixture, drawn)):
+        words += " Mixed: the weights that were kept lie between those a stage began with and those it came to."
+    return words if drawn else ""
 
 
 _KEY_LINE = '<polyline class="{}" points="0,6 34,6"/>'

@@ -15,7 +15,16 @@ from .svg import nice_ticks
 from .svg import svg as _svg
 from .svg import tag as _tag
 from .svg import text as _text
-from .verdicts import Record, axis_range, drawn_epoch, epoch_records, figure, kept_record, stage_attempts
+from .verdicts import (
+    Record,
+    axis_range,
+    drawn_epoch,
+    epoch_records,
+    figure,
+    is_mixture,
+    kept_record,
+    stage_attempts,
+)
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 44.0, 42.0
 _WIDTH, _HEIGHT = 520.0, 316.0
@@ -156,7 +165,7 @@ def _stage_lines(frame: _Frame, stage: int, attempts: Sequence[Sequence[Record]]
                 parts.append(dot)
         named: Counter[int] = Counter()  # the names of several events of one epoch stand one above the other
         for record in attempt:
-            if record.get("event"):
+            if is_drawn_event(record):
                 epoch = drawn_epoch(record)
                 parts.append(_event_mark(frame, stage, record, low=quantity != "loss", line=named[epoch]))
                 named[epoch] += 1
@@ -174,6 +183,12 @@ _EVENTS = {
     "out-of-memory": "smaller batches",
     "batch-size": "batch size",
 }
+
+
+def is_drawn_event(record: Record) -> bool:
+    """Whether something happened that the curves mark; a look at mixtures that kept the start or an epoch is none."""
+    event = record.get("event")
+    return bool(event) and not (is_mixture(record) and event.get("alpha") in (0, 1))
 
 
 def _event_mark(frame: _Frame, stage: int, record: Record, *, low: bool, line: int) -> str:

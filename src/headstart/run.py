@@ -345,6 +345,9 @@ def is_complete(path: str | Path) -> bool:
 def read_run(path: str | Path) -> RunRecord:
     """Read a run folder; only recipe.json must be there, since an interrupted run may have written no more.
 
+    Returns:
+        An object with `path`, what the JSON files hold (`recipe`, `environment`, `history`, `metrics`, `model`,
+        `audit`) and the rows of the tables, all text (`splits`, `predictions`).
     Raises:
         CheckpointError: not a run folder, or a file in it that cannot be read.
     """

@@ -28,7 +28,13 @@ class Progress:
 
 @dataclass
 class StageResult:
-    """What a stage came to; the model holds the best state when `fit` returns."""
+    """What a stage came to; the model holds the best state when `fit` returns.
+
+    lr: the rate it was trained at, lower than asked for where it was rolled back. best: loss, accuracy, top5 and n of
+    the state that was kept, on validation. best_epoch: the epoch of that state; 0 is the state that the stage started
+    from. epochs: those that were trained. history: the records of history.jsonl. events: what happened besides, such as
+    a roll-back.
+    """
 
     stage: Stage
     lr: float

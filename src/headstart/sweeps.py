@@ -55,8 +55,11 @@ COURSE: tuple[tuple[float, float, float], ...] = (
 class Space:
     """What is tried: an explicit list of trials, or values for each parameter.
 
-    points: trials as they are. values: choices by parameter name; two numbers are the ends of a range for `tpe`, and a
-    grid takes every value. published: by trial, the figure somebody else reports, shown beside ours.
+    The parameters are `lr`, `weight_decay`, `head_dropout` (numbers), `freeze_line` and `backbone` (words).
+
+    points: trials as they are, such as `{"lr": 1e-3, "weight_decay": 0}`. values: choices by parameter name; two
+    numbers are the ends of a range for `tpe`, and a grid takes every value. published: by trial of `points`, the figure
+    somebody else reports, shown beside ours.
     """
 
     points: tuple[Mapping[str, Any], ...] = ()
@@ -108,7 +111,12 @@ COURSE_SPACE = Space(
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep found; `results` is what sweep.json holds."""
+    """What a sweep found.
+
+    results: what sweep.json holds: `trials`, each with its `values`, `state` and, where it was not ended early, `val`
+    figures, and `best`, the number of the best one. path: the folder. best: the recipe of best.json; None where no
+    trial came to its end.
+    """
 
     results: dict[str, Any]
     path: Path
