@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import time
 import tracemalloc
 from dataclasses import replace
@@ -265,6 +266,32 @@ def test_pictures_that_were_changed_meanwhile_are_not_compared(folder: Path, tmp
         picture.save(photos / "red/red0.jpg", quality=50)
     with pytest.raises(CheckpointError, match="another contents of the pictures"):
         compare(photos, **call)
+
+
+def test_an_interrupt_while_a_run_is_written_ends_the_comparison_behind_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headstart import report
+
+    write = report.write_report
+
+    def interrupted(run: Path) -> Path:
+        signal.raise_signal(signal.SIGINT)
+        return write(run)
+
+    call = {"recipes": ("head", "last:3"), "budgets": {k: BUDGETS[k] for k in ("head", "last:3")}, **MACHINE}
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "write_report", interrupted)
+        with pytest.raises(Interrupted, match="goes on behind the runs that are done"):
+            compare(folder, out=tmp_path / "out", **call)
+    assert (tmp_path / "out/head-seed0/report.html").is_file()
+    assert not (tmp_path / "out/last-3-seed0").exists()
+    torn = tmp_path / "out/head-seed0"  # as if killed while it wrote its report
+    (torn / "report.html").unlink()
+    (torn / "point-a.json").write_text("{}")
+    compare(folder, out=tmp_path / "out", **call)
+    assert (torn / "report.html").is_file()
+    assert not (torn / "point-a.json").exists()
 
 
 def test_a_complete_run_of_another_budget_is_kept_unless_asked(folder: Path, tmp_path: Path) -> None:

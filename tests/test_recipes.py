@@ -314,6 +314,7 @@ def test_a_run_that_is_scored_is_written_whatever_interrupts(
         assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGTERM, before)
+    assert result.stopped  # so that those who train one run after the other begin no other
     assert result.report_path == tmp_path / "run/report.html"
     assert json.loads((tmp_path / "run/metrics.json").read_text())["test"]["n"] == 6
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,12 +27,14 @@ from headstart import (
     HeadSpec,
     HiddenLayer,
     Interrupted,
+    ModelError,
     Recipe,
     RecipeError,
     Stage,
     fine_tune,
     points,
 )
+from headstart.owners import this_process
 from headstart.points import Point, read_point, write_point
 from headstart.run import POINT_FILES
 
@@ -292,9 +295,8 @@ def test_where_there_is_nothing_to_go_on_with(photos: Path, tmp_path: Path, monk
     card = json.loads((out / "environment.json").read_text())
 
     def owned_by(pid: int) -> None:
-        (out / "environment.json").write_text(
-            json.dumps(card | {"process": card["process"] | {"pid": pid, "started": ""}})
-        )
+        owner = this_process() | {"pid": pid, "started": ""}
+        (out / "environment.json").write_text(json.dumps(card | {"process": owner}))
 
     owned_by(os.getppid())
     with pytest.raises(CheckpointError, match=f"process {os.getppid()} has it in hand"):
@@ -331,6 +333,72 @@ def test_a_run_that_was_stopped_by_hand_goes_on(
     assert "Going on with run: 1 of 2 stages done." in told
     assert "Stage head" not in told
     assert ending(tmp_path / "run") == ending(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ModelError("no such thing")])
+def test_what_stops_a_run_before_it_goes_on_leaves_it_as_it_was(
+    error: Any, half: Path, half_done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in half.iterdir() if path.name != "environment.json"}
+    with monkeypatch.context() as patch:
+        patch.setattr("headstart.bench.make_source", mock.Mock(side_effect=error))
+        with pytest.raises((Interrupted, ModelError)) as caught:
+            fine_tune(half_done / "photos", out=half, recipe=RECIPES["momentum"], resume=True, **TINY)
+    if isinstance(caught.value, Interrupted):
+        assert str(caught.value).endswith(f"{half} is as it was, and goes on with --resume.")
+    assert {path.name: path.read_bytes() for path in half.iterdir() if path.name != "environment.json"} == before
+    assert "process" not in json.loads((half / "environment.json").read_text())  # nobody has it in hand
+    fine_tune(half_done / "photos", out=half, recipe=RECIPES["momentum"], resume=True, **TINY)
+    assert ending(half) == ending(half_done / "whole")
+
+
+def test_a_run_without_a_point_starts_over_where_it_is(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, append = RECIPES["activations"], headstart.run.Run.append_history
+    fine_tune(photos, out=tmp_path / "whole", recipe=plan, **TINY)
+
+    def stop(self: headstart.run.Run, record: dict[str, Any]) -> None:
+        append(self, record)
+        if record["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    (tmp_path / "real").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "real")
+    monkeypatch.setattr(headstart.run.Run, "append_history", stop)
+    for resume in (False, True):
+        with pytest.raises(Interrupted, match="holds the best state so far"):
+            fine_tune(photos, out=tmp_path / "run", recipe=plan, resume=resume, **TINY)
+        assert "process" not in json.loads((tmp_path / "run/environment.json").read_text())
+    (tmp_path / "run/job.log").write_text("mine")
+    monkeypatch.undo()
+    fine_tune(photos, out=tmp_path / "run", recipe=plan, resume=True, **TINY)
+    assert not list(tmp_path.glob("*.new-*"))
+    assert (tmp_path / "run/job.log").read_text() == "mine"
+    (tmp_path / "run/job.log").unlink()
+    assert ending(tmp_path / "run") == ending(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("every_step")
+def test_classes_and_transforms_of_the_users_own_are_the_same(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision.transforms import v2
+
+    plan, flip = RECIPES["activations"], v2.RandomHorizontalFlip(0.5)
+
+    def start(out: Path, names: tuple[str, ...], augment: Any = flip, resume: bool = False) -> FitResult:
+        table = headstart.load_images(photos, class_names=names)
+        return fine_tune(table, out=out, recipe=plan, augment=augment, resume=resume, **TINY)
+
+    names = ("blue", "green", "red")
+    folders = killed(tmp_path / "run", tmp_path / "killed", monkeypatch, lambda: start(tmp_path / "run", names))
+    with pytest.raises(CheckpointError, match=r"otherwise: .*classes"):
+        start(folders[2], names[::-1], resume=True)
+    with pytest.raises(CheckpointError, match="otherwise: augmentation"):
+        start(folders[2], names, v2.RandomVerticalFlip(0.5), resume=True)
+    start(folders[2], names, v2.RandomHorizontalFlip(0.5), resume=True)
+    assert ending(folders[2]) == ending(tmp_path / "run")
 
 
 @pytest.mark.usefixtures("every_step")

@@ -45,7 +45,7 @@ class FitResult:
     metrics: what metrics.json holds: `val` and `test` (no `test` where that split is empty) with the figures that
     `evaluate_run` returns, `stages`, `phases` and `data`. history: the records of history.jsonl. splits, recipe: what
     was trained on, and by. run_path, report_path: of the run folder; None where `out` is None, and in all processes but
-    the one that writes it.
+    the one that writes it. stopped: whether Ctrl-C came while a complete run was written.
     """
 
     model: Classifier
@@ -55,6 +55,7 @@ class FitResult:
     recipe: Recipe
     run_path: Path | None
     report_path: Path | None
+    stopped: bool = False
 
 
 def _contents_met(run: Path) -> set[str]:
@@ -157,11 +158,11 @@ def finish(model: Classifier, bench: Bench, plan: Recipe, diary: Diary, last: St
         scores["test_without_leaks"] = results["test"].only(~leaked)
     metrics = scores | _facts(model, diary, splits)
     run = diary.run
-    report_path = None
+    report_path, stopped = None, False
     if run:
         from .report import write_report
 
-        with not_interrupted():  # all is done but for the writing
+        with not_interrupted() as came:  # all is done but for the writing
             save(model, run.path)
             _write_predictions(run, results, splits.class_names, splits.train.root)
             run.write_json("metrics.json", metrics)
@@ -169,7 +170,8 @@ def finish(model: Classifier, bench: Bench, plan: Recipe, diary: Diary, last: St
                 write_report(run.path)
             run.forget_points()
             report_path = run.finish() / "report.html"
-    return FitResult(model, metrics, diary.history, splits, plan, run.path if run else None, report_path)
+        stopped = bool(came)
+    return FitResult(model, metrics, diary.history, splits, plan, run.path if run else None, report_path, stopped)
 
 
 def _facts(model: Classifier, diary: Diary, splits: Splits, *, interrupted: bool = False) -> dict[str, Any]:
@@ -268,17 +270,22 @@ def leave_usable(model: Classifier, diary: Diary, splits: Splits) -> str:
 
 
 @contextmanager
-def not_interrupted() -> Iterator[None]:
-    """A second Ctrl-C, or SIGTERM where it is taken as one, must not tear what the first one saves."""
+def not_interrupted() -> Iterator[list[int]]:
+    """Ctrl-C, and SIGTERM where it is taken as one, must not tear what is saved: the signals that came meanwhile."""
+    came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield came
         return
     before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
-    taken = [sign for sign, handler in before.items() if sign == signal.SIGINT or handler is signal.default_int_handler]
+    taken = [
+        sign
+        for sign, handler in before.items()
+        if handler is not None and (sign == signal.SIGINT or handler is signal.default_int_handler)
+    ]
     for sign in taken:
-        signal.signal(sign, signal.SIG_IGN)
+        signal.signal(sign, lambda number, _: came.append(number))
     try:
-        yield
+        yield came
     finally:
         for sign in taken:
             signal.signal(sign, before[sign])

@@ -25,6 +25,7 @@ from .fields import as_tuple
 from .files import to_json, write_atomic
 from .freezing import set_freeze_line
 from .metrics import judge_pairs, paired_difference, wilson_interval
+from .points import has_points
 from .recipe import DEFAULT_BACKBONE, RECIPES, Recipe, load_recipe
 from .recipes import fine_tune, weights_of
 from .resume import can_go_on
@@ -294,7 +295,7 @@ def run_or_read(
             # As recipes, not as text: a run of a version that did not know an option yet was made with its default.
             same = Recipe.from_dict(earlier.recipe, where=str(path)) == plan
             scored = [split for split in ("val", "test") if earlier.metrics.get(split)]
-            whole = scored == (["val", "test"] if len(bench.splits.test) else ["val"])
+            whole = scored == (["val", "test"] if len(bench.splits.test) else ["val"]) and not has_points(path)
             if same and image_size(earlier) == size and whole:
                 say("  done before; read from its folder", enabled=progress)
                 return earlier
@@ -313,6 +314,8 @@ def run_or_read(
         )  # fmt: skip
     except Interrupted:
         raise Interrupted("Stopped by hand. The same command goes on behind the runs that are done.") from None
+    if result.stopped:
+        raise Interrupted("Stopped by hand. The same command goes on behind the runs that are done.")
     return read_run(result.run_path or path)
 
 

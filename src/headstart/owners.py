@@ -38,8 +38,8 @@ def is_gone(owner: Mapping[str, Any]) -> bool:
         os.kill(int(owner["pid"]), 0)
     except ProcessLookupError:
         return True
-    except PermissionError:  # somebody else's process
-        return False
+    except PermissionError:  # somebody else's process: perhaps the number was given anew
+        pass
     return bool(owner["started"] and owner["started"] != _started(int(owner["pid"])))
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .errors import CheckpointError, in_words
 from .files import to_json, write_atomic
+from .memory import is_out_of_memory
 from .modelfile import read_header, read_json
 from .run import POINT_FILES
 from .terminal import say
@@ -70,7 +71,9 @@ class Points:
         try:
             write_point(self.folder, Point(dict(values), dict(tensors), self._serial + 1))
             self._serial += 1
-        except (OSError, CheckpointError) as error:
+        except (OSError, CheckpointError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
             say(
                 f"Where the run stands could not be written down ({in_words(error)}); it goes on.",
                 enabled=not self._told,

@@ -171,7 +171,7 @@ def fine_tune(
             )  # fmt: skip
         splits = bench.splits
         _say_seen(diary, splits)
-        pictures = split_rows(bench) if out is not None else ()
+        pictures = split_rows(bench) if out is not None and (runtime.is_main or begun) else ()
     except KeyboardInterrupt:
         raise Interrupted("Stopped before training began; nothing was written.") from None
 
@@ -180,18 +180,19 @@ def fine_tune(
             return
         diary.run = open_again(begun, show=diary.show) if begun else open_run(out, overwrite=overwrite)
         if begun and begun.point:
-            diary.run.write_environment()
             return
         write_plan(diary.run, plan, pictures, origin)
         if bench.audit is not None:
             diary.run.write_json("audit.json", bench.audit.to_dict())
 
-    goes_on = begun is not None and begun.point is not None
+    goes_on, journey = begun is not None and begun.point is not None, None
     try:
         _by_main(runtime, begin)
         journey = Journey(
             model, plan, diary, bench.runtime, pictures=pictures, augment=augment or plan.augment_spec, begun=begun
         )
+        if diary.run:
+            diary.run.write_environment()
         bench.audit = bench.audit if bench.share else journey.audit or bench.audit
         trainset = bench.pixels("train", model.spec, augment=augment or plan.augment_spec, seed=plan.seed)
         valset = bench.pixels("val", model.spec)
@@ -205,12 +206,15 @@ def fine_tune(
         return finish(model, bench, plan, diary, source)
     except KeyboardInterrupt:
         with not_interrupted():
-            if not (diary.history or goes_on):
+            if goes_on and not (journey and journey.has_moved):
+                as_it_was = f"{diary.run.path if diary.run else out} is as it was, and goes on with --resume."
+                raise Interrupted(f"Stopped before anything more was trained. {as_it_was}", model) from None
+            if not diary.history:
                 _discard(diary)
                 raise Interrupted("Stopped before anything was trained; nothing was written.", model) from None
             raise Interrupted(f"Stopped by hand. {_left(model, diary, splits)}", model) from None
     except Exception as error:
-        if diary.run is None or (goes_on and not diary.stages):
+        if diary.run is None or (goes_on and not (journey and journey.has_moved)):
             raise
         if not diary.stages:
             _discard(diary)  # nothing has been trained: nothing is lost, and the same command can be given again
@@ -219,6 +223,9 @@ def fine_tune(
         else:
             _left(model, diary, splits)
         raise
+    finally:
+        if diary.run:
+            diary.run.let_go()
 
 
 def _discard(diary: Diary) -> None:

@@ -187,7 +187,7 @@ _EVENTS = {
 
 def is_drawn_event(record: Record) -> bool:
     """Whether something happened that the curves mark; a look at mixtures that kept the start or an epoch is none."""
-    event = record.get("event")
+    event = record.get("event") or {}
     return bool(event) and not (is_mixture(record) and event.get("alpha") in (0, 1))
 
 

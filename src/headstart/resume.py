@@ -25,7 +25,7 @@ from .files import to_json
 from .findings import AuditResult, read_audit
 from .points import Keeper, Point, Points, has_points, put, read_point
 from .recipe import AugmentSpec, Recipe
-from .run import Run, environment, is_complete, is_run, is_torn, open_run, read_history, refuse_in_hand
+from .run import Run, environment, is_complete, is_run, is_torn, read_history, refuse_in_hand
 from .runtime import Runtime
 from .terminal import say
 
@@ -71,17 +71,15 @@ def can_go_on(folder: Path, plan: Recipe, size: int) -> bool:
 
 
 def open_again(begun: Begun, *, show: bool) -> Run:
-    """The folder of a run that goes on, or of one of which nothing can be gone on with and that starts over."""
+    """The folder of a run that goes on, or of one of which nothing can be gone on with and that starts over there."""
+    run = Run(begun.folder, begun.folder)
     if begun.point:
         for path in filter(is_torn, list(begun.folder.iterdir())):
             path.unlink()
-        return Run(begun.folder, begun.folder)
-    say(f"Nothing of {begun.folder.name} can be gone on with: it starts over.", enabled=show)
-    if (begun.folder / "model.safetensors").is_file():  # what was saved when it was stopped is kept until the end
-        return open_run(begun.folder, overwrite=True)
-    run = Run(begun.folder, begun.folder)
-    run.discard()
-    return open_run(begun.folder)
+    else:
+        say(f"Nothing of {begun.folder.name} can be gone on with: it starts over.", enabled=show)
+        run.clear()
+    return run
 
 
 class Journey:
@@ -113,15 +111,18 @@ class Journey:
                 "recipe": plan.to_dict(),
                 "backbone": model.backbone_name or type(model.backbone).__name__,
                 "preprocessing": asdict(model.spec),
-                "augmentation": augment.to_dict() if isinstance(augment, AugmentSpec) else repr(type(augment)),
+                "classes": list(model.class_names),
+                "augmentation": augment.to_dict() if isinstance(augment, AugmentSpec) else _described(augment),
                 "pictures": hashlib.sha256(to_json(pictures)).hexdigest(),
                 "weights": tensors_digest(model.backbone.state_dict().items()),
                 "head": [[name, list(tensor.shape)] for name, tensor in model.head.state_dict().items()],
+                "earlier run": tensors_digest(model.head.state_dict().items()) if diary.handover else None,
             })  # fmt: skip
         self._means = _plain(_means(runtime))
         self._points = Points(diary.run.path if diary.run else None, serial=self.point.serial if self.point else 0)
         if begun and self.point:
             self._go_on(begun.folder, self.point)
+        self._records, self._behind = len(diary.history), len(diary.stages)
 
     def _go_on(self, folder: Path, begun: Point) -> None:
         values, diary = begun.values["run"], self.diary
@@ -157,6 +158,11 @@ class Journey:
         before, now = begun["settings"]["recipe"], self._settings["recipe"]
         return f"recipe ({', '.join(key for key in now if before.get(key) != now[key])})"
 
+    @property
+    def has_moved(self) -> bool:
+        """Whether anything was trained, and noted, since the point that is gone on from."""
+        return len(self.diary.history) > self._records or len(self.diary.stages) > self._behind
+
     def keeper(self, stage: int) -> Keeper:
         """What keeps the points of a stage, and where it goes on."""
         is_here = self.point and "course" in self.point.values and self.point.values["run"]["stage"] == stage
@@ -188,6 +194,12 @@ class Journey:
 
 def _tensors(model: Classifier) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _described(transform: object) -> str:
+    """A transform of the user's own by what it says of itself, unless that is its place in memory."""
+    text = repr(transform)
+    return repr(type(transform)) if " at 0x" in text else text
 
 
 def _means(runtime: Runtime) -> dict[str, Any]:

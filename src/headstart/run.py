@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -119,8 +120,8 @@ class Run:
         return records[:n]
 
     def forget_points(self) -> None:
-        """Remove what a stopped run would go on from."""
-        for name in POINT_FILES:
+        """Remove what a stopped run would go on from, the descriptions first: without them nothing is."""
+        for name in sorted(POINT_FILES, key=lambda name: not name.endswith(".json")):
             self._file(name).unlink(missing_ok=True)
 
     def finish(self) -> Path:
@@ -148,16 +149,28 @@ class Run:
             shutil.rmtree(old, ignore_errors=True)
         return self.path
 
-    def discard(self) -> None:
-        """The run came to nothing: remove what it wrote. An older run under the same name is left as it was."""
+    def clear(self) -> None:
+        """Remove what the run has written; whatever else is in its folder stays."""
         entries = list(self.path.iterdir()) if self.path.is_dir() else []
         for entry in sorted(
             entries, key=lambda entry: entry.name == "recipe.json"
         ):  # which says that it is a run, last
             if entry.name in (*RUN_FILES, *POINT_FILES) or is_torn(entry):
                 entry.unlink()
-        if self.path.is_dir() and not any(self.path.iterdir()):
+
+    def discard(self) -> None:
+        """The run came to nothing: remove what it wrote. An older run under the same name is left as it was."""
+        self.clear()
+        if self.path.is_dir() and not self.path.is_symlink() and not any(self.path.iterdir()):
             self.path.rmdir()
+
+    def let_go(self) -> None:
+        """This process makes the run no more; see `write_environment`."""
+        path = self._file("environment.json")
+        with suppress(OSError, CheckpointError):
+            card = read_object(path)
+            if card.pop("process", None):
+                write_atomic(path, to_json(card, indent=1) + b"\n")
 
 
 def open_run(path: str | Path, *, overwrite: bool = False) -> Run:
@@ -339,7 +352,7 @@ def is_complete(path: str | Path) -> bool:
     path = Path(path)
     metrics = read_object(path / "metrics.json")
     is_scored = bool(metrics) and not metrics.get("interrupted") and (path / "report.html").is_file()
-    return is_scored and not any((path / name).exists() for name in POINT_FILES)
+    return is_scored and not any((path / name).exists() for name in POINT_FILES if name.endswith(".json"))
 
 
 def read_run(path: str | Path) -> RunRecord:
