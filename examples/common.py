@@ -6,11 +6,13 @@ Everything is done by the public library; what stands here only spares each exam
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import headstart
@@ -39,8 +41,22 @@ def options(example: str, *, backbone: str, image_size: int, photos: str = "phot
 
 
 def read(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options given on the command line; a notebook has none and takes the defaults."""
-    return parser.parse_args([] if "ipykernel" in sys.modules else None)
+    """The options given on the command line; a notebook has none and takes the defaults.
+
+    What can be put right (`HeadstartError`) then ends the script with its message alone, as it ends `headstart`.
+    """
+    if "ipykernel" in sys.modules:
+        return parser.parse_args([])
+    sys.excepthook = functools.partial(_explain, parser.prog)
+    return parser.parse_args()
+
+
+def _explain(program: str, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not isinstance(error, headstart.HeadstartError):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(f"{program}: error: {error}", file=sys.stderr)
+    raise SystemExit(130 if isinstance(error, headstart.Interrupted) else 2)
 
 
 def settings(args: argparse.Namespace, recipes: Iterable[Recipe]) -> dict[str, Any]:
@@ -136,7 +152,7 @@ def _budgets(args: argparse.Namespace, recipes: Iterable[Recipe]) -> dict[str, B
             asked.epochs or tuple(scaled(args, stage.epochs) for stage in recipe.stages), asked.image_size
         )
     if given:
-        raise SystemExit(f"--budget {', '.join(given)}: no such recipe. There are: {', '.join(found)}.")
+        raise headstart.RecipeError(f"--budget {', '.join(given)}: no such recipe. There are: {', '.join(found)}.")
     return found
 
 

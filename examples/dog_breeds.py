@@ -3,7 +3,9 @@
 Pictures are squashed to 224 x 224, in batches of 64, turned, moved, and flipped on both axes, as in the Keras example
 and the course notebook that follows it.
 
-    python dog_breeds.py PHOTOS [--backbone mobilenetv2_100 --weights FILE] [--seeds 0,1,2] [--budget scratch=10@96]
+    python dog_breeds.py PHOTOS [--seeds 0,1,2] [--budget scratch=10@96]
+    python dog_breeds.py PHOTOS --backbone mobilenetv2_100 --weights FILE
+    python dog_breeds.py PHOTOS --backbone resnet18 --top layer4
 """
 
 # %%
@@ -16,7 +18,7 @@ from common import options, read, record, run_folder, scaled, settings, show, sh
 from headstart import AugmentSpec, HeadSpec, Recipe, Space, Stage
 
 parser = options("dog_breeds", backbone="efficientnet_b0", image_size=224)
-parser.add_argument("--top", default="blocks.6*", help="where fine-tuning begins")
+parser.add_argument("--top", default="blocks.6*", help="where fine-tuning begins: a block of the backbone")
 args = read(parser)
 
 # %% [markdown]

@@ -1,8 +1,10 @@
 """Cats against dogs from 2,000 pictures: VGG16 at 180 x 180 as a feature extractor, then its last block fine-tuned.
 
 After "Deep Learning with Python": features without augmentation; with augmentation; then `block5` at a rate of 1e-5.
+It takes pictures of two classes, since the book's head ends in one sigmoid output.
 
     python vgg16_180.py PHOTOS [--seeds 0,1,2] [--epochs-scale 0.2]
+    python vgg16_180.py PHOTOS --backbone resnet18 --last-block layer4
     python vgg16_180.py PHOTOS --backbone mobilenetv2_100 --weights FILE --features-from blocks.6 --last-block blocks.6
 """
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import make_picture
-from headstart import HeadSpec, HiddenLayer, create_classifier, set_freeze_line
+from headstart import HeadSpec, HiddenLayer, Interrupted, RecipeError, create_classifier, set_freeze_line
 from headstart.sweeps import COURSE_SPACE
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +28,7 @@ def in_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a notebook that is opened there: `common` is found beside it, and nothing is drawn on a screen."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which a script sets, and which is then as it was
     for name in ("common", "matplotlib.pyplot"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
@@ -99,13 +100,46 @@ def test_a_budget_for_one_recipe_and_one_for_none(
         {"epochs": [2], "image_size": 24},
     ]
     with pytest.raises(
-        SystemExit, match=r"--budget nothing: no such recipe\. There are: joint, joint, momentum 0\.9, scratch"
+        RecipeError, match=r"--budget nothing: no such recipe\. There are: joint, joint, momentum 0\.9, scratch"
     ):
         run_notebook("hotdog", photos, tmp_path / "more", monkeypatch, "--budget", "nothing=2")
     # In a notebook the command line is the kernel's own: the defaults are taken.
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     assert space["read"](space["options"]("hotdog", backbone="resnet18", image_size=224)).backbone == "resnet18"
+
+
+def test_what_can_be_put_right_is_told_in_a_line(tmp_path: Path) -> None:
+    photos = made_set(tmp_path / "photos", 3)
+    for name, words, told in (
+        ("hotdog", [tmp_path / "nowhere"], "nowhere"),
+        ("vgg16_180", [photos, "--backbone", "test_resnet", "--last-block", "layer4"], "two classes"),
+    ):
+        command = [sys.executable, EXAMPLES / f"{name}.py", *words, "--weights", "none"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith(f"{name}.py: error: ")
+        assert told in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_what_is_our_fault_keeps_its_trace(monkeypatch: pytest.MonkeyPatch, in_examples: None) -> None:
+    import common
+
+    shown: list[BaseException] = []
+    monkeypatch.setattr(sys, "__excepthook__", lambda kind, error, trace: shown.append(error))
+    common._explain("hotdog.py", KeyError, KeyError("x"), None)
+    assert [type(error) for error in shown] == [KeyError]
+    with pytest.raises(SystemExit) as stop:
+        common._explain("hotdog.py", Interrupted, Interrupted("Stopped by hand."), None)
+    assert stop.value.code == 130
+
+
+@pytest.mark.parametrize(("name", "option"), [("dog_breeds", "--top"), ("vgg16_180", "--last-block")])
+def test_usage_names_where_fine_tuning_begins(name: str, option: str) -> None:
+    usage = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").partition("# %%")[0]
+    assert option in usage
+    assert option in (EXAMPLES / "README.md").read_text(encoding="utf-8")
 
 
 def test_notebooks_are_what_the_scripts_say(tmp_path: Path) -> None:

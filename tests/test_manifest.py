@@ -343,6 +343,26 @@ def test_a_class_in_too_few_groups_is_refused_with_their_true_number() -> None:
     assert [part.class_counts()[1] for part in parts.named().values()] == [1, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("names", "each", "hint"),
+    [
+        ([f"{i}.5" for i in range(12)], 2, True),  # numbers with fractions
+        ([str(20 + i) for i in range(40)], 1, True),  # an age for each picture
+        ([str(i) for i in range(40)], 7, False),  # classes that are called by numbers, one of which is small
+        ([str(i) for i in range(5)], 1, False),
+        ([f"class {i}" for i in range(40)], 1, False),
+    ],
+)
+def test_labels_that_look_like_measured_values_are_told(names: list[str], each: int, hint: bool) -> None:
+    labels = np.array([0, *(i for i in range(1, len(names)) for _ in range(each))])
+    n = len(labels)
+    table = ImageTable(Path("/r"), tuple(Path(f"/r/{i}.jpg") for i in range(n)), labels, tuple(names), ("",) * n)
+    with pytest.raises(DataError, match=r"Too few training pictures") as error:
+        split(table)
+    told = f"All {len(names)} labels are numbers, each a class of its own; where they are measured values (regression"
+    assert (told in str(error.value)) == hint
+
+
 def test_groups_that_no_split_can_share_are_refused_by_name() -> None:
     # Groups 1, 2 and 3 hold 'b', 1, 2 and 4 'c', 1, 3 and 4 'd': with 'b' and 'c' on all three sides, 3 is where 4 is.
     held = {"1": (1, 2, 3), "2": (1, 2), "3": (1, 3), "4": (2, 3)}

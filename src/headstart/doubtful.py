@@ -197,7 +197,7 @@ def doubtful_findings(doubtful: Sequence[DoubtfulLabel], labels: Ints, probs: Fl
             f"without each picture agree with {100 * accuracy:.1f} % of all.",
             f"{'Look at it' if len(flagged) == 1 else 'Go through them, most doubtful first'}; "
             "`headstart audit PHOTOS --write-clean FILE` writes a manifest that "
-            "relabels the sure ones and leaves the others out; those of a test split it does not touch.",
+            "relabels the sure ones and leaves the others out; labels of a test split are left alone.",
             files=tuple(one.file for one in flagged),
             details=tuple(f"{one.label}, rather {one.suggested} ({100 * one.suggested_prob:.0f} %)" for one in flagged),
         )

@@ -152,9 +152,8 @@ class Run:
     def clear(self) -> None:
         """Remove what the run has written; whatever else is in its folder stays."""
         entries = list(self.path.iterdir()) if self.path.is_dir() else []
-        for entry in sorted(
-            entries, key=lambda entry: entry.name == "recipe.json"
-        ):  # which says that it is a run, last
+        # The recipe, which says that it is a run, goes last.
+        for entry in sorted(entries, key=lambda entry: entry.name == "recipe.json"):
             if entry.name in (*RUN_FILES, *POINT_FILES) or is_torn(entry):
                 entry.unlink()
 

@@ -13,6 +13,10 @@ from .errors import DataError
 from .groups import Unit, make_units, take_mixed_units, take_units
 from .order import permutation, random_stream
 
+# Labels that are all numbers look like measured ones from so many on, where they have fewer pictures each than classes
+# that are called by numbers.
+_VALUES, _PER_VALUE = 10, 4
+
 
 def split(table: ImageTable, *, val: float = 0.15, test: float = 0.15, seed: int = 0) -> Splits:
     """Train, val and test; a split the folder brings is kept, a missing one is held out of train, class by class.
@@ -112,7 +116,23 @@ def _require_enough(table: ImageTable, units: Sequence[Unit], missing: tuple[str
             f"{' (pictures of one group count as one)' if any(table.groups) else ''}. "
             f"{f'Raise the limit, {table.limited}, which left others out; else add' if table.limited else 'Add'} "
             "pictures, remove the class, or bring your own split folders (train, val, test)."
+            f"{_measured(table.class_names, found.total())}"
         )
+
+
+def _measured(class_names: Sequence[str], pictures: int) -> str:
+    """A hint where the labels look like measurements: many numbers with fractions, or with few pictures each."""
+    try:
+        values = [float(name) for name in class_names]
+    except ValueError:
+        return ""
+    is_whole = all(value.is_integer() for value in values)
+    if len(values) < _VALUES or (is_whole and len(values) * _PER_VALUE <= pictures):
+        return ""
+    return (
+        f" All {len(values):,} labels are numbers, each a class of its own; where they are measured values (regression,"
+        " which headstart does not do), make a few classes of ranges of them."
+    )
 
 
 def _held_out(n: int, shares: dict[str, float]) -> dict[str, int]:
