@@ -400,8 +400,8 @@ class Recipe(Spec):
 RECIPES: dict[str, Recipe] = {
     "fine-tune": Recipe(),
     "head": Recipe(name="head", stages=(HEAD_STAGE,)),
-    # 0.56 to 0.69 of the default's processor time: fewer layers and epochs at twice the rate, and views that both stages
-    # share, one for each epoch (pictures seen twice are learned by heart).
+    # 0.56 to 0.69 of the default's processor time: fewer layers and epochs at twice the rate, and views that both
+    # stages share, one for each epoch (pictures seen twice are learned by heart).
     "quick": Recipe(
         name="quick",
         stages=(
