@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -152,3 +153,71 @@ def test_every_field_with_few_words_names_them() -> None:
         assert [word for word in allowed if f"`{word}`" not in words] == [], f"{owner.__name__}.{field}"
     named = {name for name in recipe.Stage.__dataclass_fields__ if name in (recipe.Stage.__doc__ or "")}
     assert {*recipe.Stage.__dataclass_fields__} - named == set()
+
+
+# ---- the guide: tables written by hand say what the program does ------------------------------------------------
+
+
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+
+
+def test_guide_names_every_option_of_fit() -> None:
+    from headstart.cli import build_parser
+
+    fit = build_parser()[1]["fit"]
+    flags = {flag for action in fit._actions for flag in action.option_strings if flag.startswith("--")}
+    missing = {flag for flag in flags if not re.search(rf"{flag}(?![\w-])", GUIDE)}
+    assert missing == {"--help", "--no-head-batchnorm"}
+
+
+def policy_row(name: str) -> list[str]:
+    """What the guide's table has to say of a policy."""
+    from headstart.recipe import POLICIES
+
+    spec = POLICIES[name]
+
+    def around(x: float) -> str:
+        return f"{1 - x:g} - {1 + x:g}" if x else ""
+
+    ways = {(0, 0): "", (0.5, 0): "left-right", (0.5, 0.5): "both ways"}
+    cells = [
+        f"`{name}`",
+        ways[spec.hflip, spec.vflip],
+        f"{spec.crop_scale[0]:g} - 1" if spec.crop_scale != (1, 1) else "",
+        f"{spec.rotation:g} degrees" if spec.rotation else "",
+        around(spec.brightness),
+    ]
+    assert spec.brightness == spec.contrast
+    assert spec.translation == spec.zoom
+    besides = [
+        f"each colour channel {around(spec.channel_brightness)}" if spec.channel_brightness else "",
+        f"noise {spec.noise:g}" if spec.noise else "",
+        f"shifted and zoomed by up to {100 * spec.zoom:g} %" if spec.zoom else "",
+        f"RandAugment: two operations of strength {spec.auto_magnitude} of 30" if spec.auto == "randaugment" else "",
+        "TrivialAugment: one operation of any strength" if spec.auto == "trivial" else "",
+    ]
+    return [*cells, ", ".join(filter(None, besides))]
+
+
+def test_guide_says_what_each_policy_does() -> None:
+    from headstart.recipe import POLICIES, AugmentSpec, Recipe
+
+    lines = [line.removeprefix("|").removesuffix("|") for line in GUIDE.splitlines() if line.startswith("| `")]
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    assert [row for row in map(policy_row, POLICIES) if row not in rows] == []
+    assert f"**The default, `{Recipe().augment}`, mirrors left and right**" in GUIDE
+    keys = {key for row in rows for key in re.findall(r"`(\w+)`", row[0])}
+    assert {*AugmentSpec.__dataclass_fields__} <= keys
+    example = re.search(r"```json\n(.*)\n```", GUIDE)
+    assert example
+    assert AugmentSpec.from_dict(json.loads(example[1])).rotation == 15
+
+
+def test_guide_says_what_a_run_folder_holds() -> None:
+    from headstart.run import RUN_FILES
+
+    section = GUIDE.partition("## What a run folder holds")[2].partition("\n## ")[0]
+    assert [name for name in (*RUN_FILES, "advice.json") if f"`{name}`" not in section] == []
+    run = {"stage", "stage_index", "epoch", "lr", "train_loss", "train", "val", "best", "seconds", "event"}
+    score = {"loss", "accuracy", "top5", "n"}
+    assert [key for key in sorted(run | score) if f"`{key}`" not in section] == []
