@@ -345,7 +345,7 @@ def test_what_stops_a_run_before_it_goes_on_leaves_it_as_it_was(
         with pytest.raises((Interrupted, ModelError)) as caught:
             fine_tune(half_done / "photos", out=half, recipe=RECIPES["momentum"], resume=True, **TINY)
     if isinstance(caught.value, Interrupted):
-        assert str(caught.value).endswith(f"{half} is as it was, and goes on with --resume.")
+        assert str(caught.value) == f"Stopped before another epoch was done. {half} goes on with --resume."
     assert {path.name: path.read_bytes() for path in half.iterdir() if path.name != "environment.json"} == before
     assert "process" not in json.loads((half / "environment.json").read_text())  # nobody has it in hand
     fine_tune(half_done / "photos", out=half, recipe=RECIPES["momentum"], resume=True, **TINY)

@@ -191,7 +191,7 @@ def fine_tune(
         journey = Journey(
             model, plan, diary, bench.runtime, pictures=pictures, augment=augment or plan.augment_spec, begun=begun
         )
-        if diary.run:
+        if diary.run and goes_on:
             diary.run.write_environment()
         bench.audit = bench.audit if bench.share else journey.audit or bench.audit
         trainset = bench.pixels("train", model.spec, augment=augment or plan.augment_spec, seed=plan.seed)
@@ -207,8 +207,10 @@ def fine_tune(
     except KeyboardInterrupt:
         with not_interrupted():
             if goes_on and not (journey and journey.has_moved):
-                as_it_was = f"{diary.run.path if diary.run else out} is as it was, and goes on with --resume."
-                raise Interrupted(f"Stopped before anything more was trained. {as_it_was}", model) from None
+                where = diary.run.path if diary.run else out
+                raise Interrupted(
+                    f"Stopped before another epoch was done. {where} goes on with --resume.", model
+                ) from None
             if not diary.history:
                 _discard(diary)
                 raise Interrupted("Stopped before anything was trained; nothing was written.", model) from None
