@@ -232,7 +232,8 @@ def check_run_path(path: str | Path, *, overwrite: bool = False) -> Path:
         what = "an earlier run" if is_run(target) else "a folder that is not empty"
         raise CheckpointError(
             f"Run {path}: {what} is there, and is not overwritten unasked. Choose another folder with --out"
-            + (", or pass --overwrite to replace it." if is_run(target) else ".")
+            + (", or pass --overwrite to replace it" if is_run(target) else "")
+            + (", or --resume to go on with it." if is_run(target) and not is_complete(target) else ".")
         )
     _refuse_unless_run(target)
     check_folder(target.parent, f"Run {path}")  # the new run is written beside the older one
