@@ -149,7 +149,7 @@ def _facts(run: RunRecord) -> str:
     names = _class_names(run)
     counts = [f"{data[key]:,} {words}" for key, words in _COUNTS if data.get(key)]
     seconds = sum(p["seconds"] for p in run.metrics.get("phases") or [])
-    created = str(run.environment.get("created", "")).replace("T", " ")
+    created = str(run.environment.get("begun", run.environment.get("created", ""))).replace("T", " ")
     created = f"{created[:16]} UTC" if created.endswith("+00:00") else created
     pairs = [
         ("Model", long_path(run.metrics["evaluated"])) if run.metrics.get("evaluated") else None,
