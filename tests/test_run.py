@@ -453,10 +453,10 @@ def test_a_run_that_another_process_is_making_is_not_overwritten(tmp_path: Path)
 
 def test_a_run_that_is_not_complete_is_offered_to_go_on_with(tmp_path: Path) -> None:
     run = complete(open_run(tmp_path / "run"))
-    with pytest.raises(CheckpointError, match="to replace it, or --resume to go on with it[.]$"):
+    with pytest.raises(CheckpointError, match=r"to replace it, or --resume to go on with it[.]$"):
         check_run_path(run.path)
     run.write_text("report.html", "")
-    with pytest.raises(CheckpointError, match="or pass --overwrite to replace it[.]$"):
+    with pytest.raises(CheckpointError, match=r"or pass --overwrite to replace it[.]$"):
         check_run_path(run.path)
 
 
