@@ -221,3 +221,25 @@ def test_guide_says_what_a_run_folder_holds() -> None:
     run = {"stage", "stage_index", "epoch", "lr", "train_loss", "train", "val", "best", "seconds", "event"}
     score = {"loss", "accuracy", "top5", "n"}
     assert [key for key in sorted(run | score) if f"`{key}`" not in section] == []
+
+
+# ---- the table for who comes from elsewhere ---------------------------------------------------------------------
+
+
+def test_what_is_named_for_who_comes_from_elsewhere_is_there() -> None:
+    from headstart.cli import build_parser
+
+    page = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and line != "| you know | here |"]
+    assert len(rows) > 60
+    ours = [re.findall(r"`([^`]+)`", row.split(" | ", 1)[1]) for row in rows]
+    parser, commands = build_parser()
+    flags = {flag for one in (parser, *commands.values()) for action in one._actions for flag in action.option_strings}
+    said = {flag for codes in ours for code in codes for flag in re.findall(r"(?<!\w)--[a-z][a-z-]+", code)}
+    assert len(said) > 40
+    assert said - flags == set()
+    words = {word for codes in ours for code in codes for word in re.findall(r"headstart ([a-z]+) ", code)}
+    assert words - {*commands} == set()
+    calls = {name for codes in ours for code in codes for name in re.findall(r"^([A-Za-z]\w+)\(", code)}
+    assert len(calls) > 10
+    assert calls - {*headstart.__all__} == set()

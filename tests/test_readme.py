@@ -1,4 +1,4 @@
-"""The commands and the Python of README and guide run as they are written, on a made folder and a local hub cache."""
+"""The commands and the Python of three pages run as they are written, on a made folder and a local hub cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from conftest import make_picture
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/guide.md")
+PAGES = ("README.md", "docs/guide.md", "docs/coming-from.md")
 NOT_HERE = ("make ", "headstart demo")  # set-up, tried by continuous integration itself; the demo, in its own test
 
 
