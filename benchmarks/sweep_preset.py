@@ -29,7 +29,7 @@ from headstart.bench import make_bench
 from headstart.features import PixelSource, StageData
 from headstart.recipe import RECIPES
 from headstart.runtime import make_runtime
-from headstart.sweeps import COURSE, COURSE_SPACE
+from headstart.space import COURSE, COURSE_SPACE
 
 EPOCHS = 10
 

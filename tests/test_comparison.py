@@ -304,6 +304,10 @@ def test_a_complete_run_of_another_budget_is_kept_unless_asked(folder: Path, tmp
     assert model.read_bytes() == before
     found = compare(folder, budgets={"head": Budget((2,))}, overwrite=True, **call)
     assert found.results["recipes"][0]["budget"]["epochs"] == [2]
+    metrics = tmp_path / "out/head-seed0/metrics.json"
+    metrics.write_text("{")  # nothing says that it is complete: it is trained anew
+    compare(folder, budgets={"head": Budget((2,))}, **call)
+    assert json.loads(metrics.read_text())["test"]
 
 
 def test_a_comparison_that_is_stopped_says_that_the_same_command_goes_on(

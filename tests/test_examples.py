@@ -13,7 +13,7 @@ import pytest
 
 from conftest import make_picture
 from headstart import HeadSpec, HiddenLayer, Interrupted, RecipeError, create_classifier, set_freeze_line
-from headstart.sweeps import COURSE_SPACE
+from headstart.space import COURSE_SPACE
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

@@ -18,7 +18,7 @@ ROOMS = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init
 LAYERS = (
     ("errors", "fields", "files", "recipe"),
     (
-        *("tuned", "owners"),
+        *("tuned", "owners", "space", "study"),
         *("folders", "manifest", "groups", "prepared", "archives", "named_sets", "sources", "arrays", "sizes"),
         *(
             "decode",
@@ -269,6 +269,9 @@ SIDEWAYS = {
     ("comparison", "recipes"),
     ("lr_finder", "bench"),
     ("lr_finder", "recipes"),
+    ("lr_finder", "stage_run"),
+    ("study", "owners"),
+    ("study", "space"),
     ("sweeps", "bench"),
     ("sweeps", "comparison"),
     ("sweeps", "recipes"),

@@ -34,6 +34,7 @@ from headstart import (
     fine_tune,
     points,
 )
+from headstart.cli import main
 from headstart.owners import this_process
 from headstart.points import Point, read_point, write_point
 from headstart.run import POINT_FILES
@@ -274,7 +275,7 @@ def test_a_head_of_the_users_own_is_as_it_was(photos: Path, tmp_path: Path, monk
         assert ending(folder)["model"] == ending(whole)["model"]
 
 
-def test_where_there_is_nothing_to_go_on_with(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_there_is_nothing_to_go_on_with(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan, out = Recipe(stages=(replace(HEAD, epochs=1),)), tmp_path / "run"
     with pytest.raises(RecipeError, match="out names the run's folder"):
         fine_tune(photos, recipe=plan, resume=True, **TINY)
@@ -284,6 +285,8 @@ def test_where_there_is_nothing_to_go_on_with(photos: Path, tmp_path: Path, monk
     whole = ending(out)
     with pytest.raises(CheckpointError, match=r"is complete: there is nothing to go on with"):
         fine_tune(photos, out=out, recipe=plan, resume=True, **TINY)
+    assert main(["fit", str(photos), "--out", str(out), "--resume", "--overwrite"]) == 2
+    assert "to overwrite it is to begin anew" in capsys.readouterr().err
     assert ending(out) == whole
     for name in ("metrics.json", "model.safetensors", "model.json", "predictions.csv", "report.html"):
         (out / name).unlink()  # as if it had been killed before its first point
@@ -303,6 +306,9 @@ def test_where_there_is_nothing_to_go_on_with(photos: Path, tmp_path: Path, monk
         fine_tune(photos, out=out, recipe=plan, resume=True, **TINY)
     owned_by(2**22 + 1)  # no such process
     fine_tune(photos, out=out, recipe=plan, resume=True, **TINY)
+    assert ending(out) == whole
+    (out / "environment.json").write_text("{")
+    fine_tune(photos, out=out, recipe=plan, overwrite=True, **TINY)
     assert ending(out) == whole
     torn = tmp_path / "torn"  # killed while it wrote its first file
     torn.mkdir()

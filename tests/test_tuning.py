@@ -43,7 +43,7 @@ from headstart.lr_finder import RateCurve, describe, option_for, range_test, smo
 from headstart.owners import is_gone, this_process
 from headstart.recipe import HeadSpec, load_recipe
 from headstart.runtime import make_runtime
-from headstart.sweeps import COURSE, COURSE_SPACE, parse_point, parse_values, trial_recipe
+from headstart.space import COURSE, COURSE_SPACE, parse_point, parse_values, trial_recipe
 from headstart.tuned import tuned_on, write_tuned
 from tiny import SPEC, TinyNet
 

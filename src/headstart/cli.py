@@ -125,7 +125,7 @@ def _fit(args: argparse.Namespace) -> int:
     options = vars(args)
     if args.resume and not args.out:
         raise RecipeError("--resume goes on with the run in --out: name it.")
-    if args.resume and is_complete(args.out):
+    if args.resume and not args.overwrite and is_complete(args.out):
         done = read_run(args.out)
         terminal.say(f"{args.out} is complete.")
         _print_run(done.metrics, done.history, Path(args.out))

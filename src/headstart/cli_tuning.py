@@ -27,6 +27,7 @@ from .cli_recipe import follow_tuned
 from .drawing import check_picture
 from .errors import RecipeError
 from .recipe import DEFAULT_BACKBONE, Recipe, load_recipe
+from .space import COURSE_SPACE, Space, parse_point, parse_values
 
 SWEEP_RECIPE = "head"
 COURSE_EPOCHS = "10"  # of the notebook whose table the preset repeats
@@ -159,15 +160,15 @@ def _sweep(args: argparse.Namespace) -> int:
         args.epochs = COURSE_EPOCHS
     recipe = recipe_of(args, SWEEP_RECIPE)
     work = given_work(args)
-    from . import sweeps
-
     if args.preset:
-        space, recipe = sweeps.COURSE_SPACE, replace(recipe, name=args.preset)
+        space, recipe = COURSE_SPACE, replace(recipe, name=args.preset)
     elif args.trial:
-        space = sweeps.Space(points=tuple(map(sweeps.parse_point, args.trial)))
+        space = Space(points=tuple(map(parse_point, args.trial)))
     else:
-        space = sweeps.Space(values=sweeps.parse_values(args.values))
-    result = sweeps.sweep(
+        space = Space(values=parse_values(args.values))
+    from .sweeps import sweep
+
+    result = sweep(
         args.photos,
         space=space,
         recipe=recipe,

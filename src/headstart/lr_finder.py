@@ -24,9 +24,8 @@ from .classifier import Classifier, create_classifier
 from .dataspec import DataSpec
 from .drawing import check_picture
 from .errors import ModelError, RecipeError
-from .features import StageData, place_source
+from .features import StageData
 from .fields import check_number
-from .freezing import set_freeze_line
 from .plots import plot_rates
 from .recipe import DEFAULT_BACKBONE, Recipe, Stage, load_recipe
 from .recipes import fine_tune, weights_of
@@ -34,6 +33,7 @@ from .run import read_run
 from .runtime import Runtime, make_runtime
 from .schedule import batches_of_epoch, class_weight_vector, make_optimizer, views_of_epoch
 from .settings import own_settings
+from .stage_run import source_behind
 from .terminal import ProgressBar
 
 SMOOTHING = 0.95
@@ -147,8 +147,10 @@ def find_lr(
             drop_rate=plan.drop_rate, drop_path_rate=plan.drop_path_rate, **(spec_overrides or {}),
         ).to(bench.runtime.device)  # fmt: skip
         stage = plan.stages[0]
+    train = bench.pixels("train", model.spec, augment=plan.augment_spec, seed=plan.seed)
+    source = source_behind(model, train, bench.pixels("val", model.spec), stage, bench, show=progress)
     curve = range_test(
-        model, _source(model, stage, plan, bench, progress), stage, steps=steps, low=low, high=high, seed=plan.seed,
+        model, source, stage, steps=steps, low=low, high=high, seed=plan.seed,
         runtime=bench.runtime, nominal=plan.lr, place=place, stages=len(plan.stages), progress=progress,
     )  # fmt: skip
     if out is None:
@@ -158,15 +160,6 @@ def find_lr(
 
 def _plan(recipe: str | Path | Recipe) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-
-
-def _source(model: Classifier, stage: Stage, plan: Recipe, bench: Bench, show: bool) -> StageData:
-    set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
-    train = bench.pixels("train", model.spec, augment=plan.augment_spec, seed=plan.seed)
-    val = bench.pixels("val", model.spec)
-    place = place_source(train, val, model, views=stage.views, runtime=bench.runtime)
-    with ProgressBar(place.passes, "  frozen backbone", enabled=show and bool(place.passes)) as bar:
-        return bench.source(train, val, model, place, advance=bar.advance)[0]
 
 
 @own_settings()

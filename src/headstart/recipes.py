@@ -202,7 +202,7 @@ def fine_tune(
             look_at_stored_labels(source, diary, bench)
             journey.stage_done()
         if skipped == len(plan.stages):  # it was killed while it was scored
-            source = source_behind(model, trainset, valset, plan.stages[-1], diary, bench)
+            source = source_behind(model, trainset, valset, plan.stages[-1], bench, show=progress)
         return finish(model, bench, plan, diary, source)
     except KeyboardInterrupt:
         with not_interrupted():

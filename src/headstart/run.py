@@ -115,7 +115,7 @@ class Run:
         records = read_history(path)
         if len(records) < n:
             raise CheckpointError(f"{path} holds {len(records)} records of {n}. Restore it, or fit again.")
-        if len(records) > n or path.exists():
+        if path.exists():
             write_atomic(path, b"".join(to_json(record) + b"\n" for record in records[:n]))
         return records[:n]
 
@@ -254,7 +254,7 @@ def refuse_in_hand(folder: Path) -> None:
     Raises:
         CheckpointError: there is such a process.
     """
-    owner = read_object(folder / "environment.json").get("process")
+    owner = _object_or_nothing(folder / "environment.json").get("process")
     if isinstance(owner, dict) and is_at_work(owner) and not is_complete(folder):
         raise CheckpointError(f"Run {folder}: process {owner['pid']} has it in hand. Wait for its end, or stop it.")
 
@@ -350,7 +350,7 @@ def is_run(path: str | Path) -> bool:
 def is_complete(path: str | Path) -> bool:
     """Whether a run has come to its end: scored, not stopped by hand, with its report, and nothing to go on from."""
     path = Path(path)
-    metrics = read_object(path / "metrics.json")
+    metrics = _object_or_nothing(path / "metrics.json")
     is_scored = bool(metrics) and not metrics.get("interrupted") and (path / "report.html").is_file()
     return is_scored and not any((path / name).exists() for name in POINT_FILES if name.endswith(".json"))
 
@@ -393,6 +393,14 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}.")
     return value
+
+
+def _object_or_nothing(path: Path) -> dict[str, Any]:
+    """The same, but what cannot be read says nothing: a damaged run may be replaced, or gone on with."""
+    try:
+        return read_object(path)
+    except CheckpointError:
+        return {}
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:

@@ -158,12 +158,12 @@ def train_stage(
 
 
 def source_behind(
-    model: Classifier, trainset: Pixels, valset: Pixels, stage: Stage, diary: Diary, bench: Bench
+    model: Classifier, trainset: Pixels, valset: Pixels, stage: Stage, bench: Bench, *, show: bool
 ) -> StageData:
-    """What a stage that is done was fed with, as the final scores want it."""
+    """What a stage is fed with, for one that is done and is scored, or whose rates are tried."""
     set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
     place = place_source(trainset, valset, model, views=stage.views, runtime=bench.runtime)
-    with ProgressBar(place.passes, "  frozen backbone", enabled=diary.show and bool(place.passes)) as bar:
+    with ProgressBar(place.passes, "  frozen backbone", enabled=show and bool(place.passes)) as bar:
         return bench.source(trainset, valset, model, place, advance=bar.advance)[0]
 
 

@@ -10,103 +10,33 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
 from hashlib import sha256
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from .backbones import spec_of
 from .bench import Bench, contents_digest, data_digest, make_bench, settle
 from .comparison import check_lines
-from .errors import HeadstartError, Interrupted, RecipeError, SetupError, in_words
+from .errors import HeadstartError, Interrupted, RecipeError, in_words
 from .files import to_json, write_atomic
 from .memory import is_out_of_memory
-from .owners import is_gone, this_process
+from .owners import this_process
 from .plots import plot_parallel
 from .recipe import DEFAULT_BACKBONE, Recipe, load_recipe
 from .recipes import fine_tune, weights_of
 from .runtime import make_runtime
 from .settings import own_settings
+from .space import Space, describe, point_key, trial_recipe
+from .study import ask, draw, is_scored, load_optuna, open_study, taken_points
 from .terminal import say
 from .tuned import write_tuned
 from .weights import contents_of
 
 FILE = "sweep.json"
 JOURNAL = "journal.log"
-PARAMETERS = ("lr", "weight_decay", "head_dropout", "freeze_line", "backbone")
-WORDS = ("freeze_line", "backbone")
 TPE_TRIALS = 20
-GIVEN_UP = timedelta(hours=1)
-
-# The course notebook's table: epochs of the head on a frozen EfficientNet-B0, Stanford Dogs; its own accuracies.
-COURSE: tuple[tuple[float, float, float], ...] = (
-    (1e-2, 0.0, 0.7898),
-    (1e-2, 1e-3, 0.7853),
-    (1e-2, 1e-2, 0.7931),
-    (1e-3, 1e-2, 0.8180),
-    (1e-4, 1e-2, 0.8108),
-)
-
-
-@dataclass(frozen=True)
-class Space:
-    """What is tried: an explicit list of trials, or values for each parameter.
-
-    The parameters are `lr`, `weight_decay`, `head_dropout` (numbers), `freeze_line` and `backbone` (words).
-
-    points: trials as they are, such as `{"lr": 1e-3, "weight_decay": 0}`. values: choices by parameter name; two
-    numbers are the ends of a range for `tpe`, and a grid takes every value. published: by trial of `points`, the figure
-    somebody else reports, shown beside ours.
-    """
-
-    points: tuple[Mapping[str, Any], ...] = ()
-    values: Mapping[str, tuple[Any, ...]] | None = None
-    published: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if bool(self.points) == bool(self.values):
-            raise RecipeError("A sweep takes either an explicit list of trials or values for each parameter.")
-        if self.values is not None and not isinstance(self.values, Mapping):
-            raise RecipeError(
-                f"The values of a sweep are {self.values!r}; give them by parameter: {{'lr': (1e-3, 1e-2)}}."
-            )
-        if self.values is not None:  # an array's numbers as Python's
-            given: Mapping[str, Any] = self.values
-            values = {name: tuple(v.tolist()) if getattr(v, "ndim", 0) == 1 else v for name, v in given.items()}
-            object.__setattr__(self, "values", values)
-        for name, choices in (self.values or {}).items():
-            if not isinstance(choices, (list, tuple)) or not choices:
-                raise RecipeError(
-                    f"The values of {name!r} are {choices!r}; give a tuple of one or more, even of one: (1e-3,)."
-                )
-        for point in self.points:
-            if not isinstance(point, Mapping):
-                raise RecipeError(f"A trial is {point!r}; it takes values by parameter: {{'lr': 1e-3}}.")
-        asked = [*(self.values or {}).items(), *((name, (v,)) for point in self.points for name, v in point.items())]
-        for name, choices in asked:
-            if name not in PARAMETERS:
-                raise RecipeError(f"A sweep knows no parameter {name!r}. Known: {', '.join(PARAMETERS)}.")
-            kind, what = (str, "words") if name in WORDS else (Real, "numbers")
-            if any(not isinstance(value, kind) or isinstance(value, bool) for value in choices):
-                raise RecipeError(f"The values of {name!r} are {tuple(choices)!r}; it takes {what}.")
-        if len(self.published) not in (0, len(self.points)):
-            raise RecipeError(f"{len(self.published)} published figures for {len(self.points)} trials; give one each.")
-
-    def grid(self) -> list[dict[str, Any]]:
-        """Every trial of an explicit list or a full grid, in order."""
-        if self.points:
-            return [dict(point) for point in self.points]
-        values = self.values or {}
-        return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
-
-
-COURSE_SPACE = Space(
-    points=tuple({"lr": lr, "weight_decay": decay} for lr, decay, _ in COURSE),
-    published=tuple(accuracy for _, _, accuracy in COURSE),
-)
 
 
 @dataclass(frozen=True)
@@ -179,7 +109,7 @@ def sweep(
         raise RecipeError(
             f"trials is {trials} and minutes {minutes}; a sweep takes one or more trials, and more than 0 minutes."
         )
-    optuna = _optuna()
+    optuna = load_optuna()
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if epochs is not None:
         plan = replace(plan, stages=tuple(replace(stage, epochs=epochs) for stage in plan.stages))
@@ -209,19 +139,19 @@ def sweep(
     name = folder.name if storage is None else f"{folder.name}-{sha256(told).hexdigest()[:12]}"
     if overwrite and storage is None:
         (folder / JOURNAL).unlink(missing_ok=True)
-    study = _study(optuna, str(storage or folder / JOURNAL), name=name, prune=prune, fresh=overwrite)
+    study = open_study(optuna, str(storage or folder / JOURNAL), name=name, prune=prune, fresh=overwrite)
     started = time.perf_counter()
     limit = (trials or (TPE_TRIALS if minutes is None else None)) if method == "tpe" else trials
     stopped, failed = False, list[dict[str, Any]]()
     while minutes is None or time.perf_counter() - started < 60 * minutes:
-        taken = _taken(optuna, study)
-        tried = [*taken, *(_key(one["values"]) for one in failed)]
-        left = [point for point in space.grid() if _key(point) not in tried] if method == "grid" else [{}]
+        taken = taken_points(optuna, study)
+        tried = [*taken, *(point_key(one["values"]) for one in failed)]
+        left = [point for point in space.grid() if point_key(point) not in tried] if method == "grid" else [{}]
         if not left or (limit is not None and len(tried) >= limit):
             break
-        trial = _ask(optuna, study, seed=plan.seed)
+        trial = ask(optuna, study, seed=plan.seed)
         trial.set_user_attr("process", this_process())
-        point = left[0] if method == "grid" else _draw(optuna, study, trial, space.values or {})
+        point = left[0] if method == "grid" else draw(optuna, study, trial, space.values or {})
         trial.set_user_attr("asked", point)
         overrides = dict(spec_overrides or {})
         try:
@@ -236,7 +166,7 @@ def sweep(
             failed.append({"values": point, "reason": reason})
             say(f"{describe(point)}: failed: {reason}", enabled=True)
     results = {"settings": settings, "method": method, "wall_seconds": time.perf_counter() - started}
-    results["trials"] = [_row(trial, space) for trial in study.get_trials(deepcopy=False) if _scored(optuna, trial)]
+    results["trials"] = [_row(trial, space) for trial in study.get_trials(deepcopy=False) if is_scored(optuna, trial)]
     results["failed"] = failed  # in this call; the next one tries them again
     found = _finish(results, plan, folder)
     if failed and not stopped and not found.best:
@@ -247,115 +177,6 @@ def sweep(
         words = f"{done} trial{'s are' * (done != 1)}{' is' * (done == 1)} done"
         raise Interrupted(f"Stopped by hand. {words}{best}; the same command goes on.")
     return found
-
-
-def _key(point: Mapping[str, Any]) -> str:
-    return json.dumps(point, sort_keys=True)
-
-
-def _taken(optuna: Any, study: Any) -> list[str]:
-    """The trials that are done or that a living process has in hand."""
-    states = optuna.trial.TrialState
-    return [
-        _key(trial.user_attrs["asked"])
-        for trial in study.get_trials(deepcopy=False)
-        if "asked" in trial.user_attrs
-        and trial.state != states.FAIL
-        and not (trial.state == states.RUNNING and _is_given_up(trial))
-    ]
-
-
-def _is_given_up(trial: Any) -> bool:
-    """Its process was killed; on another machine, where nobody can tell, it was begun an hour ago."""
-    if is_gone(trial.user_attrs.get("process", {})):
-        return True
-    return bool(datetime.now() - trial.datetime_start > GIVEN_UP)
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise SetupError("A sweep needs Optuna. Install it: pip install 'headstart[sweep]'.") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
-
-
-def _study(optuna: Any, storage: str, *, name: str, prune: bool, fresh: bool) -> Any:
-    try:
-        kept = storage if "://" in storage else _journal(Path(storage))
-        names = optuna.get_all_study_names(kept)
-    except Exception as error:  # of SQLAlchemy, of a driver that is not installed, of a file that is none of these
-        raise RecipeError(
-            f"The study's storage {storage} cannot be opened ({in_words(error)}). It takes a journal file's path, or a"
-            " database URL such as sqlite:///study.db."
-        ) from None
-    if fresh and name in names:
-        optuna.delete_study(study_name=name, storage=kept)
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=3) if prune else optuna.pruners.NopPruner()
-    return optuna.create_study(storage=kept, study_name=name, load_if_exists=True, direction="minimize", pruner=pruner)
-
-
-def _journal(path: Path) -> Any:
-    """A journal file as a storage.
-
-    Raises:
-        ValueError, OSError: it is there and is something else, which Optuna would add its lines to.
-    """
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
-    if path.exists():
-        with path.open("rb") as file:
-            first = file.readline(1 << 20)
-        if first and "op_code" not in json.loads(first):
-            raise ValueError("it is no journal")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
-
-
-def _ask(optuna: Any, study: Any, *, seed: int) -> Any:
-    """A new trial, whose draw is a function of the seed, its number and what is done.
-
-    So neither two processes nor a sweep that goes on draw the same numbers again.
-    """
-    while True:
-        number = len(study.get_trials(deepcopy=False))
-        study.sampler = optuna.samplers.TPESampler(seed=(seed + number) % 2**32)
-        trial = study.ask()
-        if trial.number == number:
-            return trial
-        study.tell(trial, state=optuna.trial.TrialState.FAIL)  # another process asked at the same moment
-
-
-def _draw(optuna: Any, study: Any, trial: Any, values: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """One trial's values: numbers from a range (rates and decays on a logarithmic scale), others from the choices."""
-    point = {}
-    for name, choices in values.items():
-        try:
-            if name not in WORDS and len(choices) == 2 and min(choices) < max(choices):
-                log = name in ("lr", "weight_decay") and min(choices) > 0
-                point[name] = trial.suggest_float(name, min(choices), max(choices), log=log)
-            else:
-                point[name] = trial.suggest_categorical(name, list(choices))
-        except ValueError:  # Optuna's: choices stay as they are, and a range is no list
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            raise RecipeError(
-                f"Earlier trials of this study chose {name} in another way than from {', '.join(map(str, choices))},"
-                " and tpe cannot learn from both. Take the same choices, another --out, or --overwrite."
-            ) from None
-    return point
-
-
-def trial_recipe(plan: Recipe, point: Mapping[str, Any]) -> Recipe:
-    """The recipe with a trial's values in their places."""
-    stages = list(plan.stages)
-    if "weight_decay" in point:
-        stages = [replace(stage, weight_decay=float(point["weight_decay"])) for stage in stages]
-    if "freeze_line" in point:
-        stages[-1] = replace(stages[-1], freeze_line=str(point["freeze_line"]))
-    head = replace(plan.head, dropout=float(point["head_dropout"])) if "head_dropout" in point else plan.head
-    return replace(plan, stages=tuple(stages), head=head, lr=float(point.get("lr", plan.lr)))
 
 
 def _try(
@@ -410,16 +231,6 @@ def _own(weights: str | Path | None, name: str, backbone: str) -> str | Path | N
     return weights if name == backbone or str(weights) == "none" else None
 
 
-def describe(point: Mapping[str, Any]) -> str:
-    """`lr 0.01, weight_decay 0.001`."""
-    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in point.items())
-
-
-def _scored(optuna: Any, trial: Any) -> bool:
-    states = optuna.trial.TrialState
-    return trial.state in (states.COMPLETE, states.PRUNED) and "asked" in trial.user_attrs
-
-
 def _row(trial: Any, space: Space) -> dict[str, Any]:
     asked, attrs = trial.user_attrs["asked"], trial.user_attrs
     row = {"number": trial.number, "values": asked, "state": trial.state.name.lower(), **attrs}
@@ -449,35 +260,3 @@ def _finish(results: dict[str, Any], plan: Recipe, folder: Path) -> Sweep:
     if len(done) > 1:
         plot_parallel([{**row["values"], "val loss": row["val"]["log_loss"]} for row in done], folder / "parallel.png")
     return Sweep(results, folder, recipe)
-
-
-def parse_values(texts: Iterable[str]) -> dict[str, tuple[Any, ...]]:
-    """`lr=1e-4,1e-2` as {"lr": (0.0001, 0.01)}; freeze lines and backbones stay words.
-
-    Raises:
-        RecipeError: an unknown parameter, or a value that cannot be read.
-    """
-    values: dict[str, tuple[Any, ...]] = {}
-    for text in texts:
-        name, equals, listed = text.partition("=")
-        if not equals or name not in PARAMETERS or not listed:
-            raise RecipeError(f"{text!r}: it takes PARAMETER=VALUE,... with one of {', '.join(PARAMETERS)}.")
-        if name in values:
-            raise RecipeError(f"{name} is given twice. All its values go into one: {name}=A,B.")
-        parts: Sequence[str] = listed.split(",")
-        values[name] = tuple(parts) if name in WORDS else tuple(_number(name, p) for p in parts)
-    return values
-
-
-def parse_point(text: str) -> dict[str, Any]:
-    """`lr=0.01,weight_decay=0` as one trial of an explicit list."""
-    return {name: found[0] for name, found in parse_values(text.split(",")).items()}
-
-
-def _number(name: str, text: str) -> float:
-    if text == "none":
-        return 0.0
-    try:
-        return float(text)
-    except ValueError:
-        raise RecipeError(f"{name}={text!r}: it takes numbers.") from None
