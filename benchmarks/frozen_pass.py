@@ -36,10 +36,10 @@ from headstart.augment import augmented_view
 from headstart.backbones import backbone_output, pool_output
 from headstart.classifier import Classifier
 from headstart.dataset import ImageTable, open_image
-from headstart.dataspec import evaluation_view
 from headstart.frozenpass import frozen_forward
 from headstart.once import fast_kernels, store_features
 from headstart.pixels import Pixels
+from headstart.portable import evaluation_view
 from headstart.recipe import POLICIES
 from headstart.runtime import Runtime, prefetch
 from headstart.transforms import working_image

@@ -27,9 +27,10 @@ from PIL import Image
 from records import append
 
 from headstart import create_classifier
-from headstart.dataspec import RESAMPLING, DataSpec, evaluation_view, working_size
+from headstart.dataspec import DataSpec, working_size
 from headstart.decode import open_image
 from headstart.inspection import look_of_bytes
+from headstart.portable import RESAMPLING, evaluation_view
 from headstart.transforms import as_tensor, working_image
 
 SIZES = ((2000, 1500), (3000, 2000), (4000, 3000))

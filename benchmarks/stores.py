@@ -81,9 +81,10 @@ def measure(n: int, folder: Path) -> Record:
     import torch
 
     from headstart.dataset import ImageTable, open_image
-    from headstart.dataspec import DataSpec, evaluation_view
+    from headstart.dataspec import DataSpec
     from headstart.pixels import Pixels
     from headstart.pixelstore import PixelStore, picture_bytes
+    from headstart.portable import evaluation_view
     from headstart.rowstore import RowStore
     from headstart.store import Cache
     from headstart.threads import available_cores, map_threads

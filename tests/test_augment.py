@@ -19,8 +19,9 @@ from torchvision.transforms import v2
 
 from headstart.augment import DRAWS, augmented_batch, augmented_view, view_draws, view_plans, view_rng
 from headstart.autoaugment import auto_augment
-from headstart.dataspec import FITS, DataSpec, evaluation_view
+from headstart.dataspec import FITS, DataSpec
 from headstart.errors import RecipeError
+from headstart.portable import evaluation_view
 from headstart.recipe import POLICIES, AugmentSpec
 from headstart.transforms import working_image
 

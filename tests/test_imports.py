@@ -16,7 +16,7 @@ ROOMS = sorted(path.stem for path in SOURCE.glob("*.py") if path.stem != "__init
 
 # A room imports from lower layers only; the pairs below are the ways sideways, within a layer.
 LAYERS = (
-    ("errors", "fields", "files", "recipe"),
+    ("errors", "fields", "files", "recipe", "portable"),
     (
         *("tuned", "owners", "space", "study"),
         *("folders", "manifest", "groups", "prepared", "archives", "named_sets", "sources", "arrays", "sizes"),
@@ -94,7 +94,7 @@ LAYERS = (
             "report_results",
             "report_audit",
         ),
-        *("comparison_page", "shootout_page", "audit_sheet", "auditing", "audit_page", "review_script"),
+        *("comparison_page", "shootout_page", "audit_sheet", "auditing", "audit_page", "review_script", "exporting"),
     ),
     (
         *("bench", "diary", "resume", "stage_run", "closing", "recipes", "asking", "demo"),
@@ -102,10 +102,12 @@ LAYERS = (
     ),
     (
         *("__main__", "cli", "cli_audit", "cli_cache", "cli_transforms", "cli_options", "cli_overrides"),
-        *("cli_advise", "cli_compare", "cli_predict", "cli_recipe", "cli_shootout", "cli_tuning"),
+        *("cli_advise", "cli_compare", "cli_predict", "cli_export", "cli_recipe", "cli_shootout", "cli_tuning"),
     ),
 )
 SIDEWAYS = {
+    ("cli", "cli_export"),
+    ("cli_export", "cli_options"),
     ("checkpoint", "backbones"),
     ("plots", "drawing"),
     ("sheets", "drawing"),
@@ -124,7 +126,6 @@ SIDEWAYS = {
     ("prepared", "decode"),
     ("prepared", "manifest"),
     ("prepared", "store"),
-    ("sizes", "decode"),
     ("archives", "folders"),
     ("archives", "manifest"),
     ("archives", "prepared"),

@@ -13,8 +13,9 @@ from PIL import Image
 from torchvision import transforms as tv
 
 from headstart.dataset import open_image
-from headstart.dataspec import FITS, RESAMPLING, WORKING_MARGIN, DataSpec, evaluation_view, working_size
+from headstart.dataspec import FITS, WORKING_MARGIN, DataSpec, working_size
 from headstart.errors import DataError, ModelError
+from headstart.portable import RESAMPLING, evaluation_view
 from headstart.transforms import load_view, load_views, normalise, working_image
 
 

@@ -36,7 +36,7 @@ GROUPS = {
     "Look at the data": ("audit", "AuditResult", "Finding", "DoubtfulLabel", "read_audit"),
     "Models": (
         "create_classifier", "Classifier", "set_freeze_line", "FreezeLine", "summary", "new_head", "change_classes",
-        "Handover", "save", "load",
+        "Handover", "save", "load", "export", "Export",
     ),
     "Score and predict": ("evaluate", "evaluate_run", "Evaluation", "predict_files", "predict_logits"),
     "Choose a recipe, a backbone, a rate": (
@@ -46,7 +46,8 @@ GROUPS = {
     "Runs and plots": ("read_run", "write_report", "plot_history", "plot_confusion"),
     "Machine": ("make_runtime", "Runtime"),
     "Errors": (
-        "HeadstartError", "DataError", "RecipeError", "ModelError", "CheckpointError", "SetupError", "Interrupted",
+        "HeadstartError", "DataError", "RecipeError", "ModelError", "CheckpointError", "ExportError", "SetupError",
+        "Interrupted",
     ),
 }  # fmt: skip
 WIDTH, PROSE_WIDTH = 100, 120  # of signatures, and of words

@@ -17,9 +17,11 @@ _ROOMS = {
     "dataset": ("ImageTable", "Splits", "load_images", "open_image"),
     "splitting": ("split",),
     "errors": (
-        "CheckpointError", "DataError", "HeadstartError", "Interrupted", "ModelError", "RecipeError", "SetupError",
+        "CheckpointError", "DataError", "ExportError", "HeadstartError", "Interrupted", "ModelError", "RecipeError",
+        "SetupError",
     ),
     "evaluation": ("Evaluation", "evaluate", "predict_files", "predict_logits"),
+    "exporting": ("Export", "export"),
     "findings": ("AuditResult", "DoubtfulLabel", "Finding", "read_audit"),
     "freezing": ("FreezeLine", "set_freeze_line"),
     "handover": ("Handover", "change_classes", "new_head"),

@@ -16,7 +16,7 @@ from .store import Cache, code_hash, key_of
 
 _ROOMS = (
     "audit_copies", "audit_files", "audit_quick", "dataset", "decode", "duplicates", "findings", "inspection",
-    "metrics", "shortcuts",
+    "metrics", "portable", "shortcuts",
 )  # fmt: skip
 _LIBRARIES = ("numpy", "pillow", "scipy")
 

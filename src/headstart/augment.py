@@ -23,10 +23,11 @@ from PIL import Image
 from torch import Tensor
 
 from .autoaugment import auto_augment
-from .dataspec import RESAMPLING, DataSpec, evaluation_view, shown_box
+from .dataspec import DataSpec, shown_box
 from .errors import RecipeError, near_matches
 from .memory import sent
 from .order import begin_again, random_stream
+from .portable import RESAMPLING, evaluation_view
 from .recipe import POLICIES, AugmentSpec
 from .threads import map_threads
 from .transforms import as_tensor

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 from . import cli_advise, cli_compare, cli_shootout, cli_tuning, terminal
 from .cli_audit import AUDIT
 from .cli_cache import add_cache_options, run_cache
+from .cli_export import EXPORT
 from .cli_options import (
     DEFAULT_RECIPE,
     EXIT_BAD_INPUT,
@@ -268,6 +269,7 @@ COMMANDS: dict[str, Command] = {
     "sweep": cli_tuning.SWEEP,
     "evaluate": EVALUATE,
     "predict": PREDICT,
+    "export": EXPORT,
     "summary": Command(
         "list a model's layers, with the freeze line drawn in", "BACKBONE|RUN [options]", _summary_options, _summary
     ),

@@ -12,13 +12,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from .errors import ModelError, near_matches
+from .portable import MAX_ASPECT, RESAMPLING, centre_crop, mean_colour
 
-RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 FITS = ("crop", "squash", "letterbox")
 
 # A working image has this many times the pixels per side that the evaluation view needs. The mean random resized
@@ -28,8 +23,6 @@ WORKING_MARGIN = 1.15
 # A picture that shrinks by twice this or more to its working image is averaged in whole blocks first: within two grey
 # levels of shrinking at once, in half to a fifth of the time (`benchmarks/large_pictures.py`).
 REDUCING_GAP = 2.0
-_MAX_ASPECT = 8  # a strip longer than this is worked on at lower resolution, lest one strip fills the memory
-
 PixelArray = npt.NDArray[np.uint8]
 
 
@@ -92,23 +85,7 @@ class DataSpec:
     @property
     def fill(self) -> tuple[int, int, int]:
         """The mean colour as 8-bit RGB: what letterbox pads with, about 0 after normalisation."""
-        red, green, blue = (round(255 * value) for value in self.mean)
-        return red, green, blue
-
-
-def evaluation_view(image: Image.Image, spec: DataSpec) -> PixelArray:
-    """The one view that validation, test and prediction see: uint8 [S, S, 3], antialiased.
-
-    `crop` is what timm and torchvision do: the short side to floor(S / crop_pct), then the centre S x S.
-    """
-    size, resample = spec.image_size, RESAMPLING[spec.interpolation]
-    if spec.fit == "squash":
-        return np.array(image.resize((size, size), resample))
-    if spec.fit == "letterbox":
-        return _letterbox(image, spec)
-    image = _centre_strip(image)
-    wide, high, left, top = _centre_crop(image.width, image.height, spec)
-    return np.array(image.resize((wide, high), resample).crop((left, top, left + size, top + size)))
+        return mean_colour(self.mean)
 
 
 def working_image_by_pillow(image: Image.Image, spec: DataSpec) -> PixelArray | None:
@@ -132,35 +109,9 @@ def shown_box(width: int, height: int, spec: DataSpec) -> tuple[float, float, fl
     if spec.fit == "letterbox":
         side = max(width, height)
         return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
-    wide, high, left, top = _centre_crop(width, height, spec)
+    wide, high, left, top = centre_crop(width, height, spec)
     x, y = width / wide, height / high
     return left * x, top * y, (left + spec.image_size) * x, (top + spec.image_size) * y
-
-
-def _centre_crop(width: int, height: int, spec: DataSpec) -> tuple[int, int, int, int]:
-    """To what size the whole picture is resized, and left and top of the view in it; rounded as in timm."""
-    short = math.floor(spec.image_size / spec.crop_pct)
-    wide, high = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-    return wide, high, round((wide - spec.image_size) / 2), round((high - spec.image_size) / 2)
-
-
-def _centre_strip(image: Image.Image) -> Image.Image:
-    """A very long strip is cut around its centre before it is resized: the view shows no more of it."""
-    most = _MAX_ASPECT * min(image.size)
-    if max(image.size) <= most:
-        return image
-    wide, high = min(image.width, most), min(image.height, most)
-    left, top = (image.width - wide) // 2, (image.height - high) // 2
-    return image.crop((left, top, left + wide, top + high))
-
-
-def _letterbox(image: Image.Image, spec: DataSpec) -> PixelArray:
-    size = spec.image_size
-    scale = size / max(image.size)
-    inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    canvas = Image.new("RGB", (size, size), spec.fill)
-    canvas.paste(image.resize(inner, RESAMPLING[spec.interpolation]), ((size - inner[0]) // 2, (size - inner[1]) // 2))
-    return np.array(canvas)
 
 
 def working_size(width: int, height: int, spec: DataSpec) -> tuple[int, int]:
@@ -172,7 +123,7 @@ def working_size(width: int, height: int, spec: DataSpec) -> tuple[int, int]:
     needed = math.floor(size / spec.crop_pct) if spec.fit == "crop" else size
     side = min(width, height) if spec.fit == "crop" else max(width, height)
     scale = min(max(side, needed), round(WORKING_MARGIN * needed)) / side
-    scale = min(scale, _MAX_ASPECT * needed / max(width, height))
+    scale = min(scale, MAX_ASPECT * needed / max(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 

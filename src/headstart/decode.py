@@ -19,8 +19,8 @@ from typing import BinaryIO
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
 from .errors import DataError, SetupError
+from .portable import FORMATS, UnfitPicture, to_rgb, upright
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 PIXELS_VARIABLE = "HEADSTART_MAX_PIXELS"
 DECODER_VARIABLE = "HEADSTART_DECODER"
 DECODERS = ("pillow", "simplejpeg", "torchcodec")
@@ -50,19 +50,7 @@ MAX_PIXELS = _pixel_cap()
 DECODER = _chosen_decoder()  # of colour JPEG files; Pillow reads their headers, and all other files
 MAX_BYTES = 512 << 20  # of a file: a picture of `MAX_PIXELS` without compression at 16 bits per channel
 
-_SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-_NO_WHITE = ("F", "LAB", "HSV")  # modes without an agreed white, or without a conversion in Pillow
-_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<svg")
 
@@ -99,8 +87,20 @@ def png_picture(image: Image.Image) -> Image.Image:
     """
     from PIL import ImageOps  # here, where no file is decoded
 
-    upright = ImageOps.exif_transpose(image)  # PNG files keep no orientation; what is upright stays so in a second call
-    return upright if upright.mode in _PNG_MODES else to_rgb(upright)
+    turned = ImageOps.exif_transpose(image)  # PNG files keep no orientation; what is upright stays so in a second call
+    return turned if turned.mode in _PNG_MODES else as_rgb(turned)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A decoded picture in 8-bit RGB, by the rules of `open_image`.
+
+    Raises:
+        DataError: pixels without an agreed white, in bare words.
+    """
+    try:
+        return to_rgb(image)
+    except UnfitPicture as error:
+        raise DataError(str(error)) from None
 
 
 def bad_reason(path: Path) -> str | None:
@@ -216,7 +216,7 @@ def _decode(file: BinaryIO) -> Image.Image:
             image = Image.open(file, formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            return to_rgb(_upright(_loaded(image, file), like=image))
+            return as_rgb(upright(_loaded(image, file), like=image))
         except Image.DecompressionBombError:
             raise DataError(
                 f"its header promises more than {MAX_PIXELS:,} pixels; shrink it first (or set {PIXELS_VARIABLE})"
@@ -239,7 +239,7 @@ def _loaded(image: Image.Image, file: BinaryIO) -> Image.Image:
         return Image.fromarray(decode_jpeg(file.read(), "RGB", fastdct=False, fastupsample=False))
     from torchcodec.decoders import decode_jpeg as decode_upright
 
-    # It turns the picture by its EXIF orientation, which `_upright` does for all decoders alike.
+    # It turns the picture by its EXIF orientation, which `upright` does for all decoders alike.
     return Image.fromarray(decode_upright(_without_exif(file.read())).permute(1, 2, 0).numpy())
 
 
@@ -287,43 +287,3 @@ def _why(error: Exception, file: BinaryIO) -> str:
     if start[4:8] == b"ftyp":
         return f"a HEIC, AVIF or video file; convert it to {known}"
     return f"not a {known} picture"
-
-
-def _upright(image: Image.Image, *, like: Image.Image) -> Image.Image:
-    """The picture as the camera was held, by what `like`, the opened file, says.
-
-    `ImageOps.exif_transpose` would also rewrite the EXIF block, and fails on blocks that hold nonsense beside the
-    orientation.
-    """
-    try:
-        orientation = like.getexif().get(_ORIENTATION, 1)
-    except Exception:  # unreadable metadata say nothing about the pixels
-        return image
-    method = _UPRIGHT.get(orientation)
-    return image if method is None else image.transpose(method)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded picture in 8-bit RGB, by the rules of `open_image`.
-
-    Raises:
-        DataError: pixels without an agreed white, in bare words.
-    """
-    if image.mode in _NO_WHITE:
-        raise DataError(f"{image.mode} pixels, which have no agreed white; convert it to 8 or 16 bit")
-    if image.mode in _SIXTEEN_BIT:
-        image = _eight_bit(image)
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    import numpy as np  # here, since few pictures need it and the processes of `isolate` start the quicker without
-
-    values = np.asarray(image)
-    if image.mode == "I" and (values.min() < 0 or values.max() > 65535):
-        raise DataError("32-bit pixels beyond the 16-bit range; convert it to 8 or 16 bit")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))

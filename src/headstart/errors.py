@@ -21,6 +21,10 @@ class CheckpointError(HeadstartError):
     """A weights file or a run folder that cannot be read, or does not fit."""
 
 
+class ExportError(HeadstartError):
+    """A model that cannot be written in another form, or that says something else in it."""
+
+
 class SetupError(HeadstartError):
     """The machine: no network, a missing package, a device that is not there."""
 

@@ -263,7 +263,7 @@ def predictions(
             bar = stack.enter_context(ProgressBar(len(names) * views, "Predicting", enabled=progress))
             for start in range(0, len(names), PREDICTED_AT_ONCE):
                 part = files[start : start + PREDICTED_AT_ONCE]
-                pixels = Pixels(_unlabelled(part, model), model.spec, workers=runtime.workers, cache_bytes=0)
+                pixels = Pixels(unlabelled(part, model), model.spec, workers=runtime.workers, cache_bytes=0)
                 probs = predict_probs(model, pixels, tta=tta, runtime=runtime, advance=bar.advance)
                 for name, row in zip(names[start : start + PREDICTED_AT_ONCE], probs, strict=True):
                     yield {
@@ -283,7 +283,8 @@ def _items(paths: Any) -> list[Any]:
     return [paths] if one else list(paths)
 
 
-def _unlabelled(files: Sequence[Path], model: Classifier) -> ImageTable:
+def unlabelled(files: Sequence[Path], model: Classifier) -> ImageTable:
+    """Files as a table for `model`, whose labels say nothing."""
     return ImageTable(
         root=Path.cwd(),
         paths=tuple(files),

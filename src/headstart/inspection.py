@@ -17,8 +17,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from .dataset import ImageTable
-from .decode import FORMATS, bad_reason, open_image, quiet_pillow
+from .decode import bad_reason, open_image, quiet_pillow
 from .errors import DataError
+from .portable import FORMATS
 from .threads import map_threads
 
 THUMB_PX = 48

@@ -12,12 +12,13 @@ import numpy as np
 from PIL import Image
 
 from . import isolate
-from .dataspec import DataSpec, PixelArray, evaluation_view, working_image_by_pillow
+from .dataspec import DataSpec, PixelArray, working_image_by_pillow
 from .decode import file_bytes, picture_of
 from .errors import DataError, SetupError
 from .hashes import content_hash
 from .inspection import look_of_bytes, pack
 from .isolate import Answer
+from .portable import evaluation_view
 
 PARTS = ("view", "working", "look")
 FULL = "full"  # in place of the working image: the picture itself, where PyTorch, which no worker needs, shrinks it

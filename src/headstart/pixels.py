@@ -18,10 +18,11 @@ from torch import Tensor
 from .augment import augmented_batch
 from .batchviews import is_drawn_together, views_together
 from .dataset import ImageTable, open_image
-from .dataspec import DataSpec, evaluation_view
+from .dataspec import DataSpec
 from .errors import DataError
 from .memory import ready, sent
 from .pixelstore import PixelStore
+from .portable import evaluation_view
 from .recipe import AugmentSpec
 from .runtime import GPU_SHARE, free_bytes
 from .transforms import as_tensor, working_image

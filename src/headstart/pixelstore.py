@@ -430,4 +430,7 @@ def _determined_by(spec: DataSpec | None) -> dict[str, Any]:
         del values["crop_pct"]
     libraries = {name: features.version(name) for name in ("jpg", "libjpeg_turbo", "zlib", "webp", "libtiff")}
     libraries |= {"pillow": PIL.__version__, "torch": torch.__version__, "decoder": decoder_version()}
-    return values | {**libraries, "code": code_hash("dataspec", "decode", "inspection", "intake", "transforms")}
+    return values | {
+        **libraries,
+        "code": code_hash("dataspec", "decode", "inspection", "intake", "portable", "transforms"),
+    }

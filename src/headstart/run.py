@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -200,8 +200,18 @@ def open_evaluation(path: str | Path, *, overwrite: bool = False) -> Run:
     Nothing is made yet: a new folder inside that of the pictures would be a class without any.
 
     Raises:
-        CheckpointError: something else is there, or an earlier evaluation and `overwrite` is not set; or nothing can
-            be written there.
+        CheckpointError: see `check_own_folder`.
+    """
+    folder = check_own_folder(path, EVALUATION_FILES, "an earlier evaluation", overwrite=overwrite)
+    return Run(folder, folder)
+
+
+def check_own_folder(path: str | Path, files: Collection[str], what: str, *, overwrite: bool) -> Path:
+    """The folder, absolute, if these files may be written into it.
+
+    Raises:
+        CheckpointError: something else is there, or they are (`what`) and `overwrite` is not set; or nothing can be
+            written there.
     """
     folder = Path(path).expanduser().absolute()
     try:
@@ -210,13 +220,13 @@ def open_evaluation(path: str | Path, *, overwrite: bool = False) -> Run:
     except OSError as error:
         raise CheckpointError(f"{path}: the folder cannot be made ({error}). Choose another with --out.") from None
     there = {name for name in there if not is_torn(Path(name))}
-    others = sorted(there - set(EVALUATION_FILES))
+    others = sorted(there - set(files))
     if others or (there and not overwrite):
-        what, way = (", ".join(others[:3]), "") if others else ("an earlier evaluation", ", or pass --overwrite")
+        held, way = (", ".join(others[:3]), "") if others else (what, ", or pass --overwrite")
         raise CheckpointError(
-            f"{path} holds {what}, and is not overwritten unasked. Choose another folder with --out{way}."
+            f"{path} holds {held}, and is not overwritten unasked. Choose another folder with --out{way}."
         )
-    return Run(folder, folder)
+    return folder
 
 
 def check_run_path(path: str | Path, *, overwrite: bool = False) -> Path:

@@ -97,9 +97,9 @@ def _table_tile(table: ImageTable, index: int, spec: DataSpec | None) -> NDArray
 def _tile(image: Any) -> NDArray[np.uint8]:
     """One picture as uint8 [H, W, 3], from PIL, or an array or tensor with the channels first, last or, grey, none."""
     if hasattr(image, "convert"):  # by the rules for files
-        from .decode import to_rgb
+        from .decode import as_rgb
 
-        image = to_rgb(image)
+        image = as_rgb(image)
     pixels = np.asarray(image)
     if pixels.ndim == 3 and pixels.shape[0] in (1, 3) and pixels.shape[2] not in (1, 3):
         pixels = pixels.transpose(1, 2, 0)

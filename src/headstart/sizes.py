@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .decode import FORMATS
+from .portable import FORMATS
 
 MEASURED = 2000  # pictures; the share is then known to about 2 percentage points
 TOLD_FROM = 0.1  # share of small pictures that is worth a sentence

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from .dataset import open_image
-from .dataspec import DataSpec, PixelArray, evaluation_view, working_image_by_pillow, working_size
+from .dataspec import DataSpec, PixelArray, working_image_by_pillow, working_size
 from .memory import sent
+from .portable import evaluation_view
 from .threads import map_threads
 
 
