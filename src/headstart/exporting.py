@@ -162,6 +162,7 @@ def _write(model: Classifier, path: Path, format: str) -> bool:
     # Channels-last weights leave strides behind that not every view in a network bears, and other runtimes ignore.
     network = _Deployed(deepcopy(model).cpu().to(memory_format=torch.contiguous_format)).eval()
     if format == "onnx":  # whose converter takes attention over four dimensions alone, as a fused operation
+        module: Any
         for module in network.modules():
             if getattr(module, "fused_attn", False) is True:  # timm's switch
                 module.fused_attn = False
