@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from conftest import make_photos
@@ -33,6 +36,7 @@ from headstart import (
     load,
     open_image,
     predict_files,
+    read_run,
 )
 from headstart.cli import main
 from headstart.portable import Exported, read_picture
@@ -101,7 +105,18 @@ def test_the_file_says_what_the_run_says_of_files_of_every_kind(
     assert not onnx.one_at_a_time
     assert onnx.pictures == {"test": 6, "made": len(awkward)}
     assert onnx.same_label == 6 + len(awkward)
+    assert onnx.recorded == 6
     assert onnx.probability < 1e-6
+    one = asked.probs(str(files[0]))
+    np.testing.assert_allclose(one, probs[:1], atol=1e-6)
+    assert asked.probs([]).shape == (0, 3)
+
+
+def test_the_file_says_nothing_of_this_machine(onnx: exporting.Export) -> None:
+    data = onnx.file.read_bytes()
+    assert b"headstart.json" in data
+    for word in (str(Path(exporting.__file__).parent), str(Path(torch.__file__).parent), "stack_trace"):
+        assert word.encode() not in data
 
 
 def test_the_file_takes_pixels_and_gives_probabilities(run: Path, onnx: exporting.Export) -> None:
@@ -129,19 +144,25 @@ def test_the_script_beside_it_needs_nothing_of_headstart_or_torch(
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     code = (
         f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "sys.stdout.reconfigure(encoding='cp1252')\n"  # as where Windows writes into a file
         f"sys.argv = ['predict.py', *sys.argv[1:]]\n"
         f"try: runpy.run_path({str(onnx.path / 'predict.py')!r}, run_name='__main__')\n"
         "finally: print(sorted({'headstart', 'torch', 'timm'} & set(sys.modules)), file=sys.stderr)"
     )
-    broken = tmp_path / "broken.jpg"
+    broken, bomb, named = tmp_path / "broken.jpg", tmp_path / "bomb.png", tmp_path / "\N{HOT DOG}.jpg"
     broken.write_bytes(awkward[0].read_bytes()[:200])
+    Image.new("1", (14_000, 14_000)).save(bomb)
+    named.write_bytes(awkward[0].read_bytes())
     done = subprocess.run(
-        [sys.executable, "-I", "-c", code, onnx.file, *awkward, broken], capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-I", "-c", code, onnx.file, broken, bomb, *awkward, named],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "[]"
-    assert "broken.jpg" in done.stderr
+    assert "broken.jpg cannot be read: " in done.stderr
+    assert "bomb.png cannot be read: Image size (196000000 pixels) exceeds limit" in done.stderr
     rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert rows.pop()[0].endswith("\\U0001f32d.jpg")
     assert [row[0] for row in rows] == [str(path) for path in awkward]
     assert [row[1:] for row in rows] == [[o["pred"], f"{o['prob']:.4f}"] for o in predict_files(run, awkward)]
 
@@ -201,30 +222,72 @@ def test_one_picture_at_a_time_where_no_file_holds_any_number(awkward: list[Path
     model = own("parity")
     found = export(model, tmp_path / "out")
     assert found.one_at_a_time
+    told = json.loads((found.path / "export.json").read_text())
+    assert told["input"]["shape"] == [1, 3, SIZE, SIZE]
+    assert told["outputs"]["probs"]["shape"] == [1, 2]
     wanted = [list(one["probs"].values()) for one in predict_files(model, awkward)]
     np.testing.assert_allclose(Exported(found.file).probs(awkward), wanted, atol=1e-6)
 
 
-def test_a_network_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"Own cannot be written as ONNX by torch .*Try --format pt2"):
+def test_a_network_that_cannot_be_written_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ExportError, match=r"Own cannot be written as ONNX by torch .* It may be with --format pt2"):
         export(own("values"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
 
 
-def test_pictures_that_are_gone_leave_the_made_ones(photos: Path, tmp_path: Path) -> None:
+def test_pictures_that_are_broken_or_gone_are_left_out(tmp_path: Path) -> None:
     gone = make_photos(tmp_path / "gone", 6)
     fine_tune(
         gone, out=tmp_path / "run", recipe=Recipe(stages=(Stage(epochs=1, views=1),)), backbone="test_resnet",
         weights="none", spec_overrides={"image_size": SIZE}, test=0.0,
     )  # fmt: skip
-    assert list(exporting._own_pictures(tmp_path / "run")) == ["val"]
+    record, names = read_run(tmp_path / "run"), ("blue", "green", "red")
+    asked, told = exporting._own_pictures(record, gone, names)
+    assert list(asked) == ["val"]
+    assert list(told) == asked["val"]
+    for path, row in told.items():
+        line = next(line for line in record.predictions if (gone / line["path"]) == path)
+        assert [float(line[f"p:{name}"]) for name in names] == row.tolist()
+    first, *others = asked["val"]
+    first.write_bytes(first.read_bytes()[:300])
+    assert exporting._own_pictures(record, gone, names)[0] == {"val": others}
     for path in gone.rglob("*.jpg"):
         path.unlink()
-    assert exporting._own_pictures(tmp_path / "run") == {}
+    assert exporting._own_pictures(record, gone, names) == ({}, {})
+
+
+def test_what_the_run_has_on_record_is_compared_too(run: Path, photos: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    card = json.loads((other / "model.json").read_text())
+    card["preprocessing"]["std"] = [0.1, 0.1, 0.1]  # both sides would read it so
+    (other / "model.json").write_text(json.dumps(card))
+    with pytest.raises(ExportError, match=r"The run has .* on record for .*\.jpg, and its model says .* --pictures"):
+        export(other, tmp_path / "out", format="pt2")
+    assert not (tmp_path / "out").exists()
+    found = export(other, tmp_path / "out", format="pt2", pictures=photos / "red")
+    assert (found.pictures["given"], found.recorded) == (12, 0)
+
+
+def test_a_model_in_half_precision_is_written_in_single(tmp_path: Path) -> None:
+    model = own().half()
+    found = export(model, tmp_path / "out", format="pt2")
+    assert found.probability < 1e-6
+    assert next(model.parameters()).dtype is torch.float16
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = mock.Mock(side_effect=CheckpointError("No space left on device"))
+    monkeypatch.setattr(exporting, "write_atomic", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        export(own(), tmp_path / "out", format="pt2")
+    assert full.call_count == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_asked_for_is_told_before_the_work(
-    run: Path, onnx: exporting.Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, onnx: exporting.Export, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = onnx.file.read_bytes()
     with pytest.raises(RecipeError, match=r"format is 'onx'; it takes onnx or pt2\. Did you mean: onnx\?"):
@@ -234,8 +297,17 @@ def test_what_cannot_be_asked_for_is_told_before_the_work(
     with pytest.raises(CheckpointError, match=r"holds an earlier export, .* or pass --overwrite"):
         export(run)
     (tmp_path / "mine.txt").write_text("of mine")
+    make_photos(tmp_path / "of mine", 1)
     with pytest.raises(CheckpointError, match=r"holds mine\.txt"):
         export(run, tmp_path, overwrite=True)
+    for where in (photos, photos / "red"):
+        with pytest.raises(CheckpointError, match=r"lies in .*photos and would be taken for pictures"):
+            export(run, where / "exported")
+    with pytest.raises(CheckpointError, match=r"lies in .* and would be taken for pictures"):
+        export(own(), tmp_path / "of mine" / "out", pictures=[tmp_path / "of mine"])
+    monkeypatch.setattr(exporting, "MOST_BYTES", 100)
+    with pytest.raises(ExportError, match=r"more than the .* that one ONNX file holds\. Take --format pt2"):
+        export(own(), tmp_path / "out")
     with pytest.raises(CheckpointError, match="No model in"):
         export(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(DataError, match="No file or folder"):
@@ -252,7 +324,7 @@ def test_the_command_says_what_was_compared(run: Path, tmp_path: Path, capsys: p
     assert main(["export", str(run), "--out", str(out), "--format", "pt2", "--quiet"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert "agrees   on 6 test and 11 made pictures: 17 of 17 with the same label," in printed.out
+    assert "agrees   on 6 test and 12 made pictures: 18 of 18 with the same label," in printed.out
     assert f"use      python '{out}/predict.py' '{out}/model.pt2' PHOTO..." in printed.out
     assert main(["export", str(run), "--out", str(out), "--format", "onx"]) == 2
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ from .checkpoint import load
 from .classifier import Classifier
 from .closing import trained_on, write_evaluation
 from .dataset import ImageTable, check_images, load_images
-from .errors import CheckpointError, RecipeError
+from .errors import RecipeError
 from .evaluation import evaluate, tta_views
 from .harm import single_changes, transform_costs
 from .recipe import POLICIES, AugmentSpec, load_recipe
-from .run import open_evaluation
+from .run import open_evaluation, refuse_among_pictures
 from .runtime import Runtime, make_runtime
 from .settings import own_settings
 from .terminal import ProgressBar, say
@@ -58,10 +57,8 @@ def evaluate_run(
     if overwrite and out is None:
         raise RecipeError("overwrite: without effect where no folder is named; give --out, or leave it out.")
     target = None if out is None else open_evaluation(out, overwrite=overwrite)
-    if target and Path(folder).is_dir():
-        where, pictures = (Path(os.path.realpath(one)) for one in (target.path, folder))
-        if where.is_relative_to(pictures) and not any(p.startswith(".") for p in where.relative_to(pictures).parts):
-            raise CheckpointError(f"{out} lies in {folder} and would be taken for pictures. Choose another with --out.")
+    if target:
+        refuse_among_pictures(target.path, folder)
     runtime = make_runtime(device=device, precision=precision, workers=workers)
     model = load(run, device=runtime.device)
     table, seen = _asked_about(run, model, folder, runtime, progress=progress, root=root, bad_files=bad_files)

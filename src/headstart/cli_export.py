@@ -30,7 +30,8 @@ def _export(args: argparse.Namespace) -> int:
     asked = " and ".join(f"{n} {split}" for split, n in found.pictures.items())
     print(f"model    {model} ({found.file.stat().st_size / 1e6:.1f} MB, {_takes(found.one_at_a_time)})")
     print(f"agrees   on {asked} pictures: {found.same_label} of {total} with the same label,")
-    print(f"         probabilities within {found.probability:.1e}")
+    record = f"; {found.recorded} as the run has them on record" if found.recorded else ""
+    print(f"         probabilities within {found.probability:.1e}{record}")
     print(f"use      python {quote(str(script))} {quote(str(model))} PHOTO...")
     return 0
 

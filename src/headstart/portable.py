@@ -5,7 +5,7 @@ beside every exported model: training, prediction and deployment see the same pi
 
     python predict.py model.onnx PHOTO...
 
-needs `pip install onnxruntime pillow numpy`; a model.pt2 needs PyTorch in place of ONNX Runtime.
+needs `pip install onnxruntime "pillow>=10.1" numpy`; a model.pt2 needs PyTorch in place of ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # NumPy is imported where it is needed: processes that only d
     import numpy as np
     from numpy.typing import NDArray
 
+Source = str | Path | bytes
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -56,7 +57,7 @@ class UnfitPicture(ValueError):
 # ---- from a file to an upright RGB picture ---------------------------------------------------------------------
 
 
-def read_picture(source: str | Path | bytes) -> Image.Image:
+def read_picture(source: Source) -> Image.Image:
     """One picture, upright, 8-bit RGB: as `headstart.open_image` reads it with Pillow, without its limits on size."""
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -182,23 +183,27 @@ class Exported:
         self.spec = SimpleNamespace(**told["preprocessing"])
         self.at_once: int = 1 if told["one_at_a_time"] else 16
 
-    def probs(self, sources: Iterable[str | Path | bytes]) -> NDArray[np.float32]:
-        """Probabilities [N, C] of pictures, given as files or as files' bytes."""
+    def probs(self, sources: Source | Iterable[Source]) -> NDArray[np.float32]:
+        """Probabilities [N, C] of pictures, given as files or as files' bytes; one alone makes one row."""
         return self.answers(sources)[0]
 
-    def answers(self, sources: Iterable[str | Path | bytes]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def answers(self, sources: Source | Iterable[Source]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Probabilities and logits, both [N, C]."""
         import numpy as np
 
-        views = [evaluation_view(read_picture(source), self.spec).transpose(2, 0, 1) for source in sources]
-        parts = [self.run(np.stack(views[i : i + self.at_once])) for i in range(0, len(views), self.at_once)]
-        probs, logits = (np.concatenate(of) for of in zip(*parts, strict=True))
+        named = [sources] if isinstance(sources, (str, Path, bytes)) else list(sources)
+        probs, logits = (np.zeros((len(named), len(self.class_names)), np.float32) for _ in range(2))
+        for i in range(0, len(named), self.at_once):
+            rows = slice(i, i + self.at_once)
+            views = [evaluation_view(read_picture(one), self.spec).transpose(2, 0, 1) for one in named[rows]]
+            probs[rows], logits[rows] = self.run(np.stack(views))
         return probs, logits
 
 
 def _open_onnx(path: Path, **options: Any) -> tuple[str, Callable[..., Any]]:
     import onnxruntime
 
+    path.stat()  # a missing file is told as one
     session = onnxruntime.InferenceSession(path, **{"providers": ["CPUExecutionProvider"], **options})
     described = session.get_modelmeta().custom_metadata_map[DESCRIPTION]
     return described, lambda pixels: session.run(["probs", "logits"], {"pixels": pixels})
@@ -218,20 +223,33 @@ def _open_pt2(path: Path) -> tuple[str, Callable[..., Any]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print a line for each picture: the file, its label and the label's probability."""
+    """Print a line for each picture: the file, its label and the label's probability.
+
+    Returns:
+        The exit code: 2 where a picture could not be read, or nothing could be asked.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that a terminal lacks letters for
+            stream.reconfigure(errors="backslashreplace")
     if len(arguments) < 2:
-        print(__doc__, file=sys.stderr)
+        is_asked = list(arguments) in (["-h"], ["--help"])
+        print(__doc__, file=sys.stdout if is_asked else sys.stderr)
+        return 0 if is_asked else 2
+    try:
+        model = Exported(arguments[0])
+    except Exception as error:  # whatever a runtime raises over a file that it does not take
+        print(f"{arguments[0]} cannot be opened: {error or type(error).__name__}", file=sys.stderr)
         return 2
-    model, wrong = Exported(arguments[0]), 0
+    unread = 0
     for name in arguments[1:]:
         try:
-            row = model.probs([name])[0]
-        except (OSError, ValueError) as error:
-            print(f"{name}: {error}", file=sys.stderr)
-            wrong = 2
+            row = model.probs(name)[0]
+        except Exception as error:  # a decoder fed with damaged bytes raises nearly anything
+            print(f"{name} cannot be read: {error or type(error).__name__}", file=sys.stderr)
+            unread += 1
             continue
         print(f"{name}\t{model.class_names[row.argmax()]}\t{row.max():.4f}", flush=True)
-    return wrong
+    return 2 if unread else 0
 
 
 if __name__ == "__main__":

@@ -224,9 +224,24 @@ def check_own_folder(path: str | Path, files: Collection[str], what: str, *, ove
     if others or (there and not overwrite):
         held, way = (", ".join(others[:3]), "") if others else (what, ", or pass --overwrite")
         raise CheckpointError(
-            f"{path} holds {held}, and is not overwritten unasked. Choose another folder with --out{way}."
+            f"{str(path) or '.'} holds {held}, and is not overwritten unasked. Choose another folder with --out{way}."
         )
     return folder
+
+
+def refuse_among_pictures(folder: Path, pictures: str | Path) -> None:
+    """Refuse a folder to write to that would be taken for a class of these pictures.
+
+    Raises:
+        CheckpointError: it lies among them.
+    """
+    where, inside = Path(os.path.realpath(folder)), Path(os.path.realpath(pictures))
+    if not inside.is_dir() or not where.is_relative_to(inside):
+        return
+    if not any(part.startswith(".") for part in where.relative_to(inside).parts):
+        raise CheckpointError(
+            f"{folder} lies in {pictures} and would be taken for pictures. Choose another with --out."
+        )
 
 
 def check_run_path(path: str | Path, *, overwrite: bool = False) -> Path:
