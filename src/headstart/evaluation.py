@@ -95,6 +95,26 @@ def predict_logits(
     """
     runtime = runtime or make_runtime(precision="fp32")
     mine = runtime.share(torch.arange(len(pixels)))
+    batches = (pixels.batch(part.tolist(), [view] * len(part)) for part in mine.split(runtime.batch_size))
+    logits = _batch_logits(model, batches, runtime, advance=advance, mirrored=mirrored)
+    return runtime.gather(logits, len(pixels)).cpu()
+
+
+@own_settings()
+def view_probs(model: Classifier, views: Tensor, runtime: Runtime) -> np.ndarray:
+    """Probabilities [N, C] of evaluation views, uint8 [N, 3, S, S]: to the bit those of `predict_probs`."""
+    return softmax(_batch_logits(model, views.split(runtime.batch_size), runtime).cpu().numpy())
+
+
+def _batch_logits(
+    model: Classifier,
+    batches: Iterable[Tensor],
+    runtime: Runtime,
+    *,
+    advance: Advance | None = None,
+    mirrored: bool = False,
+) -> Tensor:
+    """Logits [N, C] in float32, on the device, of batches of pictures [B, 3, S, S]; see `predict_logits`."""
     rows, fills = [], is_stock(model)
 
     def compute(batch: Tensor) -> Tensor:
@@ -106,13 +126,11 @@ def predict_logits(
     with alone_with(model):
         model.to(runtime.device)
         with evaluation_mode(model), fast_kernels(model, runtime), torch.inference_mode(), runtime.autocast():
-            for part in mine.split(runtime.batch_size):
-                batch = pixels.batch(part.tolist(), [view] * len(part))
+            for batch in batches:
                 rows.append(_scored(compute, batch, runtime, fills=fills))
                 if advance:
-                    advance(len(part))
-    logits = torch.cat(rows) if rows else torch.zeros(0, len(model.class_names), device=runtime.device)
-    return runtime.gather(logits, len(pixels)).cpu()
+                    advance(len(batch))
+    return torch.cat(rows) if rows else torch.zeros(0, len(model.class_names), device=runtime.device)
 
 
 def tta_views(tta: str | int) -> list[tuple[int, bool]]:
@@ -266,14 +284,18 @@ def predictions(
                 pixels = Pixels(_unlabelled(part, model), model.spec, workers=runtime.workers, cache_bytes=0)
                 probs = predict_probs(model, pixels, tta=tta, runtime=runtime, advance=bar.advance)
                 for name, row in zip(names[start : start + PREDICTED_AT_ONCE], probs, strict=True):
-                    yield {
-                        "path": name,
-                        "pred": model.class_names[row.argmax()],
-                        "prob": float(row.max()),
-                        "probs": dict(zip(model.class_names, row.tolist(), strict=True)),
-                    }
+                    yield {"path": name} | named_probs(row, model.class_names)
 
     return told()
+
+
+def named_probs(row: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """One picture's probabilities [C] with their names: `pred`, `prob`, and `probs` {class name: probability}."""
+    return {
+        "pred": class_names[int(row.argmax())],
+        "prob": float(row.max()),
+        "probs": dict(zip(class_names, row.tolist(), strict=True)),
+    }
 
 
 def _items(paths: Any) -> list[Any]:
