@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -22,10 +23,16 @@ from PIL import Image
 
 from .classifier import Classifier
 from .dataspec import PixelArray
-from .evaluation import named_probs, view_probs
+from .errors import SetupError
+from .evaluation import LogitsOf, named_probs, scoring
 from .fields import check_number
 from .intake import Viewers
+from .metrics import softmax
 from .runtime import Runtime
+from .settings import own_settings
+
+ANSWERING = "headstart-answer"  # name of the thread that computes
+_END_SECONDS = 1.5  # for a batch that is being computed
 
 
 @dataclass(frozen=True)
@@ -52,14 +59,18 @@ class Caps:
 
 
 class Answers:
-    """The model's answers, and how many were given: `requests`, `pictures`."""
+    """The model's answers, and how many were given: `requests`, `pictures`.
+
+    Args:
+        model: nobody else's: it is held ready to answer until `close`.
+    """
 
     def __init__(self, model: Classifier, runtime: Runtime) -> None:
         self.model, self.runtime = model, runtime
         self.requests = self.pictures = 0
         self._viewers = Viewers(model.spec, runtime.workers)
         self._readers = ThreadPoolExecutor(runtime.workers, thread_name_prefix="headstart-read")
-        self._turns = _Turns()
+        self._turns = _Turns(model, runtime)
 
     async def of(self, pictures: Sequence[bytes]) -> list[dict[str, Any]]:
         """For each file's bytes `pred`, `prob` and `probs`, or why it cannot be read, in bare words, as `error`.
@@ -69,56 +80,73 @@ class Answers:
         """
         reading = [asyncio.wrap_future(self._readers.submit(self._viewers.view, data)) for data in pictures]
         read = await asyncio.gather(*reading)
-        told: list[dict[str, Any]] = await asyncio.wrap_future(self._turns.ask(lambda: self._told(read)))
+        views = [one for one in read if not isinstance(one, str)]
+        rows: np.ndarray = await asyncio.wrap_future(self._turns.probs(views))
+        probs = iter(rows)
         self.requests += 1
         self.pictures += len(pictures)
-        return told
+        names = self.model.class_names
+        return [{"error": one} if isinstance(one, str) else named_probs(next(probs), names) for one in read]
 
     def warm_up(self) -> None:
         """Start the processes, and let the model see a first picture, so that the first who asks does not wait."""
         black = io.BytesIO()
         Image.new("RGB", (8, 8)).save(black, "PNG")
-        views = list(self._readers.map(self._viewers.view, [black.getvalue()] * self.runtime.workers))
-        self._turns.ask(lambda: self._told(views[:1])).result()
+        made = list(self._readers.map(self._viewers.view, [black.getvalue()] * self.runtime.workers))
+        self._turns.probs([one for one in made if not isinstance(one, str)][:1]).result()
 
     def close(self) -> None:
-        """End the processes. What is being computed is left to itself, and ends with the program at the latest."""
+        """End the processes and the thread; a batch of a slow model that is being computed is not waited for."""
         self._viewers.close()
         self._readers.shutdown(cancel_futures=True)
         self._turns.end()
 
-    def _told(self, read: Sequence[PixelArray | str]) -> list[dict[str, Any]]:
-        views = [one for one in read if not isinstance(one, str)]
-        if not views:
-            return [{"error": reason} for reason in read]
-        probs = iter(view_probs(self.model, torch.from_numpy(np.stack(views)), self.runtime))
-        names = self.model.class_names
-        return [{"error": one} if isinstance(one, str) else named_probs(next(probs), names) for one in read]
-
 
 class _Turns(threading.Thread):
-    """One thread that does what it is given, in order; a program that ends does not wait for it, as for a pool's."""
+    """One thread that computes what it is asked, in order; a program that ends does not wait for it, as for a pool's.
 
-    def __init__(self) -> None:
-        super().__init__(name="headstart-answer", daemon=True)
-        self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+    It makes the model ready once: for every question anew that would take several times as long as a small answer.
+    """
+
+    def __init__(self, model: Classifier, runtime: Runtime) -> None:
+        super().__init__(name=ANSWERING, daemon=True)
+        self._model, self._runtime = model, runtime
+        self._ended = False
+        self._asked: SimpleQueue[tuple[Future[np.ndarray], Sequence[PixelArray]] | None] = SimpleQueue()
         self.start()
 
-    def ask(self, work: Callable[[], Any]) -> Future[Any]:
-        """What the work comes to, once it is its turn."""
-        future: Future[Any] = Future()
-        self._jobs.put((future, work))
+    def probs(self, views: Sequence[PixelArray]) -> Future[np.ndarray]:
+        """Probabilities [N, C] of evaluation views, uint8 [3, S, S] each, once it is their turn."""
+        future: Future[np.ndarray] = Future()
+        if views:
+            self._asked.put((future, views))
+        else:
+            future.set_result(np.zeros((0, len(self._model.class_names))))
         return future
 
     def end(self) -> None:
-        """Take no more."""
-        self._jobs.put(None)
+        """Take no more, and wait a moment for the end."""
+        self._ended = True
+        self._asked.put(None)
+        self.join(_END_SECONDS)
 
     def run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            future, work = job
-            if future.set_running_or_notify_cancel():  # else whoever asked has gone
+        with ExitStack() as stack:
+            logits_of: LogitsOf | None = None
+            while (asked := self._asked.get()) is not None:
+                future, views = asked
+                if not future.set_running_or_notify_cancel():  # whoever asked has gone
+                    continue
                 try:
-                    future.set_result(work())
+                    with own_settings():
+                        logits_of = logits_of or stack.enter_context(scoring(self._model, self._runtime))
+                        batches = torch.from_numpy(np.stack(views)).split(self._runtime.batch_size)
+                        future.set_result(softmax(logits_of(self._until_the_end(batches)).cpu().numpy()))
                 except BaseException as error:  # handed over to whoever waits
                     future.set_exception(error)
+
+    def _until_the_end(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for batch in batches:
+            if self._ended:
+                raise SetupError("The server is being ended.")
+            yield batch

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+import threading
 
 from .cli_options import Command, add_machine_options, given
 
@@ -24,9 +27,14 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     from . import serving
+    from .answering import ANSWERING
 
     limits = given(args, "max_megabytes", "max_pictures", "max_waiting")
     serving.serve(args.model, **given(args, "host", "port", "device", "precision", "workers"), **limits)
+    if any(thread.name == ANSWERING for thread in threading.enumerate()):
+        # A slow model's last batch, which PyTorch would not let a program end without.
+        sys.stdout.flush()
+        os._exit(0)
     return 0
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -96,41 +96,46 @@ def predict_logits(
     runtime = runtime or make_runtime(precision="fp32")
     mine = runtime.share(torch.arange(len(pixels)))
     batches = (pixels.batch(part.tolist(), [view] * len(part)) for part in mine.split(runtime.batch_size))
-    logits = _batch_logits(model, batches, runtime, advance=advance, mirrored=mirrored)
+    with scoring(model, runtime) as logits_of:
+        logits = logits_of(batches, mirrored=mirrored, advance=advance)
     return runtime.gather(logits, len(pixels)).cpu()
 
 
-@own_settings()
-def view_probs(model: Classifier, views: Tensor, runtime: Runtime) -> np.ndarray:
-    """Probabilities [N, C] of evaluation views, uint8 [N, 3, S, S]: to the bit those of `predict_probs`."""
-    return softmax(_batch_logits(model, views.split(runtime.batch_size), runtime).cpu().numpy())
+class LogitsOf(Protocol):
+    """Logits [N, C] in float32, on the device, of batches of pictures, uint8 [B, 3, S, S]; see `predict_logits`."""
+
+    def __call__(
+        self, batches: Iterable[Tensor], *, mirrored: bool = False, advance: Advance | None = None
+    ) -> Tensor: ...
 
 
-def _batch_logits(
-    model: Classifier,
-    batches: Iterable[Tensor],
-    runtime: Runtime,
-    *,
-    advance: Advance | None = None,
-    mirrored: bool = False,
-) -> Tensor:
-    """Logits [N, C] in float32, on the device, of batches of pictures [B, 3, S, S]; see `predict_logits`."""
-    rows, fills = [], is_stock(model)
+@contextmanager
+def scoring(model: Classifier, runtime: Runtime) -> Iterator[LogitsOf]:
+    """The model made ready to be asked, which may take longer than an answer: what is yielded answers any number.
 
-    def compute(batch: Tensor) -> Tensor:
-        batch = batch.to(runtime.device)
-        logits: Tensor = model(batch.flip(-1) if mirrored else batch)
-        return logits.float()
+    In several threads one model is used by one after the other, since kernels and modes are changed in it: it is this
+    thread's alone until the end.
+    """
+    fills = is_stock(model)
 
-    # In several threads one model is used by one after the other: kernels and modes are changed in it.
-    with alone_with(model):
-        model.to(runtime.device)
-        with evaluation_mode(model), fast_kernels(model, runtime), torch.inference_mode(), runtime.autocast():
+    def logits_of(batches: Iterable[Tensor], *, mirrored: bool = False, advance: Advance | None = None) -> Tensor:
+        def compute(batch: Tensor) -> Tensor:
+            batch = batch.to(runtime.device)
+            logits: Tensor = model(batch.flip(-1) if mirrored else batch)
+            return logits.float()
+
+        rows = []
+        with torch.inference_mode(), runtime.autocast():
             for batch in batches:
                 rows.append(_scored(compute, batch, runtime, fills=fills))
                 if advance:
                     advance(len(batch))
-    return torch.cat(rows) if rows else torch.zeros(0, len(model.class_names), device=runtime.device)
+        return torch.cat(rows) if rows else torch.zeros(0, len(model.class_names), device=runtime.device)
+
+    with alone_with(model):
+        model.to(runtime.device)
+        with evaluation_mode(model), fast_kernels(model, runtime):
+            yield logits_of
 
 
 def tta_views(tta: str | int) -> list[tuple[int, bool]]:

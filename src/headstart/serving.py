@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ def make_app(
     Run it in one process: every process would hold the model and decode pictures for itself.
 
     Args:
-        run: a run folder, or a model that `load` has read.
+        run: a run folder, or a model that `load` has read, of which a copy answers.
         hosts: names by which browsers may call it (the `Host` of a request, without the port); None takes any.
         device, precision, workers: as in `make_runtime`; workers are processes here.
         max_megabytes: of one request. max_pictures: in one request. max_waiting: requests at once; the next ones get
@@ -87,7 +88,7 @@ def serve(
     pictures come in, and their names are never taken for paths; other pages that a browser has open cannot ask.
 
     Args:
-        run: a run folder, or a model that `load` has read.
+        run: a run folder, or a model that `load` has read, of which a copy answers.
         host: the address to listen on; any but this machine's own (127.0.0.1, ::1) is warned of.
         port: 0 takes a free one.
         device, precision, workers: as in `make_runtime`; workers are processes here.
@@ -135,7 +136,7 @@ def _loaded(
     """The model, ready to be asked, and what `GET /model` tells of it."""
     runtime = make_runtime(device=device, precision=precision, workers=workers)
     folder = Path(run) if isinstance(run, (str, os.PathLike)) else None
-    model = as_classifier(run) if folder is None else load(folder, device=runtime.device)
+    model = deepcopy(as_classifier(run)) if folder is None else load(folder, device=runtime.device)
     facts = {
         "name": "" if folder is None else printable(Path(os.path.realpath(folder)).name),
         "backbone": model.backbone_name,
@@ -181,7 +182,8 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except (OSError, OverflowError) as error:
         raise _not_to_be_had(error, host, port) from None
-    with listener:
+    # By its protocol's number asyncio knows a connection over which small answers are not to wait, for 40 ms, for more.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=listener.detach()) as listener:
         yield listener
 
 
