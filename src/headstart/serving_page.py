@@ -30,7 +30,7 @@ button:focus-visible, summary:focus-visible { outline: 3px solid var(--ink); out
   margin: 26px 0 4px; min-height: 44px; }
 .head p { margin: 0; color: var(--soft); }
 .found { list-style: none; margin: 0; padding: 0; }
-.found > li { display: grid; grid-template-columns: 168px minmax(0, 1fr); gap: 4px 28px; align-items: start;
+.found > li { display: grid; grid-template: auto auto 1fr / 168px minmax(0, 1fr); gap: 4px 28px; align-items: start;
   border-top: 1px solid var(--rule); padding: 20px 0; }
 .found canvas, .found .gone { width: 168px; height: 168px; background: var(--panel); border-radius: 6px;
   display: block; grid-row: 1 / 4; }
@@ -51,14 +51,16 @@ button:focus-visible, summary:focus-visible { outline: 3px solid var(--ink); out
 .track i { display: block; height: 100%; background: var(--soft); opacity: .55; border-radius: 3px; min-width: 1px; }
 .bars li:first-child .track i { background: var(--val); opacity: 1; }
 .found .waits { color: var(--soft); margin: 0; } .found .error { color: var(--bad); font-weight: 600; margin: 0; }
+.facts { border: 0; margin: 0 0 16px; padding: 6px 0 0; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }
 .classes { columns: 3 180px; margin: 8px 0 0; padding: 0; list-style: none; font-size: .92rem; }
 .classes li { overflow-wrap: anywhere; break-inside: avoid; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 [hidden] { display: none !important; }
 @media (max-width: 720px) {
-  .found > li { grid-template-columns: 96px minmax(0, 1fr); gap: 4px 16px; padding: 16px 0; }
+  .found > li { grid-template: auto 1fr auto / 96px minmax(0, 1fr); gap: 4px 16px; padding: 16px 0; }
   .found canvas, .found .gone { width: 96px; height: 96px; grid-row: 1 / 3; }
-  .found h2 { font-size: 1.25rem; } .bars, .found .state { grid-column: 1 / -1; }
+  .found h2 { font-size: 1.25rem; } .bars, .found .state { grid-column: 1 / -1; margin-top: 6px; }
+  .facts { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .bars li { grid-template-columns: minmax(60px, 36%) minmax(0, 1fr) 4.2em; gap: 8px; }
 }
 @media print { .drop, .head button { display: none; } .found > li { break-inside: avoid; } }
