@@ -29,9 +29,10 @@ def _serve(args: argparse.Namespace) -> int:
     from . import serving
     from .answering import ANSWERING
 
+    before = threading.enumerate()
     limits = given(args, "max_megabytes", "max_pictures", "max_waiting")
     serving.serve(args.model, **given(args, "host", "port", "device", "precision", "workers"), **limits)
-    if any(thread.name == ANSWERING for thread in threading.enumerate()):
+    if any(thread.name == ANSWERING for thread in threading.enumerate() if thread not in before):
         # A slow model's last batch, which PyTorch would not let a program end without.
         sys.stdout.flush()
         os._exit(0)
