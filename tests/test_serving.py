@@ -369,6 +369,7 @@ def test_wrong_contents_are_told(app: Any) -> None:
         (b"", "no picture in the form"),
         (form([]), "no picture"),
         (form([("a", jpeg())])[:-30], "cut off"),
+        (form([("a", jpeg())])[: -len("--\r\n")] + b"\r\n", "cut off"),
         (b"--other\r\n\r\n", "cannot be read"),
     ):
         told = ask(app, "POST", "/predict", FORM, body=body)
@@ -470,10 +471,15 @@ def test_so_many_pictures_and_no_more(run: Path) -> None:
 
 
 def test_who_comes_when_all_places_are_taken_is_sent_away(run: Path) -> None:
-    async def three() -> list[Answer]:
-        return await asyncio.gather(*(call(application, "POST", "/predict", body=jpeg()) for _ in range(3)))
+    async def later() -> AsyncIterator[bytes]:
+        await asyncio.sleep(0.05)  # by then all have begun
+        yield jpeg()
+
+    async def three(body: Callable[[], Any] = jpeg) -> list[Answer]:
+        return await asyncio.gather(*(call(application, "POST", "/predict", body=body()) for _ in range(3)))
 
     with made(run, max_waiting=2) as application:
+        assert sorted(one.status for one in asyncio.run(three(later))) == [200, 200, 503]
         told = asyncio.run(three())
         assert sorted(one.status for one in told) == [200, 200, 503]
         busy = next(one for one in told if one.status == 503)
@@ -753,7 +759,8 @@ def test_who_sends_no_request_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> N
 
     from headstart import serving_http
 
-    hello = Starlette(routes=[Route("/", lambda _: PlainTextResponse("ok"))])
+    pages = {"/": "ok", "/long": "x" * 30_000_000}
+    hello = Starlette(routes=[Route(path, lambda r: PlainTextResponse(pages[r.url.path])) for path in pages])
     monkeypatch.setattr(serving_http, "PATIENCE_SECONDS", 0.3)
     listener = socket.create_server(("127.0.0.1", 0))
     address, servers = listener.getsockname(), []
@@ -782,6 +789,14 @@ def test_who_sends_no_request_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> N
                         break
                     data += piece
                 assert data.endswith(b"ok") is wanted
+        with socket.create_connection(address, timeout=5) as connection:  # the answer is not taken
+            connection.sendall(b"GET /long HTTP/1.1\r\nHost: a\r\n\r\n")
+            time.sleep(0.1)
+            assert servers[0].server_state.connections
+            deadline = time.monotonic() + 3
+            while servers[0].server_state.connections and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert not servers[0].server_state.connections
     finally:
         servers[0].should_exit = True
         thread.join()

@@ -13,7 +13,6 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -276,7 +275,7 @@ def form_files(body: bytes, boundary: bytes, most: int) -> list[File]:
         parser = MultipartParser(boundary, parts.callbacks())
         parser.write(body)
         parser.finalize()
-    except (FormParserError, ValueError) as error:
+    except ValueError as error:
         _refuse(400, f"The form cannot be read ({str(error)[:200] or 'no boundary'}). {HOW}")
     if not parts.files or not parts.is_whole:
         _refuse(400, f"There is no picture in the form, or it is cut off. {HOW}")
