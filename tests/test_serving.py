@@ -703,6 +703,10 @@ def test_the_command_answers_beside_slow_clients_and_ends_in_time(run: Path) -> 
             began = time.monotonic()
             assert list(pool.map(server.post, bodies * 3)) == alone * 3
             assert time.monotonic() - began < 10
+        with server.connect() as cut:
+            cut.sendall(b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\nContent-Type: ")
+            cut.sendall(FORM[1].encode() + b"\r\n\r\n--xyz?\r\n\n")
+            assert cut.recv(100).startswith(b"HTTP/1.1 400 ")
         with server.connect() as broken:  # no HTTP at all
             broken.sendall(b"\x16\x03\x01\0\xff\0\r\n\r\n")
             assert broken.recv(100).startswith(b"HTTP/1.1 400 ")

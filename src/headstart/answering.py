@@ -125,10 +125,11 @@ class _Turns(threading.Thread):
         return future
 
     def end(self) -> None:
-        """Take no more, and wait a moment for the end."""
-        self._ended = True
-        self._asked.put(None)
-        self.join(_END_SECONDS)
+        """Take no more, and wait a moment for the end. A second call does nothing."""
+        if not self._ended:
+            self._ended = True
+            self._asked.put(None)
+            self.join(_END_SECONDS)
 
     def run(self) -> None:
         with ExitStack() as stack:

@@ -6,6 +6,7 @@ Imported where a server is started, and nowhere else: its packages may be missin
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import threading
@@ -18,11 +19,12 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 PATIENCE_SECONDS = 30.0  # until the head of a request has come; for the rest of an answer to be taken
-GRACE_SECONDS = 3  # for what is being answered when the end is asked for
+GRACE_SECONDS = 2  # for what is being answered when the end is asked for
 
 
 def run_server(app: ASGIApp, listener: socket.socket) -> None:
     """Answer on this socket until SIGINT or SIGTERM comes."""
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # as Uvicorn's below
     config = uvicorn.Config(
         app,
         http=_Patient,
