@@ -95,6 +95,7 @@ LAYERS = (
             "report_audit",
         ),
         *("comparison_page", "shootout_page", "audit_sheet", "auditing", "audit_page", "review_script", "exporting"),
+        *("answering", "serving", "serving_app", "serving_http", "serving_page"),
     ),
     (
         *("bench", "diary", "resume", "stage_run", "closing", "recipes", "asking", "demo"),
@@ -102,7 +103,8 @@ LAYERS = (
     ),
     (
         *("__main__", "cli", "cli_audit", "cli_cache", "cli_transforms", "cli_options", "cli_overrides"),
-        *("cli_advise", "cli_compare", "cli_predict", "cli_export", "cli_recipe", "cli_shootout", "cli_tuning"),
+        *("cli_advise", "cli_compare", "cli_export", "cli_predict", "cli_recipe", "cli_serve", "cli_shootout"),
+        "cli_tuning",
     ),
 )
 SIDEWAYS = {
@@ -348,6 +350,14 @@ SIDEWAYS = {
     ("shootout_page", "report_page"),
     ("shootout_page", "svg"),
     ("cli", "cli_shootout"),
+    ("cli", "cli_serve"),
+    ("cli_serve", "cli_options"),
+    ("serving", "answering"),
+    ("serving", "serving_app"),
+    ("serving", "serving_http"),
+    ("serving_app", "answering"),
+    ("serving_app", "serving_page"),
+    ("serving_page", "report_page"),
     ("cli_shootout", "cli_compare"),
     ("cli_shootout", "cli_options"),
     ("cli_shootout", "cli_overrides"),

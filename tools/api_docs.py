@@ -38,7 +38,9 @@ GROUPS = {
         "create_classifier", "Classifier", "set_freeze_line", "FreezeLine", "summary", "new_head", "change_classes",
         "Handover", "save", "load", "export", "Export",
     ),
-    "Score and predict": ("evaluate", "evaluate_run", "Evaluation", "predict_files", "predict_logits"),
+    "Score and predict": (
+        "evaluate", "evaluate_run", "Evaluation", "predict_files", "predict_logits", "serve", "make_app",
+    ),
     "Choose a recipe, a backbone, a rate": (
         "advise", "Advice", "compare", "Budget", "Comparison", "shootout", "Entrant", "Shootout", "find_lr",
         "range_test", "RateCurve", "sweep", "Space", "Sweep",

@@ -33,6 +33,7 @@ _ROOMS = {
     "asking": ("evaluate_run",),
     "recipes": ("fine_tune", "fit"),
     "report": ("write_report",),
+    "serving": ("make_app", "serve"),
     "run": ("read_run",),
     "runtime": ("Runtime", "make_runtime"),
     "layers": ("summary",),

@@ -48,6 +48,7 @@ from .cli_options import (
 from .cli_overrides import apply_overrides, override_head, picture_overrides
 from .cli_predict import EVALUATE, PREDICT
 from .cli_recipe import follow_tuned
+from .cli_serve import SERVE
 from .drawing import check_picture
 from .errors import HeadstartError, Interrupted, RecipeError, SetupError, in_words, near_matches
 from .fields import check_number
@@ -270,6 +271,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": EVALUATE,
     "predict": PREDICT,
     "export": EXPORT,
+    "serve": SERVE,
     "summary": Command(
         "list a model's layers, with the freeze line drawn in", "BACKBONE|RUN [options]", _summary_options, _summary
     ),

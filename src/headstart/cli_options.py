@@ -261,7 +261,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     group = parser.add_argument_group("machine")
     group.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
     group.add_argument(
-        "--precision", metavar="HOW", help="auto, fp32 or bf16 (default: auto, but fp32 in evaluate and predict)"
+        "--precision", metavar="HOW", help="auto, fp32 or bf16 (default: auto, but fp32 in evaluate, predict and serve)"
     )
     group.add_argument(
         "--workers", type=int, metavar="N", help="threads that read pictures (default: one per core, at most 8)"

@@ -103,10 +103,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
         raise DataError(str(error)) from None
 
 
-def bad_reason(path: Path) -> str | None:
+def bad_reason(source: Path | bytes) -> str | None:
     """Why `open_image` refuses this file, in bare words; None when it decodes to the last row."""
     try:
-        _read(path)
+        _read(source)
     except DataError as error:
         return str(error)
     return None

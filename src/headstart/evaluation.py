@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -95,24 +95,47 @@ def predict_logits(
     """
     runtime = runtime or make_runtime(precision="fp32")
     mine = runtime.share(torch.arange(len(pixels)))
-    rows, fills = [], is_stock(model)
+    batches = (pixels.batch(part.tolist(), [view] * len(part)) for part in mine.split(runtime.batch_size))
+    with scoring(model, runtime) as logits_of:
+        logits = logits_of(batches, mirrored=mirrored, advance=advance)
+    return runtime.gather(logits, len(pixels)).cpu()
 
-    def compute(batch: Tensor) -> Tensor:
-        batch = batch.to(runtime.device)
-        logits: Tensor = model(batch.flip(-1) if mirrored else batch)
-        return logits.float()
 
-    # In several threads one model is used by one after the other: kernels and modes are changed in it.
-    with alone_with(model):
-        model.to(runtime.device)
-        with evaluation_mode(model), fast_kernels(model, runtime), torch.inference_mode(), runtime.autocast():
-            for part in mine.split(runtime.batch_size):
-                batch = pixels.batch(part.tolist(), [view] * len(part))
+class LogitsOf(Protocol):
+    """Logits [N, C] in float32, on the device, of batches of pictures, uint8 [B, 3, S, S]; see `predict_logits`."""
+
+    def __call__(
+        self, batches: Iterable[Tensor], *, mirrored: bool = False, advance: Advance | None = None
+    ) -> Tensor: ...
+
+
+@contextmanager
+def scoring(model: Classifier, runtime: Runtime) -> Iterator[LogitsOf]:
+    """The model made ready to be asked, which may take longer than an answer: what is yielded answers any number.
+
+    In several threads one model is used by one after the other, since kernels and modes are changed in it: it is this
+    thread's alone until the end.
+    """
+    fills = is_stock(model)
+
+    def logits_of(batches: Iterable[Tensor], *, mirrored: bool = False, advance: Advance | None = None) -> Tensor:
+        def compute(batch: Tensor) -> Tensor:
+            batch = batch.to(runtime.device)
+            logits: Tensor = model(batch.flip(-1) if mirrored else batch)
+            return logits.float()
+
+        rows = []
+        with torch.inference_mode(), runtime.autocast():
+            for batch in batches:
                 rows.append(_scored(compute, batch, runtime, fills=fills))
                 if advance:
-                    advance(len(part))
-    logits = torch.cat(rows) if rows else torch.zeros(0, len(model.class_names), device=runtime.device)
-    return runtime.gather(logits, len(pixels)).cpu()
+                    advance(len(batch))
+        return torch.cat(rows) if rows else torch.zeros(0, len(model.class_names), device=runtime.device)
+
+    with alone_with(model):
+        model.to(runtime.device)
+        with evaluation_mode(model), fast_kernels(model, runtime):
+            yield logits_of
 
 
 def tta_views(tta: str | int) -> list[tuple[int, bool]]:
@@ -266,14 +289,18 @@ def predictions(
                 pixels = Pixels(unlabelled(part, model), model.spec, workers=runtime.workers, cache_bytes=0)
                 probs = predict_probs(model, pixels, tta=tta, runtime=runtime, advance=bar.advance)
                 for name, row in zip(names[start : start + PREDICTED_AT_ONCE], probs, strict=True):
-                    yield {
-                        "path": name,
-                        "pred": model.class_names[row.argmax()],
-                        "prob": float(row.max()),
-                        "probs": dict(zip(model.class_names, row.tolist(), strict=True)),
-                    }
+                    yield {"path": name} | named_probs(row, model.class_names)
 
     return told()
+
+
+def named_probs(row: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """One picture's probabilities [C] with their names: `pred`, `prob`, and `probs` {class name: probability}."""
+    return {
+        "pred": class_names[int(row.argmax())],
+        "prob": float(row.max()),
+        "probs": dict(zip(class_names, row.tolist(), strict=True)),
+    }
 
 
 def _items(paths: Any) -> list[Any]:

@@ -71,6 +71,28 @@ def _made(answer: Answer, allowed: set[str]) -> Made:
     return Made(answer.reason, str(answer.told.get("digest", "")), found)
 
 
+class Viewers:
+    """Limited processes that make evaluation views of files' bytes, which come one by one from several threads.
+
+    Args:
+        number: how many processes.
+    Raises:
+        SetupError: as `isolate.Crew`.
+    """
+
+    def __init__(self, spec: DataSpec, number: int) -> None:
+        self._crew = isolate.Crew(number, room="intake", settings={"parts": ["view"], "spec": spec.to_dict()})
+
+    def view(self, data: bytes) -> PixelArray | str:
+        """The evaluation view, uint8 [3, S, S], as `load_view` makes it, or why there is none, in bare words."""
+        answer = self._crew.ask(data)
+        return _made(answer, {"view"}).parts["view"] if answer.reason is None else answer.reason
+
+    def close(self) -> None:
+        """End the processes."""
+        self._crew.close()
+
+
 # ---- the worker's side -----------------------------------------------------------------------------------------
 
 
@@ -83,10 +105,10 @@ def _work(settings: dict[str, Any]) -> isolate.Work:
     spec = DataSpec.from_dict(settings["spec"]) if settings["spec"] else None
     parts = settings["parts"]
 
-    def answer(path: Path, decoded: Callable[[], None]) -> Answer:
+    def answer(source: Path | bytes, decoded: Callable[[], None]) -> Answer:
         told: dict[str, Any] = {}
         try:
-            data = file_bytes(path)
+            data = source if isinstance(source, bytes) else file_bytes(source)
             told["digest"] = content_hash(data)
             image = picture_of(data)
         except DataError as error:

@@ -74,8 +74,11 @@ class Answer:
     blobs: Sequence[bytes | bytearray | memoryview] = ()
 
 
-Work = Callable[[Path, Callable[[], None]], Answer]
-"""A worker's: the answer for a file; calls its second argument once the decoder is done, which lifts its time limit."""
+Work = Callable[[Path | bytes, Callable[[], None]], Answer]
+"""A worker's: the answer for a file, or for a file's bytes.
+
+It calls its second argument once the decoder is done, which lifts its time limit.
+"""
 
 
 class WorkerDied(Exception):
@@ -231,10 +234,86 @@ class _Driver(threading.Thread):
                 self.worker.kill()
 
 
+@dataclass
+class _Seat:
+    """A place for one of a crew's workers."""
+
+    worker: Worker | None = None
+
+
+class Crew:
+    """Workers that stay for questions that come one by one, from several threads; each is started when first needed.
+
+    Args:
+        number: how many there are.
+        room, settings: as in `ask_all`. limits: None is `Limits()`.
+    Raises:
+        SetupError: the decoder that was chosen is not there.
+    """
+
+    def __init__(
+        self, number: int, *, room: str = _PLAIN, settings: dict[str, Any] | None = None, limits: Limits | None = None
+    ) -> None:
+        decode.import_decoder()
+        self._limits, self._room, self._settings = limits or Limits(), room, settings
+        self._seats = [_Seat() for _ in range(number)]
+        self._free: queue.SimpleQueue[_Seat] = queue.SimpleQueue()
+        for seat in self._seats:
+            self._free.put(seat)
+        self._closed = False
+        self._watch = _Watch(self._seats)
+        self._watch.start()
+
+    def ask(self, source: str | Path | bytes) -> Answer:
+        """What a worker makes of a file or of a file's bytes; waits until one is free.
+
+        Raises:
+            SetupError: no worker can be started.
+        """
+        seat = self._free.get()
+        reason = Struck("the work was stopped")
+        try:
+            for _ in range(ATTEMPTS):
+                if self._closed:
+                    break
+                try:
+                    return self._seated(seat).ask(source)
+                except WorkerDied as death:
+                    seat.worker, reason = None, Struck(death)
+                    if death.is_certain:
+                        break
+            return Answer(reason)
+        finally:
+            self._free.put(seat)
+
+    def _seated(self, seat: _Seat) -> Worker:
+        if seat.worker is None:
+            worker = Worker(self._limits, self._room, self._settings)
+            seat.worker = worker  # from here on it is watched
+            worker.greet()
+        return seat.worker
+
+    def close(self) -> None:
+        """End the workers; a question that one of them is at is answered by its death. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        for seat in self._seats:
+            if (worker := seat.worker) is not None:
+                worker.kill()
+        seats = [self._free.get() for _ in self._seats]  # each is free at once
+        for seat in seats:
+            if seat.worker is not None:
+                seat.worker.close()
+            self._free.put(seat)  # for who asks too late
+        self._watch.stopped.set()
+        self._watch.join()
+
+
 class _Watch(threading.Thread):
     """Kills workers whose time for a file is over."""
 
-    def __init__(self, crew: Sequence[_Driver]) -> None:
+    def __init__(self, crew: Sequence[_Driver] | Sequence[_Seat]) -> None:
         super().__init__(name="headstart-watch", daemon=True)
         self._crew = crew
         self.stopped = threading.Event()
@@ -292,13 +371,15 @@ class Worker:
             self.close()
             raise SetupError("What decodes pictures has changed since this Python was started; start it again.")
 
-    def ask(self, path: str | Path) -> Answer:
-        """What it makes of this file.
+    def ask(self, source: str | Path | bytes) -> Answer:
+        """What it makes of this file, or of a file's bytes.
 
         Raises:
             WorkerDied: the worker did not live to answer, or took too long and was killed.
         """
-        told, blobs = self._exchange({"path": str(path)}, self._limits.wait_seconds)
+        sent = (source,) if isinstance(source, bytes) else ()
+        request = {} if sent else {"path": str(source)}
+        told, blobs = self._exchange(request, self._limits.wait_seconds, sent)
         reason = told.get("reason")
         if reason is None:
             return Answer(None, told, blobs)
@@ -325,12 +406,14 @@ class Worker:
                 with suppress(OSError):  # a request that was never read is still in the buffer
                     pipe.close()
 
-    def _exchange(self, request: dict[str, Any], seconds: float) -> tuple[dict[str, Any], tuple[bytearray, ...]]:
+    def _exchange(
+        self, request: dict[str, Any], seconds: float, sent: Sequence[bytes] = ()
+    ) -> tuple[dict[str, Any], tuple[bytearray, ...]]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._deadline = time.monotonic() + seconds
         try:
-            _send(self._process.stdin, request)
+            _send(self._process.stdin, request, sent)
             answer = _receive(self._process.stdout)
         except (OSError, ValueError):
             answer = None
@@ -377,7 +460,7 @@ def serve(prepare: Callable[[dict[str, Any]], Work] | None = None) -> None:
     while (request := _receive(requests)) is not None:
         _set_timer(seconds)
         try:
-            answer = work(Path(request[0]["path"]), lambda: _set_timer(0))
+            answer = work(_asked(*request), lambda: _set_timer(0))
         except MemoryError:
             answer = Answer(Struck(f"its decoding needs more than {memory >> 20:,} MB of memory"))
         _set_timer(0)
@@ -386,8 +469,13 @@ def serve(prepare: Callable[[dict[str, Any]], Work] | None = None) -> None:
         del answer  # the memory is the next file's
 
 
-def _decoded(path: Path, done: Callable[[], None]) -> Answer:
-    return Answer(decode.bad_reason(path))
+def _asked(request: dict[str, Any], blobs: Sequence[bytearray]) -> Path | bytes:
+    """The file that is asked about, by its path or by its bytes."""
+    return bytes(blobs[0]) if blobs else Path(request["path"])
+
+
+def _decoded(source: Path | bytes, done: Callable[[], None]) -> Answer:
+    return Answer(decode.bad_reason(source))
 
 
 def _limit_memory(nbytes: int) -> None:

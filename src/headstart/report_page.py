@@ -219,17 +219,24 @@ def section(title: str, *content: str) -> str:
     return f"<section><h2>{title}</h2>{body}</section>" if body else ""
 
 
-def page(title: str, content: str, *, style: str = "", script: str = "") -> str:
-    """The whole document. Its policy forbids every load from outside, and every script but the one given here.
-
-    Args:
-        style: rules after those of every page.
-        script: JavaScript that runs at the end of the page; the policy knows it by its hash.
-    """
+def page_policy(script: str = "") -> str:
+    """The content security policy of a page: nothing is loaded from outside, and no script runs but this one."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     if script:
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         policy += f"; script-src 'sha256-{digest}'"
+    return policy
+
+
+def page(title: str, content: str, *, style: str = "", script: str = "", policy: str = "") -> str:
+    """The whole document.
+
+    Args:
+        style: rules after those of every page.
+        script: JavaScript that runs at the end of the page; the policy knows it by its hash.
+        policy: in place of `page_policy(script)`.
+    """
+    policy = policy or page_policy(script)
     tail = f"\n<script>{script}</script>" if script else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

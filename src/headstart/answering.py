@@ -1,0 +1,153 @@
+"""A model that is asked from an event loop, by many at once, without one getting in another's way.
+
+Pictures are decoded in limited processes (see `isolate`), several at once: one that crashes, hangs or bloats a decoder
+costs that picture alone. What the model computes, it computes in one thread, a request after the other, each as
+`predict_files` would compute it: an answer depends on the pictures of its own request, never on who asks meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .classifier import Classifier
+from .dataspec import PixelArray
+from .errors import SetupError
+from .evaluation import LogitsOf, named_probs, scoring
+from .fields import check_number
+from .intake import Viewers
+from .metrics import softmax
+from .runtime import Runtime
+from .settings import own_settings
+
+ANSWERING = "headstart-answer"  # name of the thread that computes
+_END_SECONDS = 1.5  # for a batch that is being computed
+
+
+@dataclass(frozen=True)
+class Caps:
+    """What a stranger's request may take.
+
+    max_megabytes: of one request's body (a megabyte is a million bytes). max_pictures: in one request. max_waiting:
+    requests that are answered or wait for it at once; the next one is sent away with status 503.
+    """
+
+    max_megabytes: int = 32
+    max_pictures: int = 64
+    max_waiting: int = 32
+
+    def __post_init__(self) -> None:
+        check_number("serve", "max_megabytes", self.max_megabytes, 1, 1000, whole=True)
+        check_number("serve", "max_pictures", self.max_pictures, 1, 10_000, whole=True)
+        check_number("serve", "max_waiting", self.max_waiting, 1, 10_000, whole=True)
+
+    @property
+    def max_bytes(self) -> int:
+        """Of one request's body."""
+        return self.max_megabytes * 1_000_000
+
+
+class Answers:
+    """The model's answers, and how many were given: `requests`, `pictures`.
+
+    Args:
+        model: nobody else's: it is held ready to answer until `close`.
+    """
+
+    def __init__(self, model: Classifier, runtime: Runtime) -> None:
+        self.model, self.runtime = model, runtime
+        self.requests = self.pictures = 0
+        self._viewers = Viewers(model.spec, runtime.workers)
+        self._readers = ThreadPoolExecutor(runtime.workers, thread_name_prefix="headstart-read")
+        self._turns = _Turns(model, runtime)
+
+    async def of(self, pictures: Sequence[bytes]) -> list[dict[str, Any]]:
+        """For each file's bytes `pred`, `prob` and `probs`, or why it cannot be read, in bare words, as `error`.
+
+        Raises:
+            SetupError: no process for decoding can be started; memory runs out with a single picture.
+        """
+        reading = [asyncio.wrap_future(self._readers.submit(self._viewers.view, data)) for data in pictures]
+        read = await asyncio.gather(*reading)
+        views = [one for one in read if not isinstance(one, str)]
+        rows: np.ndarray = await asyncio.wrap_future(self._turns.probs(views))
+        probs = iter(rows)
+        self.requests += 1
+        self.pictures += len(pictures)
+        names = self.model.class_names
+        return [{"error": one} if isinstance(one, str) else named_probs(next(probs), names) for one in read]
+
+    def warm_up(self) -> None:
+        """Start the processes, and let the model see a first picture, so that the first who asks does not wait."""
+        black = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(black, "PNG")
+        made = list(self._readers.map(self._viewers.view, [black.getvalue()] * self.runtime.workers))
+        self._turns.probs([one for one in made if not isinstance(one, str)][:1]).result()
+
+    def close(self) -> None:
+        """End the processes and the thread; a batch of a slow model that is being computed is not waited for."""
+        self._viewers.close()
+        self._readers.shutdown(cancel_futures=True)
+        self._turns.end()
+
+
+class _Turns(threading.Thread):
+    """One thread that computes what it is asked, in order; a program that ends does not wait for it, as for a pool's.
+
+    It makes the model ready once: for every question anew that would take several times as long as a small answer.
+    """
+
+    def __init__(self, model: Classifier, runtime: Runtime) -> None:
+        super().__init__(name=ANSWERING, daemon=True)
+        self._model, self._runtime = model, runtime
+        self._ended = False
+        self._asked: SimpleQueue[tuple[Future[np.ndarray], Sequence[PixelArray]] | None] = SimpleQueue()
+        self.start()
+
+    def probs(self, views: Sequence[PixelArray]) -> Future[np.ndarray]:
+        """Probabilities [N, C] of evaluation views, uint8 [3, S, S] each, once it is their turn."""
+        future: Future[np.ndarray] = Future()
+        if views:
+            self._asked.put((future, views))
+        else:
+            future.set_result(np.zeros((0, len(self._model.class_names))))
+        return future
+
+    def end(self) -> None:
+        """Take no more, and wait a moment for the end. A second call does nothing."""
+        if not self._ended:
+            self._ended = True
+            self._asked.put(None)
+            self.join(_END_SECONDS)
+
+    def run(self) -> None:
+        with ExitStack() as stack:
+            logits_of: LogitsOf | None = None
+            while (asked := self._asked.get()) is not None:
+                future, views = asked
+                if not future.set_running_or_notify_cancel():  # whoever asked has gone
+                    continue
+                try:
+                    with own_settings():
+                        logits_of = logits_of or stack.enter_context(scoring(self._model, self._runtime))
+                        batches = torch.from_numpy(np.stack(views)).split(self._runtime.batch_size)
+                        future.set_result(softmax(logits_of(self._until_the_end(batches)).cpu().numpy()))
+                except BaseException as error:  # handed over to whoever waits
+                    future.set_exception(error)
+
+    def _until_the_end(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for batch in batches:
+            if self._ended:
+                raise SetupError("The server is being ended.")
+            yield batch
