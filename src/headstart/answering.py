@@ -23,7 +23,6 @@ from PIL import Image
 
 from .classifier import Classifier
 from .dataspec import PixelArray
-from .errors import SetupError
 from .evaluation import LogitsOf, named_probs, scoring
 from .fields import check_number
 from .intake import Viewers
@@ -31,8 +30,13 @@ from .metrics import softmax
 from .runtime import Runtime
 from .settings import own_settings
 
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")  # by which browsers call a server on their own machine
 ANSWERING = "headstart-answer"  # name of the thread that computes
 _END_SECONDS = 1.5  # for a batch that is being computed
+
+
+class Ended(Exception):
+    """The server ends before this answer."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Caps:
     max_waiting: int = 32
 
     def __post_init__(self) -> None:
-        check_number("serve", "max_megabytes", self.max_megabytes, 1, 1000, whole=True)
+        check_number("serve", "max_megabytes", self.max_megabytes, 1, 500, whole=True)
         check_number("serve", "max_pictures", self.max_pictures, 1, 10_000, whole=True)
         check_number("serve", "max_waiting", self.max_waiting, 1, 10_000, whole=True)
 
@@ -149,5 +153,5 @@ class _Turns(threading.Thread):
     def _until_the_end(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         for batch in batches:
             if self._ended:
-                raise SetupError("The server is being ended.")
+                raise Ended
             yield batch

@@ -256,16 +256,20 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--fit", metavar="HOW", help="crop the centre, squash to a square, or letterbox on the mean")
 
 
-def add_machine_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Where and how to compute; returns the group, for more of the kind."""
+def add_machine_options(
+    parser: argparse.ArgumentParser, *, workers: str = "threads that read pictures"
+) -> argparse._ArgumentGroup:
+    """Where and how to compute; returns the group, for more of the kind.
+
+    Args:
+        workers: what they are.
+    """
     group = parser.add_argument_group("machine")
     group.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
     group.add_argument(
         "--precision", metavar="HOW", help="auto, fp32 or bf16 (default: auto, but fp32 in evaluate, predict and serve)"
     )
-    group.add_argument(
-        "--workers", type=int, metavar="N", help="threads that read pictures (default: one per core, at most 8)"
-    )
+    group.add_argument("--workers", type=int, metavar="N", help=f"{workers} (default: one per core, at most 8)")
     return group
 
 

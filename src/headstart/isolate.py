@@ -289,7 +289,9 @@ class Crew:
     def _seated(self, seat: _Seat) -> Worker:
         if seat.worker is None:
             worker = Worker(self._limits, self._room, self._settings)
-            seat.worker = worker  # from here on it is watched
+            seat.worker = worker  # from here on it is watched, and `close` finds it
+            if self._closed:
+                worker.kill()
             worker.greet()
         return seat.worker
 

@@ -15,10 +15,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .answering import Answers, Caps
+from .answering import LOCAL_NAMES, Answers, Caps
 from .checkpoint import load, read_card
 from .classifier import Classifier, as_classifier
-from .errors import SetupError, in_words
+from .errors import RecipeError, SetupError, in_words
 from .fields import check_number
 from .run import read_object
 from .runtime import make_runtime
@@ -27,7 +27,6 @@ from .terminal import printable, say
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 _BACKLOG = 1024
 
 
@@ -69,6 +68,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    allow_hosts: Sequence[str] = (),
     device: str = "auto",
     precision: str = "fp32",
     workers: int | None = None,
@@ -84,13 +84,16 @@ def serve(
     `error` in place of the rest, and the status is 422 where none could be read. `GET /model` tells classes,
     preprocessing and test accuracy, `GET /health` that it is there.
 
-    There is neither a password nor encryption: for others than this machine put a proxy in front that has both. Only
+    There is neither a password nor encryption: for others than this machine put a proxy in front that has both, on
+    this machine, and name it with `allow_hosts`. Only
     pictures come in, and their names are never taken for paths; other pages that a browser has open cannot ask.
 
     Args:
         run: a run folder, or a model that `load` has read, of which a copy answers.
         host: the address to listen on; any but this machine's own (127.0.0.1, ::1) is warned of.
         port: 0 takes a free one.
+        allow_hosts: names by which a proxy in front is called (`pictures.example`): requests and pages of theirs are
+            answered, beside those that name this machine.
         device, precision, workers: as in `make_runtime`; workers are processes here.
         max_megabytes: of one request. max_pictures: in one request. max_waiting: requests at once; the next ones get
             status 503.
@@ -99,6 +102,8 @@ def serve(
         CheckpointError: no model in `run`. RecipeError: a number out of its range.
     """
     check_number("serve", "port", port, 0, 65535, whole=True)
+    if isinstance(allow_hosts, str):
+        raise RecipeError(f"allow_hosts is {allow_hosts!r}; it takes a list of names, even of one.")
     caps = Caps(max_megabytes, max_pictures, max_waiting)
     _require_extra()
     if isinstance(run, (str, os.PathLike)):
@@ -111,7 +116,8 @@ def serve(
         try:
             answers.warm_up()
             is_local = ip_address(listener.getsockname()[0]).is_loopback
-            app = application(answers, facts, caps, {*LOCAL_NAMES, host.lower()} if is_local else None)
+            names = {*LOCAL_NAMES, host, *allow_hosts} if is_local or allow_hosts else None
+            app = application(answers, facts, caps, names)
             _say_where(listener, host, facts, is_local=is_local)
             run_server(app, listener)
         finally:
@@ -179,7 +185,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         found, key=lambda info: info[0] != socket.AF_INET
     )  # the older one of localhost's two
     try:
-        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        listener = socket.create_server(address, family=family, backlog=_BACKLOG)
     except (OSError, OverflowError) as error:
         raise _not_to_be_had(error, host, port) from None
     # By its protocol's number asyncio knows a connection over which small answers are not to wait, for 40 ms, for more.
@@ -207,8 +213,8 @@ def _say_where(listener: socket.socket, host: str, facts: dict[str, Any], *, is_
     address = f"http://{name}:{listener.getsockname()[1]}/"
     if not is_local:
         say(
-            f"Warning: {address} is open to everybody who reaches this machine, without password or encryption. Put a"
-            " proxy in front that has both, or leave --host out."
+            f"Warning: {address} is open to everybody who reaches this machine, without password or encryption. Leave"
+            " --host out, and put a proxy in front that has both and whose name --allow-host tells."
         )
     of = ", ".join(filter(None, (facts["name"], facts["backbone"], _counted(len(facts["class_names"]), "class"))))
     print(f"{address} answers for {of}; Ctrl-C ends it. Try:\ncurl -F picture=@photo.jpg {address}predict", flush=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -23,7 +23,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .answering import Answers, Caps
+from .answering import LOCAL_NAMES, Answers, Caps, Ended
 from .errors import HeadstartError, in_words
 from .serving_page import PAGE_POLICY, render_page
 from .terminal import ranking, say
@@ -31,6 +31,8 @@ from .terminal import ranking, say
 BODY_SECONDS = 30.0  # until a request's body has come
 BODIES_HELD = 8  # times the most megabytes of one request: what the bodies of all may take at once
 RETRY_SECONDS = "1"
+DRAINED, DRAIN_SECONDS = 4, 10.0  # of a refused body: times the most bytes of one, and for how long
+LATER = "Ask again in a moment."
 UNNAMED = "picture"  # one that is sent without a name
 HOW = "Send one picture as the body, or several as files of a form: curl -F picture=@photo.jpg .../predict"
 _FORM = "multipart/form-data"
@@ -81,7 +83,12 @@ def application(answers: Answers, facts: Mapping[str, Any], caps: Caps, hosts: C
             Route("/predict", desk.predict, methods=["POST"]),
         ],
         middleware=[Middleware(_Door, hosts=hosts)],
-        exception_handlers={HTTPException: _refused, ClientDisconnect: _gone, Exception: _failed},
+        exception_handlers={
+            HTTPException: _refused,
+            ClientDisconnect: _gone,
+            Ended: lambda *_: _ending(),
+            Exception: _failed,
+        },
         lifespan=alive,
     )
     app.router.redirect_slashes = False  # to an address that the client has made up
@@ -126,13 +133,18 @@ class _Door:
 
     def __init__(self, app: ASGIApp, hosts: Collection[str] | None) -> None:
         self._app, self._hosts = app, None if hosts is None else {name.lower() for name in hosts}
+        self._elsewhere = (self._hosts or set()) - {*LOCAL_NAMES}  # of a proxy, which may call us by another name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
 
+        has_begun = False
+
         async def send_safely(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.setdefault("Content-Security-Policy", _CLOSED_POLICY)
@@ -141,7 +153,12 @@ class _Door:
 
         why = self._refusal(scope["method"], Headers(scope=scope))
         app = self._app if why is None else _json({"error": why}, 403)
-        await app(scope, receive, send_safely)
+        try:
+            await app(scope, receive, send_safely)
+        except asyncio.CancelledError:  # by the server, which waits no longer
+            if has_begun:
+                raise
+            await _ending()(scope, receive, send_safely)
 
     def _refusal(self, method: str, headers: Headers) -> str | None:
         """Why the request is none of ours.
@@ -154,14 +171,36 @@ class _Door:
             known = ", ".join(sorted(self._hosts))
             return f"Host {host[:100]!r} is not served here. Ask for one of these: {known}."
         origin = headers.get("origin")
-        if method not in ("GET", "HEAD") and origin is not None and origin.lower().partition("://")[2] != host:
+        if method in ("GET", "HEAD") or origin is None:
+            return None
+        asker = origin.lower().partition("://")[2]
+        if asker != host and _name_of(asker) not in self._elsewhere:
             return f"A page of {origin[:100]!r} may not ask this server. Ask from its own page, or from a program."
         return None
+
+
+def _ending() -> Response:
+    """To who asks at the end."""
+    words = "The server is being ended. Ask again in a moment."
+    return _json({"error": words}, 503, {"Retry-After": RETRY_SECONDS})
 
 
 def _name_of(host: str) -> str:
     """The name in a Host header, without the port: `::1` of `[::1]:8000`."""
     return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+
+
+@dataclass(eq=False)
+class _Body:
+    """What has come of a request's body: `size` bytes, in `data` until its pictures are taken out.
+
+    limit: until when the rest may come, while it does. is_dropped: the request is given up.
+    """
+
+    data: bytearray = field(default_factory=bytearray)
+    size: int = 0
+    limit: asyncio.Timeout | None = None
+    is_dropped: bool = False
 
 
 @dataclass
@@ -172,6 +211,7 @@ class _Desk:
     caps: Caps
     waiting: int = field(default=0, init=False)
     held: int = field(default=0, init=False)
+    _bodies: list[_Body] = field(default_factory=list, init=False)
 
     async def predict(self, request: Request) -> Response:
         top = _top(request)
@@ -179,65 +219,97 @@ class _Desk:
         what = kind.decode("latin-1")
         if what != _FORM and what not in _PLAIN_BYTES and not what.startswith("image/"):
             _refuse(415, f"{what[:100]} is no picture. {HOW}")
-        self._refuse_when_full()
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            _refuse(415, f"The body is packed (Content-Encoding). Send it as it is. {HOW}")
+        if self._is_full():
+            await self._refuse_after(request, *self._full())
         with self._body_held() as body:
             await self._read(request, body)
-            with self._turn():
-                files = [(UNNAMED, bytes(body))]
-                if what == _FORM:
-                    most = self.caps.max_pictures
-                    files = await asyncio.to_thread(form_files, bytes(body), options.get(b"boundary", b""), most)
-                if not any(data for _, data in files) and what != _FORM:
-                    _refuse(400, f"There is no picture in the request. {HOW}")
+            if self._is_full():
+                _refuse(*self._full(), Retry_After=RETRY_SECONDS)
+            self.waiting += 1
+            try:
+                files = await asyncio.to_thread(self._files, body.data, what, options.get(b"boundary", b""))
+                body.data.clear()  # they hold the bytes now
                 told = await self.answers.of([data for _, data in files])
                 return await asyncio.to_thread(_told, files, told, top)
+            finally:
+                self.waiting -= 1
 
-    async def _read(self, request: Request, body: bytearray) -> None:
+    def _files(self, data: bytearray, what: str, boundary: bytes) -> list[File]:
+        if what == _FORM:
+            return form_files(data, boundary, self.caps.max_pictures)
+        if not data:
+            _refuse(400, f"There is no picture in the request. {HOW}")
+        return [(UNNAMED, bytes(data))]
+
+    async def _read(self, request: Request, body: _Body) -> None:
         """Take the body in, which says how long it is, or does not, or lies."""
         said = request.headers.get("content-length", "")
         if said.isdecimal() and (len(said) > 12 or int(said) > self.caps.max_bytes):
-            self._refuse_long()
+            await self._refuse_after(request, *self._long())
         try:
-            async with asyncio.timeout(BODY_SECONDS):
+            async with asyncio.timeout(BODY_SECONDS) as body.limit:
                 async for chunk in request.stream():
-                    if len(body) + len(chunk) > self.caps.max_bytes:
-                        self._refuse_long()
-                    if self.held + len(chunk) > BODIES_HELD * self.caps.max_bytes:
-                        self._refuse_busy()
-                    body += chunk
+                    if body.size + len(chunk) > self.caps.max_bytes:
+                        await self._refuse_after(request, *self._long())
+                    if self.held + len(chunk) > BODIES_HELD * self.caps.max_bytes and not self._drop_the_oldest(body):
+                        most = BODIES_HELD * self.caps.max_megabytes
+                        words = f"Too many bytes at once; all requests together may take {most} MB. {LATER}"
+                        await self._refuse_after(request, 503, words)
+                    body.data += chunk
+                    body.size += len(chunk)
                     self.held += len(chunk)
         except TimeoutError:
+            if body.is_dropped:
+                _refuse(503, f"Others wait for this request's place. {LATER}", Retry_After=RETRY_SECONDS)
             late = f"The body had not come after {BODY_SECONDS:g} seconds. Send smaller pictures, or fewer at once."
             _refuse(408, late, Connection="close")
+        finally:
+            body.limit = None
+
+    def _drop_the_oldest(self, asking: _Body) -> bool:
+        """Give up the body that has been coming for longest, if it is not this one: slow ones keep no others out."""
+        coming = [body for body in self._bodies if body.limit is not None and not body.is_dropped]
+        if not coming or coming[0] is asking:
+            return False
+        assert coming[0].limit is not None
+        coming[0].is_dropped = True
+        coming[0].limit.reschedule(asyncio.get_running_loop().time())
+        return True
 
     @contextmanager
-    def _body_held(self) -> Iterator[bytearray]:
-        body = bytearray()
+    def _body_held(self) -> Iterator[_Body]:
+        body = _Body()
+        self._bodies.append(body)
         try:
             yield body
         finally:
-            self.held -= len(body)
+            self._bodies.remove(body)
+            self.held -= body.size
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """A place among those who wait, which only takes whose body has come: slow ones cannot keep it from others."""
-        self._refuse_when_full()
-        self.waiting += 1
-        try:
-            yield
-        finally:
-            self.waiting -= 1
+    def _is_full(self) -> bool:
+        """Whether all places are taken; only who has sent its body whole takes one: slow ones keep no others out."""
+        return self.waiting >= self.caps.max_waiting
 
-    def _refuse_when_full(self) -> None:
-        if self.waiting >= self.caps.max_waiting:
-            self._refuse_busy()
+    def _full(self) -> tuple[int, str]:
+        return 503, f"Too many requests at once; {self.caps.max_waiting} may wait. {LATER}"
 
-    def _refuse_busy(self) -> NoReturn:
-        words = f"Too many requests at once; {self.caps.max_waiting} may wait. Ask again in a moment."
-        _refuse(503, words, Retry_After=RETRY_SECONDS)
+    def _long(self) -> tuple[int, str]:
+        return 413, f"A request may take {self.caps.max_megabytes} MB. Send smaller pictures, or fewer at once."
 
-    def _refuse_long(self) -> NoReturn:
-        _refuse(413, f"A request may take {self.caps.max_megabytes} MB. Send smaller pictures, or fewer at once.")
+    async def _refuse_after(self, request: Request, status: int, words: str) -> NoReturn:
+        """Refuse once the rest of the body has come, or enough of it: a connection that is closed while its client
+        sends loses the answer. Who waits to be told to go on (`Expect`) gets it at once."""
+        left = DRAINED * self.caps.max_bytes
+        if "expect" not in request.headers:
+            with suppress(TimeoutError, RuntimeError):  # the second: it has come already
+                async with asyncio.timeout(DRAIN_SECONDS):
+                    async for chunk in request.stream():
+                        left -= len(chunk)
+                        if left < 0:
+                            break
+        _refuse(status, words, **({"Retry_After": RETRY_SECONDS} if status == 503 else {}))
 
 
 def _top(request: Request) -> int | None:
@@ -262,7 +334,7 @@ def _told(files: Sequence[File], told: Sequence[Mapping[str, Any]], top: int | N
     return _json({"predictions": rows}, 422 if all("error" in row for row in rows) else 200)
 
 
-def form_files(body: bytes, boundary: bytes, most: int) -> list[File]:
+def form_files(body: bytes | bytearray, boundary: bytes, most: int) -> list[File]:
     """The files of a form, in its order, in memory.
 
     Args:
@@ -273,7 +345,7 @@ def form_files(body: bytes, boundary: bytes, most: int) -> list[File]:
     parts = _Parts(most)
     try:
         parser = MultipartParser(boundary, parts.callbacks())
-        parser.write(body)
+        parser.write(body)  # type: ignore[arg-type]
         parser.finalize()
     except ValueError as error:
         _refuse(400, f"The form cannot be read ({str(error)[:200] or 'no boundary'}). {HOW}")

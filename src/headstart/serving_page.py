@@ -68,7 +68,7 @@ button:focus-visible, summary:focus-visible { outline: 3px solid var(--ink); out
 
 SCRIPT = r"""
 "use strict";
-const $ = id => document.getElementById(id), main = document.querySelector("main");
+const $ = id => document.getElementById(id);
 const most = Number($("drop").dataset.most), shown = Number($("drop").dataset.shown);
 const side = 336, atMost = 24e6;  // of a thumbnail in pixels; bytes of a file that one is drawn of
 const percent = share => `${(100 * share).toFixed(1)}\u00a0%`;
@@ -107,7 +107,7 @@ function tell() {
 async function work() {
   busy = true;
   while (waiting.length) {
-    const one = waiting.shift();
+    const one = waiting.pop();  // the one on top
     one.state.firstChild.textContent = "Looking\u2026";
     draw(one);
     try { show(one, await ask(one.file)); } catch (error) { fail(one, error.message); }
@@ -133,7 +133,11 @@ async function ask(file) {
     const form = new FormData();
     form.append("picture", file, file.name);
     try { answer = await fetch(`predict?top=${shown}`, { method: "POST", body: form }); }
-    catch { throw Error("The server does not answer. Is it still running?"); }
+    catch {
+      try { await file.slice(0, 1).arrayBuffer(); }
+      catch { throw Error("Cannot be read here. Is it a folder, or was it moved?"); }
+      throw Error("The server does not answer. Is it still running?");
+    }
     if (answer.status === 503 && tries < 30) {
       await new Promise(go => setTimeout(go, 1000));
       continue;
@@ -167,6 +171,7 @@ function fail({ file, title, state }, words) {
 function clear() {
   waiting = [];
   $("found").replaceChildren();
+  $("spoken").textContent = "";
   tell();
   $("choose").focus();
 }
