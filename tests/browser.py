@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,14 @@ class Browser:
         self._out.close()
         self._in.close()
 
-    def open(self, path: Path, anchor: str = "", width: int = 1280, height: int = 900) -> None:
-        """Load a file at a window size, and wait for its end."""
+    def open(self, page: Path | str, anchor: str = "", width: int = 1280, height: int = 900) -> None:
+        """Load a file, or an address, at a window size, and wait for its end."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         self.call("Page.navigate", url="about:blank")
         self.wait_for("Page.loadEventFired")
-        self.call("Page.navigate", url=path.as_uri() + anchor)
+        self.call("Page.navigate", url=(page.as_uri() if isinstance(page, Path) else page) + anchor)
         self.wait_for("Page.loadEventFired")
 
     def run(self, script: str) -> Any:
@@ -83,6 +84,12 @@ class Browser:
         x, y = self.run(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({element}.getBoundingClientRect())")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def choose(self, selector: str, files: Sequence[Path]) -> None:
+        """Give these files to an input, as a person would who chooses them."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=list(map(str, files)))
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """One DevTools command; its result."""

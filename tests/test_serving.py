@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from browser import start_browser
 from conftest import make_picture
 from headstart import create_classifier, load, make_app, predict_files, save, serve
 from headstart.cli import main
@@ -746,6 +747,37 @@ def test_the_command_answers_beside_slow_clients_and_ends_in_time(run: Path) -> 
     assert out == "Answered 32 requests with 60 pictures.\n"
     assert server.example == f"curl -F picture=@photo.jpg http://127.0.0.1:{server.port}/predict\n"
     assert "answers for first, test_resnet, 3 classes" in server.line
+
+
+def test_the_page_asks_and_shows_what_it_is_told(run: Path, pictures: list[Path], tmp_path: Path) -> None:
+    browser = start_browser(tmp_path / "profile")
+    try:
+        odd, plain = tmp_path / "<b>no picture.jpg", next(path for path in pictures if path.name == "plain.jpg")
+        odd.write_bytes(b"GIF8")
+        (tmp_path / "a folder").mkdir()
+        with Server(run) as server:
+            browser.open(f"http://127.0.0.1:{server.port}/", width=390)
+            browser.choose("#files", [plain, odd, tmp_path / "a folder"])
+            shown = "document.querySelector('#tally').textContent"
+            until = time.monotonic() + 20
+            while "of" in (told := browser.run(shown)) or not told:
+                assert time.monotonic() < until, told
+                time.sleep(0.05)
+            assert told == "3 pictures, 2 without an answer"
+            folder, broken, found = browser.run("[...document.querySelectorAll('#found > li')].map(e => e.innerText)")
+            assert "Cannot be read here. Is it a folder, or was it moved?" in folder
+            assert odd.name in broken
+            assert "Cannot be read: damaged or cut off within its header." in broken
+            said = predict_files(run, [plain])[0]
+            assert f"{said['pred']} {100 * said['prob']:.1f}\N{NO-BREAK SPACE}%" in found
+            bars = browser.run("[...document.querySelectorAll('.bars .name')].map(e => e.textContent)")
+            assert bars == sorted(NAMES, key=lambda name: -said["probs"][name])
+            assert browser.run("document.documentElement.scrollWidth") <= 390
+            browser.click("#clear")
+            assert browser.run("document.querySelectorAll('#found > li').length") == 0
+            server.end()
+    finally:
+        browser.close()
 
 
 def test_other_hosts_are_warned_of_and_ctrl_c_ends_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

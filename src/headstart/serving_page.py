@@ -42,7 +42,7 @@ button:focus-visible, summary:focus-visible { outline: 3px solid var(--ink); out
 .found .path { color: var(--soft); font-size: .85rem; margin: 0 0 10px; overflow-wrap: anywhere; max-width: none;
   unicode-bidi: isolate; }
 .bars { list-style: none; margin: 0; padding: 0; max-width: 620px; }
-.bars li { display: grid; grid-template-columns: minmax(70px, 32%) minmax(0, 1fr) 4.2em; gap: 12px; align-items: center;
+.bars li { display: grid; grid-template-columns: minmax(70px, 32%) minmax(0, 1fr) 4.8em; gap: 12px; align-items: center;
   font-size: .95rem; padding: 2px 0; }
 .bars .name { overflow-wrap: anywhere; unicode-bidi: isolate; }
 .bars .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; color: var(--soft); }
@@ -61,7 +61,7 @@ button:focus-visible, summary:focus-visible { outline: 3px solid var(--ink); out
   .found canvas, .found .gone { width: 96px; height: 96px; grid-row: 1 / 3; }
   .found h2 { font-size: 1.25rem; } .bars, .found .state { grid-column: 1 / -1; margin-top: 6px; }
   .facts { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .bars li { grid-template-columns: minmax(60px, 36%) minmax(0, 1fr) 4.2em; gap: 8px; }
+  .bars li { grid-template-columns: minmax(60px, 36%) minmax(0, 1fr) 4.8em; gap: 8px; }
 }
 @media print { .drop, .head button { display: none; } .found > li { break-inside: avoid; } }
 """
