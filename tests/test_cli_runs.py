@@ -311,7 +311,7 @@ def test_what_may_not_be_written_is_told_before_pictures_are_read(
 ) -> None:
     may = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and may(path, mode))
-    monkeypatch.setattr("headstart.isolate.ask_all", lambda *_, **__: pytest.fail("a picture was read"))
+    monkeypatch.setattr("headstart.crews.ask_all", lambda *_, **__: pytest.fail("a picture was read"))
     words = [word.format(folder=folder, run=run, out=tmp_path) for word in arguments]
     code, out, err = command(capsys, *words)
     assert (code, out) == (2, "")
@@ -376,7 +376,7 @@ def test_predict_reads_no_picture_for_a_call_that_is_wrong(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("headstart.isolate.ask_all", lambda *_, **__: pytest.fail("a picture was read"))
+    monkeypatch.setattr("headstart.crews.ask_all", lambda *_, **__: pytest.fail("a picture was read"))
     model, *options = [word.format(folder=folder, run=run) for word in wrong]
     code, out, err = command(capsys, "predict", model, folder, *MACHINE, *options)
     assert (code, out) == (2, "")

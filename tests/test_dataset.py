@@ -21,9 +21,9 @@ from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 from headstart import decode
+from headstart.crews import bad_reasons
 from headstart.dataset import Splits, check_images, list_image_files, load_images, open_image
 from headstart.errors import DataError, SetupError
-from headstart.isolate import bad_reasons
 from headstart.manifest import write_manifest
 from headstart.order import epoch_order, random_stream
 from headstart.splitting import split

@@ -19,8 +19,9 @@ import pytest
 from PIL import Image
 
 from headstart import SetupError, decode, intake, load_images
+from headstart.crews import bad_reasons
 from headstart.dataspec import DataSpec
-from headstart.isolate import Limits, Struck, bad_reasons
+from headstart.isolate import Limits, Struck
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="signals and named pipes")
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc; memory limits are kept on Linux alone")
@@ -233,7 +234,7 @@ def test_libraries_of_another_decoder_do_not_count_as_a_picture_s_memory(tmp_pat
     )
     Image.new("RGB", (20, 10)).save(tmp_path / "good.jpg")
     Image.new("RGB", (20, 10)).save(tmp_path / "good.png")
-    code = "import sys; from headstart.isolate import bad_reasons; print(bad_reasons(sys.argv[1:], workers=1))"
+    code = "import sys; from headstart.crews import bad_reasons; print(bad_reasons(sys.argv[1:], workers=1))"
     told = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "good.jpg", tmp_path / "good.png"],
         env=os.environ | {"HEADSTART_DECODER": "torchcodec", "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},

@@ -26,6 +26,7 @@ from headstart import (
     Recipe,
     Stage,
     bench,
+    crews,
     decode,
     fine_tune,
     intake,
@@ -288,7 +289,7 @@ def test_a_file_that_strikes_the_decoder_is_named_and_not_remembered(
     paths = sorted(photos.rglob("*.*"))
     strict = Limits(seconds=0.05)
     with monkeypatch.context() as patch:
-        patch.setattr(isolate, "Limits", lambda: strict)
+        patch.setattr(crews, "Limits", lambda: strict)
         with decodes() as seen:
             reasons = PixelStore(cache, SPEC).fill(paths, root=photos)
         assert len(seen) == len(set(seen)) == 37

@@ -728,7 +728,7 @@ def test_the_command_answers_beside_slow_clients_and_ends_in_time(run: Path) -> 
         with ThreadPoolExecutor(8) as pool:
             began = time.monotonic()
             assert list(pool.map(server.post, bodies * 3)) == alone * 3
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 20  # where slow ones held others up it would be 30
         with server.connect() as cut:
             cut.sendall(b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\nContent-Type: ")
             cut.sendall(FORM[1].encode() + b"\r\n\r\n--xyz?\r\n\n")

@@ -204,9 +204,9 @@ def mutated_picture(seeds: list[tuple[str, bytes]], seed: int, index: int) -> tu
 
 def soak_pictures(n: int, *, seed: int = 0, workers: int = 2, tell: Callable[[int], None] | None = None) -> Outcome:
     """Check `n` mutated pictures and decode here what passes."""
+    from headstart.crews import bad_reasons
     from headstart.decode import open_image
     from headstart.errors import DataError
-    from headstart.isolate import bad_reasons
 
     seeds, outcome, digest = seed_pictures(), Outcome(), hashlib.sha256()
     for start in range(0, n, BATCH):

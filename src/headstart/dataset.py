@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from . import isolate
+from . import crews
 from .decode import open_image
 from .errors import DataError, near_matches
 from .folders import IMAGE_EXTENSIONS, find_pictures, natural_key
@@ -330,7 +330,7 @@ def bad_reasons(
     paths: Sequence[str | Path], *, workers: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> list[str | None]:
     """Why each file does not decode, None where it does; decoded in limited processes, 0 is one per CPU core."""
-    return isolate.bad_reasons(paths, workers=workers or available_cores(), progress=progress)
+    return crews.bad_reasons(paths, workers=workers or available_cores(), progress=progress)
 
 
 def _name_from(root: Path, path: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from . import isolate
+from . import crews, isolate
 from .dataspec import DataSpec, PixelArray, working_image_by_pillow
 from .decode import file_bytes, picture_of
 from .errors import DataError, SetupError
@@ -52,11 +52,11 @@ def make(
         parts: of `PARTS`. spec: needed for all but `look`.
         take: is given (position, what was made) of each file, from several threads.
     Returns:
-        Per file why it does not decode, or None; see `isolate.ask_all`.
+        Per file why it does not decode, or None; see `crews.ask_all`.
     """
     settings = {"parts": list(parts), "spec": spec.to_dict() if spec else None}
     allowed = {*parts, FULL}
-    return isolate.ask_all(
+    return crews.ask_all(
         paths, workers=workers, progress=progress, room="intake", settings=settings, files_each=8,
         take=lambda position, answer: take(position, _made(answer, allowed)),
     )  # fmt: skip
@@ -77,11 +77,11 @@ class Viewers:
     Args:
         number: how many processes.
     Raises:
-        SetupError: as `isolate.Crew`.
+        SetupError: as `crews.Crew`.
     """
 
     def __init__(self, spec: DataSpec, number: int) -> None:
-        self._crew = isolate.Crew(number, room="intake", settings={"parts": ["view"], "spec": spec.to_dict()})
+        self._crew = crews.Crew(number, room="intake", settings={"parts": ["view"], "spec": spec.to_dict()})
 
     def view(self, data: bytes) -> PixelArray | str:
         """The evaluation view, uint8 [3, S, S], as `load_view` makes it, or why there is none, in bare words."""
