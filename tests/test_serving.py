@@ -502,7 +502,9 @@ def test_bodies_that_are_held_have_a_cap_together(run: Path) -> None:
     async def many() -> list[int]:
         go = asyncio.Event()
         first = [asyncio.create_task(call(application, "POST", "/predict", body=slow(go))) for _ in range(12)]
-        await asyncio.sleep(0.1)
+        async with asyncio.timeout(20):
+            while sum(one.done() for one in first) < 4:
+                await asyncio.sleep(0.01)
         done = [one.result().status for one in first if one.done()]
         small = await call(application, "POST", "/predict", body=jpeg())  # fits in
         go.set()
