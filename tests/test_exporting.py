@@ -37,6 +37,7 @@ from headstart import (
     open_image,
     predict_files,
     read_run,
+    save,
 )
 from headstart.cli import main
 from headstart.portable import Exported, read_picture
@@ -268,6 +269,13 @@ def test_what_the_run_has_on_record_is_compared_too(run: Path, photos: Path, tmp
     assert not (tmp_path / "out").exists()
     found = export(other, tmp_path / "out", format="pt2", pictures=photos / "red")
     assert (found.pictures["given"], found.recorded) == (12, 0)
+
+
+def test_a_folder_with_the_model_alone_is_written_beside_it(tmp_path: Path) -> None:
+    model = create_classifier("test_resnet", ("a", "b"), weights="none", image_size=SIZE)
+    found = export(save(model, tmp_path / "saved"), format="pt2")
+    assert found.file == tmp_path / "saved-pt2" / "model.pt2"
+    assert list(found.pictures) == ["made"]
 
 
 def test_a_model_in_half_precision_is_written_in_single(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from .evaluation import predict_logits, unlabelled
 from .files import read_csv, to_json, write_atomic
 from .metrics import softmax
 from .pixels import Pixels
-from .run import RunRecord, check_own_folder, read_run, refuse_among_pictures
+from .run import RunRecord, check_own_folder, is_run, read_run, refuse_among_pictures
 from .runtime import make_runtime
 from .settings import own_settings
 from .terminal import say
@@ -132,7 +132,7 @@ def export(
     # In single precision, in which runs are scored, whatever a model in memory computes in.
     model = (load(source) if source else deepcopy(as_classifier(run)).cpu()).float()
     recorded: dict[Path, NDArray[Any]] = {}
-    if source and not asked:
+    if source and not asked and is_run(source):  # `save` writes the model alone
         record = read_run(source)
         root = (record.metrics.get("data") or {}).get("root")
         if root:
