@@ -19,8 +19,8 @@ from compare_sets import BACKBONE, FAR, GROUPS, SETS, recorded
 from records import SHARED, WEIGHTS, Record, append, parser, read, show
 
 import headstart
-from headstart.bench import make_bench
 from headstart.comparison import named_recipe
+from headstart.groundwork import make_bench
 from headstart.recipe import Recipe
 from headstart.runtime import make_runtime
 

@@ -29,7 +29,7 @@ from headstart.numerics import bf16_works
 
 # The part of a run that a function stands for; the outermost of them counts.
 PARTS = {
-    "bench.make_bench": "decoding, and the look at each picture",
+    "groundwork.make_bench": "decoding, and the look at each picture",
     "once.store_features": "the head stage's frozen pass, augmentation included",
     "once.store_activations": "the fine-tuning stage's, of the views that the head stage had not",
     "gradients.keep_quicker_format": "timing a step in both formats",

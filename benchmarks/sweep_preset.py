@@ -25,8 +25,8 @@ from runner_common import processor_seconds
 
 import headstart
 from headstart import train
-from headstart.bench import make_bench
 from headstart.features import PixelSource, StageData
+from headstart.groundwork import make_bench
 from headstart.recipe import RECIPES
 from headstart.runtime import make_runtime
 from headstart.space import COURSE, COURSE_SPACE

@@ -23,7 +23,6 @@ from headstart.audit_files import chance_of_shares
 from headstart.audit_quick import shortcut_title
 from headstart.audit_sheet import write_audit
 from headstart.auditing import look_at_labels
-from headstart.bench import make_bench
 from headstart.clean import clean_rows, counts_of
 from headstart.cli import main
 from headstart.dataset import ImageTable, Splits, load_images
@@ -32,6 +31,7 @@ from headstart.duplicates import Pair, exact_pairs, groups_of, near_pairs
 from headstart.errors import DataError
 from headstart.files import read_csv
 from headstart.findings import AuditResult, DoubtfulLabel, read_audit
+from headstart.groundwork import make_bench
 from headstart.groups import join_groups
 from headstart.inspection import Header, look, look_at, look_of
 from headstart.runtime import make_runtime

@@ -22,7 +22,8 @@ from headstart import (
     load_images,
     split,
 )
-from headstart.bench import Bench, make_bench
+from headstart.bench import Bench
+from headstart.groundwork import make_bench
 from headstart.metrics import paired_difference
 from headstart.recipe import POLICIES
 from headstart.runtime import make_runtime

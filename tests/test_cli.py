@@ -108,8 +108,8 @@ def test_help_shows_the_recipes_own_values(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_help_states_the_defaults_that_are_used() -> None:
-    from headstart.bench import make_bench
     from headstart.comparison import compare
+    from headstart.groundwork import make_bench
     from headstart.recipes import fine_tune
     from headstart.sweeps import sweep
 

@@ -36,10 +36,10 @@ from headstart import (
     recipes,
     split,
 )
-from headstart.bench import make_bench
 from headstart.cli import main
 from headstart.comparison import named_recipe, pair_sentence, run_name
 from headstart.comparison_page import _curve_chart, _forest, render_comparison
+from headstart.groundwork import make_bench
 from headstart.metrics import holm, judge_pairs, paired_difference
 from headstart.recipe import RECIPES, load_recipe
 from headstart.report_page import duration

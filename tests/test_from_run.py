@@ -214,7 +214,7 @@ def test_the_command_goes_on_into_a_folder_of_its_own(
     capsys.readouterr()
     for beside in (["--backbone", "resnet18"], ["--head-dropout", "0.2"], ["--image-size", "64"]):
         assert main([*words, *beside]) == 2
-        assert f"{beside[0]} would change nothing: --from-run {run} brings its own" in capsys.readouterr().err
+        assert f"{beside[0]} cannot be had: --from-run {run} brings its own" in capsys.readouterr().err
     assert main([*words, "--out", str(run)]) == 2  # the run it goes on from is not overwritten unasked
     assert "--overwrite" in capsys.readouterr().err
     assert (run / "metrics.json").read_bytes() == before

@@ -25,10 +25,10 @@ from headstart import (
     DataSpec,
     Recipe,
     Stage,
-    bench,
     crews,
     decode,
     fine_tune,
+    groundwork,
     intake,
     isolate,
     load_images,
@@ -415,7 +415,7 @@ def test_a_look_at_files_that_have_changed_is_not_kept_as_one_at_what_they_were(
         paths[1].unlink()
     elif change:
         paths[1].write_bytes(paths[2].read_bytes() if change == "other" else before[:300])
-    bench._looked_at(table, store, workers=1, show=False)
+    groundwork._looked_at(table, store, workers=1, show=False)
     assert len(cache.names("audits")) == (not change)
 
 

@@ -558,18 +558,32 @@ def test_pages_from_elsewhere_cannot_ask(app: Any, host: str, origin: str | None
 
 def test_rebinding_reads_nothing_and_other_names_are_a_choice(run: Path, app: Any) -> None:
     assert ask(app, "GET", "/model", ("Host", "evil.example")).status == 403
-    with made(run, hosts=["Pictures.example"]) as application:
+    with made(run, allow_hosts=["Pictures.example"]) as application:
         assert ask(application, "GET", "/model", ("Host", "pictures.example")).status == 200
-        assert ask(application, "GET", "/model", LOCAL).status == 403
-    with made(run, hosts=["127.0.0.1", "pictures.example"]) as application:  # a proxy may call us by our own name
-        for host in ("pictures.example", "127.0.0.1:8000"):
+        for host in ("pictures.example", "127.0.0.1:8000"):  # a proxy may call us by our own name
             for origin, status in (("https://pictures.example", 200), ("https://evil.example", 403)):
                 told = ask(application, "POST", "/predict", ("Host", host), ("Origin", origin), body=jpeg())
                 assert told.status == status
-    with made(run, hosts=None) as application:
+    with made(run, allow_hosts=None) as application:
         assert ask(application, "GET", "/model", ("Host", "any.example")).status == 200
         told = ask(application, "POST", "/predict", ("Host", "a"), ("Origin", "http://b"), body=jpeg())
         assert told.status == 403
+
+
+def test_a_page_of_another_port_of_its_own_address_may_not_ask(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from headstart import serving_http
+
+    said = []
+
+    def asked(application: Any, listener: socket.socket) -> None:
+        host = f"0.0.0.0:{listener.getsockname()[1]}"
+        for origin in (f"http://{host}", "http://0.0.0.0:3000", "http://localhost:3000", "https://pictures.example"):
+            told = ask(application, "POST", "/predict", ("Host", host), ("Origin", origin), body=jpeg())
+            said.append(told.status)
+
+    monkeypatch.setattr(serving_http, "run_server", asked)
+    serve(run, host="0.0.0.0", port=0, allow_hosts=["pictures.example", "localhost"], device="cpu", workers=1)
+    assert said == [200, 403, 403, 200]
 
 
 def test_who_asks_at_the_end_is_told_so(run: Path) -> None:

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from .backbones import spec_of
-from .bench import Bench, make_bench
+from .bench import Bench
 from .classifier import Classifier, create_classifier
 from .errors import ModelError, RecipeError
 from .files import to_json, write_atomic
+from .groundwork import make_bench
 from .metrics import holm, paired_difference
 from .pixels import Pixels
 from .probing import FINAL, Probe, blocks_to_probe, pooled_features, probe

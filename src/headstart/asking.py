@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .bench import say_left_out
 from .checkpoint import load
 from .classifier import Classifier
 from .closing import trained_on, write_evaluation
 from .dataset import ImageTable, check_images, load_images
 from .errors import RecipeError
 from .evaluation import evaluate, tta_views
+from .groundwork import say_left_out
 from .harm import single_changes, transform_costs
 from .recipe import POLICIES, AugmentSpec, load_recipe
 from .run import open_evaluation, refuse_among_pictures

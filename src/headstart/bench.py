@@ -17,23 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arrays import Labels, Pictures, images_from_arrays
-from .audit_copies import is_copies
-from .audit_kept import audit_key, keep_audit, kept_audit
-from .audit_quick import quick_audit
-from .audit_sheet import finding_line
 from .augment import as_augment
 from .averaging import restore, snapshot
 from .classifier import Classifier
 from .contract import tensors_digest
-from .dataset import ImageTable, Splits, bad_file_lines, check_images, load_images
+from .dataset import ImageTable, Splits
 from .dataspec import DataSpec
-from .errors import CheckpointError, DataError, RecipeError
+from .errors import CheckpointError
 from .evaluation import Evaluation, evaluate, predict_logits
 from .features import Placement, StageData, make_source
 from .files import to_json, write_atomic
 from .findings import AuditResult
-from .groups import join_groups
 from .hashes import FileHashes
 from .once import Advance, Aside
 from .pixels import Augment, Pixels, is_augmented
@@ -42,13 +36,10 @@ from .recipe import AugmentSpec, Recipe, Stage
 from .rowstore import built
 from .run import check_run_path, is_run
 from .runtime import Runtime
-from .splitting import split
 from .stage_result import StageResult
 from .store import Cache
 from .terminal import ProgressBar, say
 from .threads import map_threads
-
-Data = str | Path | ImageTable | Splits | tuple[Pictures, Labels]
 
 KEEP_BYTES = 2 << 30  # stored features kept for later runs; the oldest go first
 
@@ -94,7 +85,7 @@ class Bench:
         augment = None if augment is None else as_augment(augment)
         table, store = getattr(self.splits, name), self._store(spec)
         if store:
-            _fill(
+            fill_store(
                 store,
                 table,
                 working=is_augmented(augment),
@@ -136,7 +127,7 @@ class Bench:
 
     def _store(self, spec: DataSpec) -> PixelStore | None:
         if self.cache and spec not in self._stores:
-            self._stores[spec] = _open_store(spec, show=self.progress)
+            self._stores[spec] = open_store(spec, show=self.progress)
         return self._stores.get(spec)
 
     def source(
@@ -206,105 +197,11 @@ class Bench:
         return json.dumps(parts, sort_keys=True, default=str)
 
 
-def make_bench(
-    data: Data,
-    *,
-    runtime: Runtime,
-    seed: int = 0,
-    val: float = 0.15,
-    test: float = 0.15,
-    val_folder: str | None = None,
-    test_folder: str | None = None,
-    root: str | Path | None = None,
-    bad_files: str = "error",
-    limit: int | None = None,
-    check: bool | None = None,
-    spec: DataSpec | None = None,
-    share: bool = True,
-    cache: bool = True,
-    audit: bool = True,
-    progress: bool = False,
-) -> Bench:
-    """Read, check, look at and split the pictures, once for all runs on this bench.
-
-    Args:
-        data: pictures as `load_images` takes them, an `ImageTable`, `Splits` made beforehand, or a pair of pictures
-            and labels in memory as `images_from_arrays` takes them.
-        seed: of the split.
-        val, test, val_folder, test_folder, root, bad_files, limit: as in `fine_tune`.
-        check: decode every picture, to see whether it does; None is for folders alone, and wherever `bad_files` is
-            `skip`.
-        spec: the preprocessing, where it is known already: the check then decodes what the runs need.
-        share: keep what one run makes for the next.
-        cache: keep decoded pictures in the cache folder and use those kept before.
-        audit: look at the pictures (see `audit_quick`), and keep copies of one picture on one side of the split.
-        progress: a bar and a line on standard error.
-    Raises:
-        DataError: pictures that cannot be used. RecipeError: options without effect on what was given.
-    """
-    show = progress and runtime.is_main
-    if isinstance(data, Splits) and bad_files != "error":
-        raise RecipeError(
-            "bad_files: without effect on a Splits; leave it out, or load the pictures so, before they are split:"
-            ' load_images(..., bad_files="skip").'
-        )
-    found = find_data(data, seed=seed, val_folder=val_folder, test_folder=test_folder, root=root, limit=limit)
-    stores = {spec: _open_store(spec, show=show)} if cache else {}
-    is_new = not isinstance(data, (ImageTable, Splits))  # else whoever made the table has checked it
-    how: dict[str, Any] = {"workers": runtime.workers, "show": show}
-    if isinstance(found, ImageTable) and (bad_files != "error" or (is_new if check is None else check)):
-        found = _checked(found, stores.get(spec), bad_files=bad_files, look=audit, **how)
-    elif audit and cache:
-        _fill_unchecked(found, stores[spec], **how)
-    result, found = _looked_at(found, stores.get(spec), **how) if audit else (None, found)
-    splits = found if isinstance(found, Splits) else _split(found, val=val, test=test, seed=seed, show=show)
-    require_validation(splits)
-    _say_data(splits, show)
-    _say_findings(result, show)
-    return Bench(splits, runtime, share, cache, show, result, stores)
-
-
-def find_data(
-    data: Data,
-    *,
-    seed: int,
-    val_folder: str | None,
-    test_folder: str | None,
-    root: str | Path | None,
-    limit: int | None,
-) -> ImageTable | Splits:
-    """The pictures that the runs are about, not looked into yet.
-
-    Raises:
-        DataError, RecipeError: see `make_bench`.
-    """
-    idle: dict[str, Any] = (
-        {"val_folder": val_folder, "test_folder": test_folder, "root": root}
-        if isinstance(data, (ImageTable, Splits, tuple))
-        else {}
-    )
-    idle |= {"limit": limit} if isinstance(data, Splits) else {}
-    given = [name for name, value in idle.items() if value is not None]
-    if given:
-        raise RecipeError(f"{', '.join(given)}: without effect on a {type(data).__name__}; leave it out.")
-    if isinstance(data, Splits):
-        return data
-    if isinstance(data, tuple):
-        if len(data) != 2:
-            raise DataError(
-                f"Pictures are given as a tuple of {len(data)}; it takes two: the pictures and their labels."
-            )
-        data = images_from_arrays(*data)
-    if not isinstance(data, ImageTable):
-        data = load_images(data, val_folder=val_folder, test_folder=test_folder, root=root, check=False)
-    return data if limit is None else data.limit(limit, seed=seed)
-
-
-def _open_store(spec: DataSpec | None, *, show: bool) -> PixelStore:
+def open_store(spec: DataSpec | None, *, show: bool) -> PixelStore:
     return PixelStore(Cache(), spec, say=lambda text: say(text, enabled=show))
 
 
-def _fill(
+def fill_store(
     store: PixelStore, table: ImageTable, *, working: bool, look: bool, check: bool, workers: int, show: bool
 ) -> list[str | None]:
     """Decode what the store lacks of these pictures; why each does not decode, or None."""
@@ -313,111 +210,6 @@ def _fill(
             table.paths, root=table.root, working=working, look=look, check=check, workers=workers,
             progress=lambda done, _: bar.move_to(done),
         )  # fmt: skip
-
-
-def _checked(
-    table: ImageTable, store: PixelStore | None, *, bad_files: str, look: bool, workers: int, show: bool
-) -> ImageTable:
-    """The pictures that decode; decoding them fills the store."""
-    if store:
-        reasons = _fill(store, table, working=True, look=look, check=True, workers=workers, show=show)
-        return check_images(table, bad_files=bad_files, reasons=reasons)
-    with ProgressBar(len(table), "Reading pictures", enabled=show) as bar:
-        return check_images(table, bad_files=bad_files, workers=workers, progress=lambda done, _: bar.move_to(done))
-
-
-def _fill_unchecked(found: ImageTable | Splits, store: PixelStore, *, workers: int, show: bool) -> None:
-    """Decode for the look at the pictures and for the runs in one go, without a word about files that do not decode."""
-    for name, table in found.named().items() if isinstance(found, Splits) else (("train", found),):
-        if len(table):
-            _fill(store, table, working=name == "train", look=True, check=False, workers=workers, show=show)
-
-
-def _looked_at(
-    found: ImageTable | Splits, store: PixelStore | None, *, workers: int, show: bool
-) -> tuple[AuditResult | None, ImageTable | Splits]:
-    """What the quick audit says, and the same pictures with the groups of their copies."""
-    table = found.joined() if isinstance(found, Splits) else found
-    if table is None or not len(table):
-        return None, found
-    contents = store.contents(table.paths) if store else None
-    key = audit_key(table, contents) if contents else ""
-    known = kept_audit(store.cache, key) if store and key else None
-    if known is None:
-        with ProgressBar(len(table), "Looking at pictures", enabled=show) as bar:
-            quick = quick_audit(
-                table, known=store.look if store else None, workers=workers, progress=lambda done, _: bar.move_to(done)
-            )
-        known = quick.result, quick.copies.names
-        if store and key and store.is_unchanged(table.paths, root=table.root):
-            keep_audit(store.cache, key, quick)
-    result, copies = known
-    return result, found.with_groups(dict(zip(table.paths, join_groups(table.groups, copies), strict=True)))
-
-
-def _split(table: ImageTable, *, val: float, test: float, seed: int, show: bool) -> Splits:
-    """Split with copies on one side; where a class is too full of them for that, without, and say so."""
-    try:
-        return split(table, val=val, test=test, seed=seed)
-    except DataError:
-        own = replace(table, groups=tuple("" if is_copies(name) else name for name in table.groups))
-        splits = split(own, val=val, test=test, seed=seed)  # raises again where copies are not the reason
-    splits = splits.with_groups(dict(zip(table.paths, table.groups, strict=True)))
-    shared = [name for name in splits.shared_groups() if is_copies(name)]
-    if shared:
-        say(
-            "A class has too few pictures that are no copies of each other, so that copies stand in several splits"
-            f" ({_across(splits, shared[0])}): the scores are too good.",
-            enabled=show,
-        )
-    return splits
-
-
-def require_validation(splits: Splits) -> None:
-    if not len(splits.val):
-        raise DataError("The validation split is empty, but it chooses the best state. Hold some out: --val 0.15.")
-
-
-def _say_findings(result: AuditResult | None, show: bool) -> None:
-    """Errors and warnings with their first files; left-out files have been named, and a leak is told once."""
-    leaked = {file for one in result.of_kind("near-leaks") for file in one.files} if result else set()
-    for one in result.findings if result else ():
-        is_told = one.kind == "left-out" or (one.kind == "exact-leaks" and leaked.issuperset(one.files))
-        if one.severity != "note" and not is_told:
-            say(finding_line(one), enabled=show)
-
-
-def _say_data(splits: Splits, show: bool) -> None:
-    counts = f"{len(splits.train):,} train, {len(splits.val):,} val, {len(splits.test):,} test"
-    say(f"{len(splits.class_names)} classes; pictures: {counts}.", enabled=show)
-    say_left_out(splits.train, show)
-    if splits.train.dropped:
-        say(f"{len(splits.train.dropped):,} pictures are dropped by the manifest; the report lists them.", enabled=show)
-    shared = [name for name in splits.shared_groups() if not is_copies(name)]  # copies are told by what was found
-    if shared:
-        advice = " Leave the split to headstart to keep them together." if any(splits.train.split_names) else ""
-        say(
-            f"{len(shared):,} {'group of pictures stands' if len(shared) == 1 else 'groups of pictures stand'} in"
-            f" several splits (group {shared[0]!r}: {_across(splits, shared[0])}): the scores are too good.{advice}",
-            enabled=True,
-        )
-
-
-def _across(splits: Splits, group: str) -> str:
-    """The first picture of a group in each split: `a.jpg in train and b.jpg in test`."""
-    named = {name: table for name, table in splits.named().items() if group in table.groups}
-    root = splits.train.root
-    return " and ".join(
-        f"{table.names_from(root)[table.groups.index(group)]} in {name}" for name, table in named.items()
-    )
-
-
-def say_left_out(table: ImageTable, show: bool) -> None:
-    """Name the unreadable files that `bad_files="skip"` left out, with their reasons."""
-    n = len(table.left_out)
-    if n:
-        word = "unreadable file is" if n == 1 else "unreadable files are"
-        say(f"{n:,} {word} left out:{bad_file_lines(table.left_out)}", enabled=show)
 
 
 # ---- folders of several runs -----------------------------------------------------------------------------------

@@ -225,8 +225,8 @@ def _preview(args: argparse.Namespace) -> int:
     out = args.out or "preview.png"
     check_picture("Preview", out)
     from .backbones import create_backbone, override_spec
-    from .bench import say_left_out
     from .dataset import load_images
+    from .groundwork import say_left_out
     from .sheets import preview_sheet
 
     _, spec = create_backbone(args.backbone or DEFAULT_BACKBONE, weights="none", image_size=overrides.get("image_size"))

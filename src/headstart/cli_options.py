@@ -334,7 +334,7 @@ def refuse_beside_from_run(options: Mapping[str, Any]) -> None:
     given = ["--" + name.replace("_", "-") for name in beside if options.get(name) is not None]
     if options.get("from_run") is not None and given:
         raise RecipeError(
-            f"{', '.join(given)} would change nothing: --from-run {options['from_run']} brings its own backbone,"
+            f"{', '.join(given)} cannot be had: --from-run {options['from_run']} brings its own backbone,"
             " preprocessing and head. Leave it out, or give the run to --weights for a new head on its backbone."
         )
 

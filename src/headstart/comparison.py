@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backbones import spec_of
-from .bench import Bench, contents_digest, data_digest, make_bench, settle
+from .bench import Bench, contents_digest, data_digest, settle
 from .classifier import create_classifier
 from .comparison_page import write_comparison
 from .dataset import ImageTable, Splits
@@ -24,6 +24,7 @@ from .errors import CheckpointError, HeadstartError, Interrupted, ModelError, Re
 from .fields import as_tuple
 from .files import to_json, write_atomic
 from .freezing import set_freeze_line
+from .groundwork import make_bench
 from .metrics import judge_pairs, paired_difference, wilson_interval
 from .points import has_points
 from .recipe import DEFAULT_BACKBONE, RECIPES, Recipe, load_recipe
@@ -153,8 +154,8 @@ def compare(
     """
     seeds = _whole_numbers(seeds)
     plans = _plans(recipes, budgets or {})
-    _check_words(plans, backbone)
     overrides = {p.name: _overrides(spec_overrides or {}, (budgets or {}).get(p.name)) for p in plans}
+    sizes = {plan.name: check_lines(plan, backbone, weights, overrides[plan.name]) for plan in plans}
     bench = data if isinstance(data, Bench) else make_bench(
         data, runtime=make_runtime(device=device, precision=precision, workers=workers, compile=compile),
         seed=seeds[0], val=val, test=test, val_folder=val_folder, test_folder=test_folder, root=root,
@@ -163,8 +164,6 @@ def compare(
     )  # fmt: skip
     if not len(bench.splits.test):
         raise RecipeError("The test split is empty, but a comparison is made on it. Hold some out: --test 0.15.")
-    # A line that selects nothing is found before hours are spent on the others.
-    sizes = {plan.name: check_lines(plan, backbone, weights, bench, overrides[plan.name]) for plan in plans}
     settings = {
         "backbone": backbone,
         "weights": str(weights or "hub"),
@@ -215,24 +214,6 @@ def _plans(recipes: str | Recipe | Sequence[str | Recipe], budgets: Mapping[str,
     return [budgets[plan.name].apply(plan) if plan.name in budgets else plan for plan in plans]
 
 
-def _check_words(plans: Sequence[Recipe], backbone: str) -> None:
-    """A word that is no recipe is a freeze line of this backbone: told before the pictures are read.
-
-    Raises:
-        ModelError: it is neither.
-    """
-    lines = [plan for plan in plans if plan.name not in RECIPES and plan.name == plan.stages[-1].freeze_line]
-    if not lines:
-        return
-    model = create_classifier(backbone, ("a", "b"), weights="none")
-    for plan in lines:
-        try:
-            set_freeze_line(model, plan.stages[-1].freeze_line)
-        except ModelError as error:
-            recipes = f"It is no recipe either ({', '.join(RECIPES)}).{near_matches(plan.name, tuple(RECIPES))}"
-            raise ModelError(f"{error} {recipes}") from None
-
-
 def _overrides(shared: Mapping[str, Any], budget: Budget | None) -> dict[str, Any]:
     size = budget.image_size if budget else None
     return {**shared, **({"image_size": size} if size is not None else {})}
@@ -248,19 +229,26 @@ def _whole_numbers(seeds: Any) -> list[int]:
     return numbers
 
 
-def check_lines(
-    plan: Recipe, backbone: str, weights: str | Path | None, bench: Bench, overrides: Mapping[str, Any]
-) -> int:
-    """Place every line once, on random weights; returns the side of the pictures, which is that of the weights given.
+def check_lines(plan: Recipe, backbone: str, weights: str | Path | None, overrides: Mapping[str, Any]) -> int:
+    """Place every line once, on random weights, before pictures are read and hours spent on other recipes.
+
+    Returns:
+        The side of the pictures, which is that of the weights given.
 
     Raises:
         ModelError: a line that selects nothing.
     """
     spec = spec_of(backbone, weights_of(plan, weights if plan.pretrained else None), **overrides)
     own = {**overrides, "image_size": spec.image_size}
-    model = create_classifier(backbone, bench.splits.class_names, head=plan.head, weights="none", **own)
+    model = create_classifier(backbone, ("a", "b"), head=plan.head, weights="none", **own)
     for stage in plan.stages:
-        set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
+        try:
+            set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
+        except ModelError as error:
+            if plan.name in RECIPES or plan.name != stage.freeze_line:
+                raise
+            recipes = f"It is no recipe either ({', '.join(RECIPES)}).{near_matches(plan.name, tuple(RECIPES))}"
+            raise ModelError(f"{error} {recipes}") from None
     return model.spec.image_size
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from .backbones import spec_of
-from .bench import Bench, contents_digest, data_digest, make_bench, settle
+from .bench import Bench, contents_digest, data_digest, settle
 from .checkpoint import load
 from .classifier import Classifier, create_classifier
 from .closing import trained_on
@@ -32,6 +32,7 @@ from .errors import HeadstartError, ModelError, RecipeError, SetupError
 from .features import FeatureSource, make_source
 from .files import to_json, write_atomic
 from .freezing import set_freeze_line
+from .groundwork import make_bench
 from .linear import fit_ridge
 from .metrics import judge_pairs, paired_difference, wilson_interval
 from .once import fast_kernels

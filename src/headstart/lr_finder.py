@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .averaging import restore, snapshot
 from .backbones import spec_of
-from .bench import Bench, make_bench
+from .bench import Bench
 from .checkpoint import load, read_card
 from .classifier import Classifier, create_classifier
 from .dataspec import DataSpec
@@ -26,6 +26,7 @@ from .drawing import check_picture
 from .errors import ModelError, RecipeError
 from .features import StageData
 from .fields import check_number
+from .groundwork import make_bench
 from .plots import plot_rates
 from .recipe import DEFAULT_BACKBONE, Recipe, Stage, load_recipe
 from .recipes import fine_tune, weights_of

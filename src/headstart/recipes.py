@@ -12,7 +12,7 @@ from torch import nn
 
 from .augment import as_augment
 from .backbones import check_overrides
-from .bench import Bench, Data, find_data, make_bench, require_validation
+from .bench import Bench
 from .checkpoint import check_savable, load
 from .classifier import BY_DESIGN, Classifier, as_classifier, check_head_kind, create_classifier
 from .closing import FitResult, finish, leaked_rows, leave_usable, not_interrupted, split_rows, write_plan
@@ -23,6 +23,7 @@ from .errors import CheckpointError, HeadstartError, Interrupted, ModelError, Re
 from .evaluation import require_classes
 from .fields import check_number
 from .freezing import FreezeLine, set_freeze_line
+from .groundwork import Data, find_data, make_bench, require_validation
 from .handover import change_classes
 from .mixing import check_mixing
 from .pixels import Augment

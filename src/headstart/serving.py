@@ -33,7 +33,7 @@ _BACKLOG = 1024
 def make_app(
     run: str | Path | Classifier,
     *,
-    hosts: Sequence[str] | None = LOCAL_NAMES,
+    allow_hosts: Sequence[str] | None = (),
     device: str = "auto",
     precision: str = "fp32",
     workers: int | None = None,
@@ -47,7 +47,7 @@ def make_app(
 
     Args:
         run: a run folder, or a model that `load` has read, of which a copy answers.
-        hosts: names by which browsers may call it (the `Host` of a request, without the port); None takes any.
+        allow_hosts: as in `serve`; None takes requests that call it by any name.
         device, precision, workers: as in `make_runtime`; workers are processes here.
         max_megabytes: of one request. max_pictures: in one request. max_waiting: requests at once; the next ones get
             status 503.
@@ -55,12 +55,13 @@ def make_app(
         SetupError: the extra `serve` is not installed; no such device. CheckpointError: no model in `run`.
         RecipeError: a number out of its range.
     """
+    proxies = _names(allow_hosts or ())
     caps = Caps(max_megabytes, max_pictures, max_waiting)
     _require_extra()
     answers, facts = _loaded(run, device, precision, workers)
     from .serving_app import application
 
-    return application(answers, facts, caps, hosts)
+    return application(answers, facts, caps, None if allow_hosts is None else LOCAL_NAMES, proxies)
 
 
 def serve(
@@ -102,8 +103,7 @@ def serve(
         CheckpointError: no model in `run`. RecipeError: a number out of its range.
     """
     check_number("serve", "port", port, 0, 65535, whole=True)
-    if isinstance(allow_hosts, str):
-        raise RecipeError(f"allow_hosts is {allow_hosts!r}; it takes a list of names, even of one.")
+    proxies = _names(allow_hosts)
     caps = Caps(max_megabytes, max_pictures, max_waiting)
     _require_extra()
     if isinstance(run, (str, os.PathLike)):
@@ -116,13 +116,19 @@ def serve(
         try:
             answers.warm_up()
             is_local = ip_address(listener.getsockname()[0]).is_loopback
-            names = {*LOCAL_NAMES, host, *allow_hosts} if is_local or allow_hosts else None
-            app = application(answers, facts, caps, names)
+            own = (*LOCAL_NAMES, host) if is_local or proxies else None
+            app = application(answers, facts, caps, own, proxies)
             _say_where(listener, host, facts, is_local=is_local)
             run_server(app, listener)
         finally:
             answers.close()
         print(f"Answered {_counted(answers.requests, 'request')} with {_counted(answers.pictures, 'picture')}.")
+
+
+def _names(allow_hosts: Sequence[str]) -> Sequence[str]:
+    if isinstance(allow_hosts, str):
+        raise RecipeError(f"allow_hosts is {allow_hosts!r}; it takes a list of names, even of one.")
+    return allow_hosts
 
 
 def _require_extra() -> None:

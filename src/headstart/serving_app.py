@@ -23,7 +23,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .answering import LOCAL_NAMES, Answers, Caps, Ended
+from .answering import Answers, Caps, Ended
 from .errors import HeadstartError, in_words
 from .serving_page import PAGE_POLICY, render_page
 from .terminal import ranking, say
@@ -52,11 +52,15 @@ File = tuple[str, bytes]
 """A picture's name, as its sender calls it, and its bytes."""
 
 
-def application(answers: Answers, facts: Mapping[str, Any], caps: Caps, hosts: Collection[str] | None) -> Starlette:
+def application(
+    answers: Answers, facts: Mapping[str, Any], caps: Caps, hosts: Collection[str] | None, proxies: Collection[str] = ()
+) -> Starlette:
     """The application; see `serving.serve` for what it answers.
 
     Args:
-        facts: what `GET /model` tells. hosts: as in `serving.make_app`.
+        facts: what `GET /model` tells.
+        hosts: its own names, by which browsers may call it (the `Host` of a request, without the port); None takes any.
+        proxies: names by which a proxy in front is called, whose pages may ask under whatever name of ours.
     """
     desk = _Desk(answers, caps)
     page = render_page(facts, caps.max_bytes)
@@ -82,7 +86,7 @@ def application(answers: Answers, facts: Mapping[str, Any], caps: Caps, hosts: C
             Route("/health", tell_health),
             Route("/predict", desk.predict, methods=["POST"]),
         ],
-        middleware=[Middleware(_Door, hosts=hosts)],
+        middleware=[Middleware(_Door, hosts=hosts, proxies=proxies)],
         exception_handlers={
             HTTPException: _refused,
             ClientDisconnect: _gone,
@@ -131,9 +135,11 @@ class _Door:
     """In front of all paths: whom a browser means to ask, which page asks, and headers that keep answers to
     themselves."""
 
-    def __init__(self, app: ASGIApp, hosts: Collection[str] | None) -> None:
-        self._app, self._hosts = app, None if hosts is None else {name.lower() for name in hosts}
-        self._elsewhere = (self._hosts or set()) - {*LOCAL_NAMES}  # of a proxy, which may call us by another name
+    def __init__(self, app: ASGIApp, hosts: Collection[str] | None, proxies: Collection[str]) -> None:
+        own = {name.lower() for name in hosts or ()}
+        # A page of our own name may be another port's, which is none of ours, whatever the proxies are called.
+        self._proxies = {name.lower() for name in proxies} - own
+        self._app, self._hosts = app, None if hosts is None else own | self._proxies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -174,7 +180,7 @@ class _Door:
         if method in ("GET", "HEAD") or origin is None:
             return None
         asker = origin.lower().partition("://")[2]
-        if asker != host and _name_of(asker) not in self._elsewhere:
+        if asker != host and _name_of(asker) not in self._proxies:
             return f"A page of {origin[:100]!r} may not ask this server. Ask from its own page, or from a program."
         return None
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from .backbones import spec_of
-from .bench import Bench, contents_digest, data_digest, make_bench, settle
+from .bench import Bench, contents_digest, data_digest, settle
 from .comparison import check_lines
 from .errors import HeadstartError, Interrupted, RecipeError, in_words
 from .files import to_json, write_atomic
+from .groundwork import make_bench
 from .memory import is_out_of_memory
 from .owners import this_process
 from .plots import plot_parallel
@@ -113,19 +114,19 @@ def sweep(
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if epochs is not None:
         plan = replace(plan, stages=tuple(replace(stage, epochs=epochs) for stage in plan.stages))
+    # What cannot be is found before pictures are read and hours spent on the trials in front of it.
+    for point in space.points or [{name: v} for name, of in (space.values or {}).items() for v in of]:
+        trial_recipe(plan, point)
+    where = dict.fromkeys((str(p.get("backbone", backbone)), p.get("freeze_line")) for p in space.grid())
+    for name, line in where:
+        own = _own(weights, name, backbone)
+        check_lines(trial_recipe(plan, {"freeze_line": line} if line else {}), name, own, spec_overrides or {})
     bench = data if isinstance(data, Bench) else make_bench(
         data, runtime=make_runtime(device=device, precision=precision, workers=workers, compile=compile),
         seed=plan.seed, spec=spec_of(backbone, weights or "hub", **(spec_overrides or {})), share=share,
         progress=progress, **data_options,
     )  # fmt: skip
     bench = bench.without_test()
-    # A value out of range is found before hours are spent on the trials in front of it.
-    for point in space.points or [{name: v} for name, of in (space.values or {}).items() for v in of]:
-        trial_recipe(plan, point)
-    where = dict.fromkeys((str(p.get("backbone", backbone)), p.get("freeze_line")) for p in space.grid())
-    for name, line in where:  # before hours are spent on the trials in front of one that cannot be
-        own = _own(weights, name, backbone)
-        check_lines(trial_recipe(plan, {"freeze_line": line} if line else {}), name, own, bench, spec_overrides or {})
     settings = {
         "data": data_digest(bench.splits), "contents of the pictures": contents_digest(bench),
         "recipe": json.loads(to_json(plan.to_dict())), "backbone": backbone,
