@@ -42,6 +42,7 @@ from headstart.pixelstore import PixelStore
 from headstart.recipe import POLICIES
 from headstart.rowstore import RowStore, built, row_keys
 from headstart.store import Cache
+from headstart.terminal import file_size
 from tiny import SPEC, TinyNet
 
 NET: dict[str, Any] = {
@@ -426,11 +427,17 @@ CUTS = [("test_resnet.r160_in1k", "layer4"), ("test_efficientnet.r160_in1k", "la
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("backbone", "line"), CUTS)
 def test_what_is_put_aside_is_what_the_next_stage_would_make(
-    cache: Cache, photos: Path, backbone: str, line: str, dtype: torch.dtype
+    cache: Cache, photos: Path, backbone: str, line: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, pixels, found = ready_to_cut(cache, photos, backbone, line)
     runtime = replace(CPU, dtype=dtype)
+    said: list[str] = []
+    assert pixels.store is not None
+    monkeypatch.setattr(pixels.store, "say", said.append)
     features = store_features(model, pixels, views=2, runtime=runtime, batch_size=8, aside=lambda: found)
+    size = file_size(2 * len(pixels) * found.bytes_per_picture(found.dtype if dtype == torch.float32 else dtype))
+    assert said == [f"  Stored on the way for the next stage: {len(pixels)} pictures x 2 views at {found.at}, {size}."]
+    monkeypatch.undo()
     assert len(cache.names("features")) == 2
     plain = replace_store(pixels)
     assert torch.equal(features, store_features(model, plain, views=2, runtime=runtime, batch_size=8))
