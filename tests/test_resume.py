@@ -341,6 +341,60 @@ def test_a_run_that_was_stopped_by_hand_goes_on(
     assert ending(tmp_path / "run") == ending(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("every_step")
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), ZeroDivisionError("a dashboard that is down")]
+)
+def test_what_the_first_stage_ends_in_leaves_where_it_stood(
+    error: Exception, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, out, is_full = RECIPES["activations"], tmp_path / "run", isinstance(error, OSError)
+    fine_tune(photos, out=tmp_path / "whole", recipe=plan, **TINY)
+    whole, opened = ending(tmp_path / "whole"), Path.open
+    for resume in (False, True):
+        times: list[int] = []
+
+        def fail(record: dict[str, Any], times: list[int] = times) -> None:
+            times.append(record["epoch"])
+            if len(times) == 2:
+                raise error
+
+        def full(self: Path, mode: str = "r", *given: Any, fail: Callable[[Any], None] = fail, **named: Any) -> Any:
+            if self.name == "history.jsonl" and mode == "ab":
+                fail({"epoch": 0})
+            return opened(self, mode, *given, **named)
+
+        log = None if is_full else fail
+        with monkeypatch.context() as patch:
+            if is_full:
+                patch.setattr(Path, "open", full)
+            with pytest.raises(CheckpointError if is_full else ZeroDivisionError) as caught:
+                fine_tune(photos, out=out, recipe=plan, resume=resume, log=log, progress=True, **TINY)
+        told = str(caught.value) if is_full else capsys.readouterr().err
+        assert f"Go on:       the same command with --out {out} --resume" in told
+        assert not is_full or f"Cannot write {out}/history.jsonl: No space left on device" in told
+        assert read_point(out)
+    fine_tune(photos, out=out, recipe=plan, resume=True, **TINY)
+    assert ending(out) == whole
+
+
+@pytest.mark.usefixtures("every_step")
+def test_a_disk_that_is_full_for_good_is_told_with_how_to_go_on(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise CheckpointError("No space left on device.")
+
+    append, out = headstart.run.Run.append_history, tmp_path / "run"
+    monkeypatch.setattr("headstart.closing.save", full)
+    monkeypatch.setattr(
+        headstart.run.Run, "append_history", lambda run, record: full() if record["epoch"] == 3 else append(run, record)
+    )
+    with pytest.raises(CheckpointError, match=r"(?s)The state so far could not be saved: No .*\nGo on: .*--resume$"):
+        fine_tune(photos, out=out, recipe=RECIPES["activations"], **TINY)
+    assert read_point(out)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ModelError("no such thing")])
 def test_what_stops_a_run_before_it_goes_on_leaves_it_as_it_was(
     error: Any, half: Path, half_done: Path, monkeypatch: pytest.MonkeyPatch

@@ -263,10 +263,15 @@ def leave_usable(model: Classifier, diary: Diary, splits: Splits) -> str:
     lines += [f"Score it:    headstart evaluate {quoted} FOLDER", f"Use it:      headstart predict {quoted} FILES"]
     if model.backbone_name and model.head_spec:
         lines.append(f"Train on:    headstart fit PHOTOS --from-run {quoted} --out NEW_RUN")
-    if has_points(path):
-        instead = " in place of --overwrite" if replaces else ""
-        lines.append(f"Go on:       the same command with --out {quoted} --resume{instead}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *how_to_go_on(run, path)])
+
+
+def how_to_go_on(run: Run, path: Path) -> list[str]:
+    """The line that says how, where the run, which lies in `path`, has a point to go on from."""
+    if not has_points(path):
+        return []
+    instead = " in place of --overwrite" if path != run.target else ""
+    return [f"Go on:       the same command with --out {shlex.quote(str(path))} --resume{instead}"]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from .backbones import check_overrides
 from .bench import Bench
 from .checkpoint import check_savable, load
 from .classifier import BY_DESIGN, Classifier, as_classifier, check_head_kind, create_classifier
-from .closing import FitResult, finish, leaked_rows, leave_usable, not_interrupted, split_rows, write_plan
+from .closing import FitResult, finish, how_to_go_on, leaked_rows, leave_usable, not_interrupted, split_rows, write_plan
 from .dataset import ImageTable, Splits, check_images
 from .dataspec import DataSpec
 from .diary import Diary
@@ -27,6 +27,7 @@ from .groundwork import Data, find_data, make_bench, require_validation
 from .handover import change_classes
 from .mixing import check_mixing
 from .pixels import Augment
+from .points import has_points
 from .recipe import (
     DEFAULT_BACKBONE,
     FINE_TUNE_STAGE,
@@ -219,12 +220,12 @@ def fine_tune(
     except Exception as error:
         if diary.run is None or (goes_on and not (journey and journey.has_moved)):
             raise
-        if not diary.stages:
+        if not (goes_on or has_points(diary.run.path) or any(record["epoch"] for record in diary.history)):
             _discard(diary)  # nothing has been trained: nothing is lost, and the same command can be given again
         elif isinstance(error, HeadstartError):
             raise type(error)(f"{error}\n{_left(model, diary, splits)}") from error
         else:
-            _left(model, diary, splits)
+            say(_left(model, diary, splits), enabled=diary.show)
         raise
     finally:
         if diary.run:
@@ -241,7 +242,8 @@ def _left(model: Classifier, diary: Diary, splits: Splits) -> str:
     try:
         return leave_usable(model, diary, splits)
     except (HeadstartError, OSError) as error:
-        return f"The state so far could not be saved: {error}"
+        words = f"The state so far could not be saved: {error}"
+        return "\n".join([words, *(how_to_go_on(diary.run, diary.run.path) if diary.run else ())])
 
 
 @own_settings(draws=True)

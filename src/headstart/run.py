@@ -95,15 +95,22 @@ class Run:
         return self.write_json("environment.json", {**environment(), **begun, "process": this_process()})
 
     def append_history(self, record: Mapping[str, Any]) -> None:
-        """Add one line to history.jsonl, on disk before this returns; a line torn by a crash before it is dropped."""
+        """Add one line to history.jsonl, on disk before this returns; a line torn by a crash before it is dropped.
+
+        Raises:
+            CheckpointError: the disk is full, or the like.
+        """
         path = self._file("history.jsonl")
-        if not self._history_checked:
-            _mend_last_line(path)
-            self._history_checked = True
-        with path.open("ab") as file:
-            file.write(to_json(record) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            if not self._history_checked:
+                _mend_last_line(path)
+                self._history_checked = True
+            with path.open("ab") as file:
+                file.write(to_json(record) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(f"Cannot write {path}: {error.strerror or error}. Make room.") from error
 
     def cut_history(self, n: int) -> list[dict[str, Any]]:
         """The first n records of history.jsonl, which then holds these alone.
