@@ -36,6 +36,7 @@ from .threads import map_threads
 
 EARLIER_PICTURES = "earlier_pictures.csv"
 CONTENT, CONTENT_LETTERS = "content", 20  # the column of splits.csv with the beginning of the hash of each file's bytes
+SPLIT_COLUMNS = ("path", "split", "label", CONTENT)
 
 
 @dataclass
@@ -114,7 +115,7 @@ def write_plan(run: Run, plan: Recipe, pictures: Sequence[Sequence[str]], earlie
     """What is going to be done, on which machine, and with which pictures, those of the run `earlier` included."""
     run.write_json("recipe.json", plan.to_dict())
     run.write_environment()
-    run.write_csv("splits.csv", ("path", "split", "label", CONTENT), pictures)
+    run.write_csv("splits.csv", SPLIT_COLUMNS, pictures)
     folder = _earlier_run(earlier)
     if folder:
         with suppress(OSError, ValueError, KeyError, HeadstartError):  # no run: a weights file, or a model alone

@@ -180,7 +180,10 @@ def fine_tune(
     def begin() -> None:
         if out is None:
             return
-        diary.run = open_again(begun, show=diary.show) if begun else open_run(out, overwrite=overwrite)
+        if begun:
+            diary.run = open_again(begun, plan, pictures, show=diary.show)
+        else:
+            diary.run = open_run(out, overwrite=overwrite)
         if begun and begun.point:
             return
         write_plan(diary.run, plan, pictures, origin)
@@ -194,7 +197,12 @@ def fine_tune(
             model, plan, diary, bench.runtime, pictures=pictures, augment=augment or plan.augment_spec, begun=begun
         )
         if diary.run and goes_on:
-            diary.run.write_environment()
+            write_plan(diary.run, plan, pictures, origin)  # it is as it was: what was damaged is whole again
+            if journey.audit is None and (diary.run.path / "audit.json").is_file():  # damaged
+                if bench.audit is not None:
+                    diary.run.write_json("audit.json", bench.audit.to_dict())
+                else:
+                    (diary.run.path / "audit.json").unlink()
         bench.audit = bench.audit if bench.share else journey.audit or bench.audit
         trainset = bench.pixels("train", model.spec, augment=augment or plan.augment_spec, seed=plan.seed)
         valset = bench.pixels("val", model.spec)
