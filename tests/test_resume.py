@@ -514,6 +514,7 @@ def test_a_complete_run_is_found_below_home_and_rid_of_what_a_kill_left(
     left = [name for name in POINT_FILES if name.endswith(".safetensors")]
     for name in left:
         shutil.copy(half / name, run / name)
+    (run / ".environment.json.0123456789ab.tmp").write_text("{")
     assert main(["fit", str(photos), "--out", "~/whole", "--resume"]) == 0
     assert "~/whole is complete." in capsys.readouterr().err
     assert ending(run) == ending(half_done / "whole")

@@ -54,7 +54,7 @@ from .errors import HeadstartError, Interrupted, RecipeError, SetupError, in_wor
 from .fields import check_number
 from .owners import launched
 from .recipe import DEFAULT_BACKBONE, HeadSpec, load_recipe
-from .run import forget_points_of, is_complete, read_run
+from .run import is_complete, read_run, tidy_up
 
 EXIT_INTERRUPTED = 130
 HELP_WIDTH, LEAST_WIDTH = 100, 40
@@ -130,7 +130,7 @@ def _fit(args: argparse.Namespace) -> int:
     out_folder = Path(args.out or "").expanduser()
     if args.resume and not args.overwrite and is_complete(out_folder):
         done = read_run(out_folder)
-        forget_points_of(out_folder)
+        tidy_up(out_folder)
         terminal.say(f"{args.out} is complete.")
         _print_run(done.metrics, done.history, out_folder)
         return 0

@@ -31,7 +31,6 @@ from .run import (
     POINT_FILES,
     Run,
     environment,
-    forget_points_of,
     is_complete,
     is_run,
     is_torn,
@@ -39,6 +38,7 @@ from .run import (
     read_object,
     refuse_in_hand,
     refuse_to_erase,
+    tidy_up,
 )
 from .runtime import Runtime
 from .terminal import say
@@ -71,7 +71,7 @@ def find_begun(out: str | Path) -> Begun | None:
         torn = folder.is_dir() and any(folder.iterdir()) and all(map(is_torn, folder.iterdir()))
         return Begun(folder, None, _stamp(folder)) if torn else None
     if is_complete(folder):
-        forget_points_of(folder)
+        tidy_up(folder)
         raise CheckpointError(
             f"Run {out} is complete: there is nothing to go on with. Choose another folder with --out."
         )

@@ -325,10 +325,12 @@ def refuse_to_erase(folder: Path) -> None:
     )
 
 
-def forget_points_of(folder: Path) -> None:
-    """Remove what is left of the points of a complete run: it was killed as it removed them."""
-    with suppress(OSError):  # in a folder that is only read they are in nobody's way
+def tidy_up(folder: Path) -> None:
+    """Remove what a kill at its very end left in a complete run: points, and a file that was being written."""
+    with suppress(OSError):  # in a folder that is only read it is in nobody's way
         Run(folder, folder).forget_points()
+        for path in filter(is_torn, list(folder.iterdir())):
+            path.unlink()
 
 
 def _refuse_unless_run(folder: Path) -> None:
