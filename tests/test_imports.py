@@ -270,6 +270,7 @@ SIDEWAYS = {
     ("course", "averaging"),
     ("course", "evaluation"),
     ("train", "course"),
+    ("resume", "closing"),
     ("resume", "diary"),
     ("recipes", "resume"),
     ("comparison", "resume"),

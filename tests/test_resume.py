@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -294,7 +295,8 @@ def test_where_there_is_nothing_to_go_on_with(photos: Path, tmp_path: Path, caps
     assert ending(out) == whole
     with pytest.raises(CheckpointError, match="a folder that is not empty is there"):
         fine_tune(photos, out=photos, recipe=plan, resume=True, **TINY)
-    (out / "metrics.json").unlink()
+    for name in ("metrics.json", "model.safetensors"):
+        (out / name).unlink()
     card = json.loads((out / "environment.json").read_text())
 
     def owned_by(pid: int) -> None:
@@ -304,6 +306,7 @@ def test_where_there_is_nothing_to_go_on_with(photos: Path, tmp_path: Path, caps
     owned_by(os.getppid())
     with pytest.raises(CheckpointError, match=f"process {os.getppid()} has it in hand"):
         fine_tune(photos, out=out, recipe=plan, resume=True, **TINY)
+    assert json.loads((out / "environment.json").read_text())["process"]["pid"] == os.getppid()
     owned_by(2**22 + 1)  # no such process
     fine_tune(photos, out=out, recipe=plan, resume=True, **TINY)
     assert ending(out) == whole
@@ -339,6 +342,187 @@ def test_a_run_that_was_stopped_by_hand_goes_on(
     assert "Going on with run: 1 of 2 stages done." in told
     assert "Stage head" not in told
     assert ending(tmp_path / "run") == ending(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("every_step")
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), ZeroDivisionError("a dashboard that is down")]
+)
+def test_what_the_first_stage_ends_in_leaves_where_it_stood(
+    error: Exception, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, out, is_full = RECIPES["activations"], tmp_path / "run", isinstance(error, OSError)
+    fine_tune(photos, out=tmp_path / "whole", recipe=plan, **TINY)
+    whole, opened = ending(tmp_path / "whole"), Path.open
+    for resume in (False, True):
+        times: list[int] = []
+
+        def fail(record: dict[str, Any], times: list[int] = times) -> None:
+            times.append(record["epoch"])
+            if len(times) == 2:
+                raise error
+
+        def full(self: Path, mode: str = "r", *given: Any, fail: Callable[[Any], None] = fail, **named: Any) -> Any:
+            if self.name == "history.jsonl" and mode == "ab":
+                fail({"epoch": 0})
+            return opened(self, mode, *given, **named)
+
+        log = None if is_full else fail
+        with monkeypatch.context() as patch:
+            if is_full:
+                patch.setattr(Path, "open", full)
+            with pytest.raises(CheckpointError if is_full else ZeroDivisionError) as caught:
+                fine_tune(photos, out=out, recipe=plan, resume=resume, log=log, progress=True, **TINY)
+        told = str(caught.value) if is_full else capsys.readouterr().err
+        assert f"Go on:       the same command with --out {out} --resume" in told
+        assert not is_full or f"Cannot write {out}/history.jsonl: No space left on device" in told
+        assert read_point(out)
+    fine_tune(photos, out=out, recipe=plan, resume=True, **TINY)
+    assert ending(out) == whole
+
+
+@pytest.mark.usefixtures("every_step")
+def test_a_disk_that_is_full_for_good_is_told_with_how_to_go_on(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise CheckpointError("No space left on device.")
+
+    append, out = headstart.run.Run.append_history, tmp_path / "run"
+    monkeypatch.setattr("headstart.closing.save", full)
+    monkeypatch.setattr(
+        headstart.run.Run, "append_history", lambda run, record: full() if record["epoch"] == 3 else append(run, record)
+    )
+    with pytest.raises(CheckpointError, match=r"(?s)The state so far could not be saved: No .*\nGo on: .*--resume$"):
+        fine_tune(photos, out=out, recipe=RECIPES["activations"], **TINY)
+    assert read_point(out)
+
+
+def test_a_model_is_not_erased_unasked(
+    half: Path, half_done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, whole = half_done / "photos", Path(shutil.copytree(half_done / "whole", tmp_path / "whole"))
+
+    def refused(run: Path, words: str, recipe: Recipe = RECIPES["momentum"], **changed: Any) -> None:
+        before = {path.name: path.read_bytes() for path in run.iterdir()}
+        with pytest.raises(CheckpointError, match=words):
+            fine_tune(photos, out=run, recipe=recipe, resume=True, **(TINY | changed))
+        assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+    (whole / "report.html").unlink()
+    refused(
+        whole, r"its report\.html alone is missing\. .* erase its model\.safetensors and metrics\.json\. .*--overwrite"
+    )
+    refused(whole, r"its report\.html alone is missing", RECIPES["activations"])
+    assert main(["fit", str(photos), "--out", str(whole), "--resume"]) == 2
+    assert "would erase its model.safetensors" in capsys.readouterr().err
+    (whole / "metrics.json").unlink()
+    refused(whole, r"no file says where it stood\. .* erase its model\.safetensors\.")
+    # Stopped by hand, and both of its points damaged since.
+    shutil.copy(whole / "model.safetensors", half)
+    (half / "metrics.json").write_text(json.dumps({"interrupted": True, "stages": []}))
+    for name in POINT_FILES[::2]:
+        DAMAGES["cut"](half / name)
+    refused(half, r"the files that say where it stood are damaged\. .* erase its model\.safetensors and metrics")
+    # Killed before its first point: there is no model, but it is begun anew by the same command alone.
+    (whole / "model.safetensors").unlink()
+    refused(whole, r"begun otherwise: recipe \(lr\)\. Give the same", replace(RECIPES["momentum"], lr=0.02))
+    refused(whole, r"begun otherwise: pictures\. Give the same", limit=30)
+    DAMAGES["cut"](whole / "splits.csv")
+    fine_tune(photos, out=whole, recipe=RECIPES["momentum"], resume=True, **TINY)
+    assert ending(whole) == ending(half_done / "whole")
+
+
+def test_of_two_that_read_pictures_at_once_one_goes_on(
+    half: Path, half_done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, plan, read = half_done / "photos", RECIPES["momentum"], headstart.recipes.split_rows
+    card = json.loads((half / "environment.json").read_text())
+    other = card | {"process": this_process() | {"pid": os.getppid(), "started": ""}}
+
+    def meanwhile(work: Callable[[], object]) -> None:
+        def rows(bench: Any) -> Any:
+            monkeypatch.setattr("headstart.recipes.split_rows", read)
+            work()
+            return read(bench)
+
+        monkeypatch.setattr("headstart.recipes.split_rows", rows)
+
+    meanwhile(lambda: (half / "environment.json").write_text(json.dumps(other)))
+    before = {path.name: path.read_bytes() for path in half.iterdir() if path.name != "environment.json"}
+    with pytest.raises(CheckpointError, match=f"process {os.getppid()} has it in hand"):
+        fine_tune(photos, out=half, recipe=plan, resume=True, **TINY)
+    assert json.loads((half / "environment.json").read_text()) == other
+    assert {path.name: path.read_bytes() for path in half.iterdir() if path.name != "environment.json"} == before
+
+    (half / "environment.json").write_text(json.dumps(card))
+    meanwhile(lambda: fine_tune(photos, out=half, recipe=plan, resume=True, **TINY))
+    with pytest.raises(CheckpointError, match=r"another process has gone on with it\. Give the same command again"):
+        fine_tune(photos, out=half, recipe=plan, resume=True, **TINY)
+    assert ending(half) == ending(half_done / "whole")
+
+
+def test_a_run_is_let_go_by_the_process_that_has_it(tmp_path: Path) -> None:
+    run = headstart.run.Run(tmp_path, tmp_path)
+    for owner, stays in ((this_process(), False), (this_process() | {"pid": os.getppid()}, True)):
+        run.write_json("environment.json", {"process": owner})
+        run.let_go()
+        assert ("process" in json.loads((tmp_path / "environment.json").read_text())) == stays
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *product(("splits.csv", "environment.json"), ("cut", "empty", "gone")),
+        *product(("audit.json",), ("cut", "empty")),
+    ],
+)
+def test_a_damaged_file_beside_the_point_is_written_again(name: str, damage: str, half: Path, half_done: Path) -> None:
+    DAMAGES[damage](half / name)
+    fine_tune(half_done / "photos", out=half, recipe=RECIPES["momentum"], resume=True, **TINY)
+    left, whole = ending(half), ending(half_done / "whole")
+    if name == "audit.json":  # the labels are not looked at again
+        for one in (left, whole):
+            one["audit"] = one["audit"]["counts"]
+            one["metrics"]["data"].pop("doubtful_labels")
+    assert left == whole
+    assert json.loads((half / "environment.json").read_text())["versions"]["headstart"]
+
+
+def test_a_damaged_audit_is_removed_where_there_is_no_other(half: Path, half_done: Path) -> None:
+    DAMAGES["cut"](half / "audit.json")
+    fine_tune(half_done / "photos", out=half, recipe=RECIPES["momentum"], resume=True, audit=False, **TINY)
+    assert not (half / "audit.json").exists()
+    assert (half / "report.html").is_file()
+
+
+def test_a_point_that_lacks_something_is_refused(half: Path, half_done: Path) -> None:
+    point = read_point(half)
+    assert point
+    values = {key: value for key, value in point.values["run"].items() if key != "phases"}
+    write_point(half, replace(point, values=point.values | {"run": values}, serial=point.serial + 1))
+    with pytest.raises(CheckpointError, match="another version of headstart has written where it stood"):
+        fine_tune(half_done / "photos", out=half, recipe=RECIPES["momentum"], resume=True, **TINY)
+
+
+def test_a_complete_run_is_found_below_home_and_rid_of_what_a_kill_left(
+    half: Path, half_done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, photos = Path(shutil.copytree(half_done / "whole", tmp_path / "whole")), half_done / "photos"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    left = [name for name in POINT_FILES if name.endswith(".safetensors")]
+    for name in left:
+        shutil.copy(half / name, run / name)
+    (run / ".environment.json.0123456789ab.tmp").write_text("{")
+    assert main(["fit", str(photos), "--out", "~/whole", "--resume"]) == 0
+    assert "~/whole is complete." in capsys.readouterr().err
+    assert ending(run) == ending(half_done / "whole")
+    for name in left:
+        shutil.copy(half / name, run / name)
+    with pytest.raises(CheckpointError, match="is complete: there is nothing to go on with"):
+        fine_tune(photos, out=run, recipe=RECIPES["momentum"], resume=True, **TINY)
+    assert ending(run) == ending(half_done / "whole")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ModelError("no such thing")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import subprocess
@@ -471,6 +472,17 @@ def test_only_a_process_known_to_have_ended_is_gone() -> None:
     assert not is_gone({**mine, "host": "elsewhere", "pid": 2**22 + 1})
     assert is_gone({**mine, "pid": 2**22 + 1})  # beyond the largest number of a process
     assert not is_gone({})
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no process says its state on this system")
+def test_a_process_that_has_ended_is_gone_before_its_parent_asks() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    owner = {**this_process(), "pid": child.pid, "started": ""}
+    assert not is_gone(owner)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert is_gone(owner)
+    child.communicate()
 
 
 def test_fit_repeats_what_was_tuned_with_its_backbone_weights_and_pictures(

@@ -32,7 +32,7 @@ from PIL import Image
 
 import headstart
 from headstart import HeadSpec, Recipe, Stage, points
-from headstart.run import POINT_FILES, is_complete
+from headstart.run import POINT_FILES, is_complete, tidy_up
 
 LONGEST_SECONDS = 60.0  # of a fit that nobody kills: later it hangs
 PLAN = Recipe(
@@ -151,6 +151,7 @@ def kill(n: int, *, seed: int = 0, tell: Callable[[int], None] | None = None) ->
             code = in_a_process(lambda: fit(photos, out), seconds=draw.uniform(0.05, 0.7) * seconds)
             if code is None and is_complete(out):  # in the moment between its end and the process's
                 code = 0
+                tidy_up(out)  # as the next `--resume` does
             if code is None:
                 outcome.kills += 1
                 outcome.where[how_far(out)] += 1
@@ -158,6 +159,9 @@ def kill(n: int, *, seed: int = 0, tell: Callable[[int], None] | None = None) ->
                     outcome.damaged += 1
                 if tell:
                     tell(outcome.kills)
+                continue
+            if code and points.read_point(out) is None and (out / "model.safetensors").is_file():
+                shutil.rmtree(out)  # both points were damaged behind its last epoch: its model is not erased unasked
                 continue
             outcome.runs += 1
             if code or digest(out) != whole:

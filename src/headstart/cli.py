@@ -54,7 +54,7 @@ from .errors import HeadstartError, Interrupted, RecipeError, SetupError, in_wor
 from .fields import check_number
 from .owners import launched
 from .recipe import DEFAULT_BACKBONE, HeadSpec, load_recipe
-from .run import is_complete, read_run
+from .run import is_complete, read_run, tidy_up
 
 EXIT_INTERRUPTED = 130
 HELP_WIDTH, LEAST_WIDTH = 100, 40
@@ -127,10 +127,12 @@ def _fit(args: argparse.Namespace) -> int:
     options = vars(args)
     if args.resume and not args.out:
         raise RecipeError("--resume goes on with the run in --out: name it.")
-    if args.resume and not args.overwrite and is_complete(args.out):
-        done = read_run(args.out)
+    out_folder = Path(args.out or "").expanduser()
+    if args.resume and not args.overwrite and is_complete(out_folder):
+        done = read_run(out_folder)
+        tidy_up(out_folder)
         terminal.say(f"{args.out} is complete.")
-        _print_run(done.metrics, done.history, Path(args.out))
+        _print_run(done.metrics, done.history, out_folder)
         return 0
     refuse_beside_from_run(options)
     follow_tuned(args)

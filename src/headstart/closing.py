@@ -36,6 +36,7 @@ from .threads import map_threads
 
 EARLIER_PICTURES = "earlier_pictures.csv"
 CONTENT, CONTENT_LETTERS = "content", 20  # the column of splits.csv with the beginning of the hash of each file's bytes
+SPLIT_COLUMNS = ("path", "split", "label", CONTENT)
 
 
 @dataclass
@@ -114,7 +115,7 @@ def write_plan(run: Run, plan: Recipe, pictures: Sequence[Sequence[str]], earlie
     """What is going to be done, on which machine, and with which pictures, those of the run `earlier` included."""
     run.write_json("recipe.json", plan.to_dict())
     run.write_environment()
-    run.write_csv("splits.csv", ("path", "split", "label", CONTENT), pictures)
+    run.write_csv("splits.csv", SPLIT_COLUMNS, pictures)
     folder = _earlier_run(earlier)
     if folder:
         with suppress(OSError, ValueError, KeyError, HeadstartError):  # no run: a weights file, or a model alone
@@ -263,10 +264,15 @@ def leave_usable(model: Classifier, diary: Diary, splits: Splits) -> str:
     lines += [f"Score it:    headstart evaluate {quoted} FOLDER", f"Use it:      headstart predict {quoted} FILES"]
     if model.backbone_name and model.head_spec:
         lines.append(f"Train on:    headstart fit PHOTOS --from-run {quoted} --out NEW_RUN")
-    if has_points(path):
-        instead = " in place of --overwrite" if replaces else ""
-        lines.append(f"Go on:       the same command with --out {quoted} --resume{instead}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *how_to_go_on(run, path)])
+
+
+def how_to_go_on(run: Run, path: Path) -> list[str]:
+    """The line that says how, where the run, which lies in `path`, has a point to go on from."""
+    if not has_points(path):
+        return []
+    instead = " in place of --overwrite" if path != run.target else ""
+    return [f"Go on:       the same command with --out {shlex.quote(str(path))} --resume{instead}"]
 
 
 @contextmanager

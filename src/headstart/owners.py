@@ -40,6 +40,8 @@ def is_gone(owner: Mapping[str, Any]) -> bool:
         return True
     except PermissionError:  # somebody else's process: perhaps the number was given anew
         pass
+    if _stat(int(owner["pid"]))[:1] in (["Z"], ["X"]):  # ended, and not yet asked about by whoever started it
+        return True
     return bool(owner["started"] and owner["started"] != _started(int(owner["pid"])))
 
 
@@ -58,7 +60,12 @@ def _host() -> str:
 
 def _started(pid: int) -> str:
     """When a process was started, in ticks since the machine was; '' where it cannot be known."""
+    return "".join(_stat(pid)[19:20])
+
+
+def _stat(pid: int) -> list[str]:
+    """What Linux says of a process, from its state on, which is a letter; nothing where it cannot be known."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []

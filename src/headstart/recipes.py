@@ -15,7 +15,7 @@ from .backbones import check_overrides
 from .bench import Bench
 from .checkpoint import check_savable, load
 from .classifier import BY_DESIGN, Classifier, as_classifier, check_head_kind, create_classifier
-from .closing import FitResult, finish, leaked_rows, leave_usable, not_interrupted, split_rows, write_plan
+from .closing import FitResult, finish, how_to_go_on, leaked_rows, leave_usable, not_interrupted, split_rows, write_plan
 from .dataset import ImageTable, Splits, check_images
 from .dataspec import DataSpec
 from .diary import Diary
@@ -27,6 +27,7 @@ from .groundwork import Data, find_data, make_bench, require_validation
 from .handover import change_classes
 from .mixing import check_mixing
 from .pixels import Augment
+from .points import has_points
 from .recipe import (
     DEFAULT_BACKBONE,
     FINE_TUNE_STAGE,
@@ -179,7 +180,10 @@ def fine_tune(
     def begin() -> None:
         if out is None:
             return
-        diary.run = open_again(begun, show=diary.show) if begun else open_run(out, overwrite=overwrite)
+        if begun:
+            diary.run = open_again(begun, plan, pictures, show=diary.show)
+        else:
+            diary.run = open_run(out, overwrite=overwrite)
         if begun and begun.point:
             return
         write_plan(diary.run, plan, pictures, origin)
@@ -193,7 +197,12 @@ def fine_tune(
             model, plan, diary, bench.runtime, pictures=pictures, augment=augment or plan.augment_spec, begun=begun
         )
         if diary.run and goes_on:
-            diary.run.write_environment()
+            write_plan(diary.run, plan, pictures, origin)  # it is as it was: what was damaged is whole again
+            if journey.audit is None and (diary.run.path / "audit.json").is_file():  # damaged
+                if bench.audit is not None:
+                    diary.run.write_json("audit.json", bench.audit.to_dict())
+                else:
+                    (diary.run.path / "audit.json").unlink()
         bench.audit = bench.audit if bench.share else journey.audit or bench.audit
         trainset = bench.pixels("train", model.spec, augment=augment or plan.augment_spec, seed=plan.seed)
         valset = bench.pixels("val", model.spec)
@@ -219,12 +228,12 @@ def fine_tune(
     except Exception as error:
         if diary.run is None or (goes_on and not (journey and journey.has_moved)):
             raise
-        if not diary.stages:
+        if not (goes_on or has_points(diary.run.path) or any(record["epoch"] for record in diary.history)):
             _discard(diary)  # nothing has been trained: nothing is lost, and the same command can be given again
         elif isinstance(error, HeadstartError):
             raise type(error)(f"{error}\n{_left(model, diary, splits)}") from error
         else:
-            _left(model, diary, splits)
+            say(_left(model, diary, splits), enabled=diary.show)
         raise
     finally:
         if diary.run:
@@ -241,7 +250,8 @@ def _left(model: Classifier, diary: Diary, splits: Splits) -> str:
     try:
         return leave_usable(model, diary, splits)
     except (HeadstartError, OSError) as error:
-        return f"The state so far could not be saved: {error}"
+        words = f"The state so far could not be saved: {error}"
+        return "\n".join([words, *(how_to_go_on(diary.run, diary.run.path) if diary.run else ())])
 
 
 @own_settings(draws=True)

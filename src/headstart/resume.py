@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,68 +19,139 @@ from torch import Tensor
 
 from .averaging import trained_tensors
 from .classifier import Classifier
+from .closing import SPLIT_COLUMNS
 from .contract import tensors_digest
 from .diary import Diary
-from .errors import CheckpointError
-from .files import to_json
+from .errors import CheckpointError, DataError
+from .files import to_csv, to_json
 from .findings import AuditResult, read_audit
 from .points import Keeper, Point, Points, has_points, put, read_point
 from .recipe import AugmentSpec, Recipe
-from .run import Run, environment, is_complete, is_run, is_torn, read_history, refuse_in_hand
+from .run import (
+    POINT_FILES,
+    Run,
+    environment,
+    is_complete,
+    is_run,
+    is_torn,
+    read_history,
+    read_object,
+    refuse_in_hand,
+    refuse_to_erase,
+    tidy_up,
+)
 from .runtime import Runtime
 from .terminal import say
 
+_KEYS = {"settings", "means", "stage", "done", "records", "stages", "phases", "trained"}  # of what a run is, in a point
 _PACKAGES = ("headstart", "torch", "timm", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
 class Begun:
-    """A run that was begun and has not come to its end: its folder, and the newest point that verifies, if any."""
+    """A run that was begun and has not come to its end: its folder, and the newest point that verifies, if any.
+
+    stamp: when its points were written, by which it is told whether another process has gone on since.
+    """
 
     folder: Path
     point: Point | None
+    stamp: tuple[int, ...] = ()
 
 
 def find_begun(out: str | Path) -> Begun | None:
     """The run to go on with in a folder; None where there is nothing yet, or something else, which is refused later.
 
     Raises:
-        CheckpointError: the run is complete; a process of this machine has it in hand.
+        CheckpointError: the run is complete; a process of this machine has it in hand; nothing of it can be gone on
+            with, and it holds a model.
     """
     folder = Path(out).expanduser().absolute()
     if not is_run(folder):
         torn = folder.is_dir() and any(folder.iterdir()) and all(map(is_torn, folder.iterdir()))
-        return Begun(folder, None) if torn else None
+        return Begun(folder, None, _stamp(folder)) if torn else None
     if is_complete(folder):
+        tidy_up(folder)
         raise CheckpointError(
             f"Run {out} is complete: there is nothing to go on with. Choose another folder with --out."
         )
     refuse_in_hand(folder)
-    point = read_point(folder)
-    if point is None and has_points(folder):
-        say(f"Run {out}: where it stood cannot be read, since the files are damaged.", enabled=True)
-    return Begun(folder, point)
+    stamp, point = _stamp(folder), read_point(folder)
+    if point is None:
+        refuse_to_erase(folder)
+        if has_points(folder):
+            say(f"Run {out}: where it stood cannot be read, since the files are damaged.", enabled=True)
+    elif not _is_known(point):
+        raise CheckpointError(
+            f"Run {out}: another version of headstart has written where it stood. Go on with that one, or begin another"
+            " run with --out."
+        )
+    return Begun(folder, point, stamp)
+
+
+def _stamp(folder: Path) -> tuple[int, ...]:
+    files = [folder / name for name in POINT_FILES if name.endswith(".json")]
+    return tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
+
+
+def _is_known(point: Point) -> bool:
+    values = point.values.get("run")
+    return isinstance(values, dict) and values.keys() >= _KEYS
 
 
 def can_go_on(folder: Path, plan: Recipe, size: int) -> bool:
     """Whether a run of this recipe, on pictures of this side, was stopped here, and there is where to go on from."""
     point = None if is_complete(folder) else read_point(folder)
-    if point is None:
+    if point is None or not _is_known(point):
         return False
     settings = point.values["run"]["settings"]
     return bool(settings["recipe"] == _plain(plan.to_dict()) and settings["preprocessing"]["image_size"] == size)
 
 
-def open_again(begun: Begun, *, show: bool) -> Run:
-    """The folder of a run that goes on, or of one of which nothing can be gone on with and that starts over there."""
-    run = Run(begun.folder, begun.folder)
+def open_again(begun: Begun, plan: Recipe, pictures: Sequence[Sequence[str]], *, show: bool) -> Run:
+    """The folder of a run that goes on, or of one of which nothing can be gone on with and that starts over there.
+
+    Raises:
+        CheckpointError: another process has it in hand, or has gone on with it since it was found; it would start over
+            with another recipe or other pictures.
+    """
+    folder = begun.folder
+    run = Run(folder, folder)
+    refuse_in_hand(folder)  # once more: reading the pictures may have taken long
+    if _stamp(folder) != begun.stamp:
+        raise CheckpointError(f"Run {folder}: another process has gone on with it. Give the same command again.")
     if begun.point:
-        for path in filter(is_torn, list(begun.folder.iterdir())):
+        run.take_in_hand()
+        for path in filter(is_torn, list(folder.iterdir())):
             path.unlink()
     else:
-        say(f"Nothing of {begun.folder.name} can be gone on with: it starts over.", enabled=show)
+        refuse_to_erase(folder)
+        if is_run(folder):
+            _refuse_another(folder, plan, pictures)
+        say(f"Nothing of {folder.name} can be gone on with: it starts over.", enabled=show)
         run.clear()
     return run
+
+
+def _refuse_another(folder: Path, plan: Recipe, pictures: Sequence[Sequence[str]]) -> None:
+    """What is known of a run that has no point is compared: its recipe and its pictures."""
+    recipe, table = _changed(read_object(folder / "recipe.json"), _plain(plan.to_dict())), folder / "splits.csv"
+    held = table.read_bytes() if table.is_file() else b""
+    whole = b"".join(to_csv(SPLIT_COLUMNS, pictures))
+    _refuse_other(folder, [*recipe, *([] if whole.startswith(held) else ["pictures"])])  # the table may have been cut
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    keys = [key for key in now if before.get(key) != now[key]]
+    return [f"recipe ({', '.join(keys)})"] if keys else []
+
+
+def _refuse_other(folder: Path, settings: Sequence[str]) -> None:
+    if settings:
+        raise CheckpointError(
+            f"Run {folder} was begun otherwise: {', '.join(settings)}. Give the same command as then, or begin another"
+            " run with --out."
+        )
 
 
 class Journey:
@@ -127,11 +199,7 @@ class Journey:
     def _go_on(self, folder: Path, begun: Point) -> None:
         values, diary = begun.values["run"], self.diary
         other = [name for name, value in self._settings.items() if values["settings"].get(name) != value]
-        if other:
-            raise CheckpointError(
-                f"Run {folder} was begun otherwise: {', '.join(self._in_words(name, values) for name in other)}."
-                " Give the same command as then, or begin another run with --out."
-            )
+        _refuse_other(folder, [self._in_words(name, values) for name in other])
         means = [
             f"{name} {values['means'].get(name)}, now {value}"
             for name, value in self._means.items()
@@ -147,16 +215,15 @@ class Journey:
         diary.right = begun.tensors["right/run"].numpy() if "right/run" in begun.tensors else None
         n = values["records"]
         diary.history = diary.run.cut_history(n) if diary.run else read_history(folder / "history.jsonl")[:n]
-        if (folder / "audit.json").is_file():
+        with suppress(DataError):  # none, or a damaged one
             self.audit = read_audit(folder / "audit.json")
-            if self.audit.doubtful is not None:
-                diary.doubtful = [one.file for one in self.audit.doubtful if one.flagged]
+        if self.audit and self.audit.doubtful is not None:
+            diary.doubtful = [one.file for one in self.audit.doubtful if one.flagged]
 
     def _in_words(self, setting: str, begun: dict[str, Any]) -> str:
         if setting != "recipe":
             return setting
-        before, now = begun["settings"]["recipe"], self._settings["recipe"]
-        return f"recipe ({', '.join(key for key in now if before.get(key) != now[key])})"
+        return "".join(_changed(begun["settings"]["recipe"], self._settings["recipe"]))
 
     @property
     def has_moved(self) -> bool:

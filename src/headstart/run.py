@@ -90,20 +90,37 @@ class Run:
 
     def write_environment(self) -> Path:
         """Write down the machine and versions that the run is made with, and the process that makes it."""
-        before = read_object(self._file("environment.json"))  # of an earlier process, where the run goes on
+        before = _object_or_nothing(self._file("environment.json"))  # of an earlier process, where the run goes on
         begun = {"begun": before.get("begun", before["created"])} if "created" in before else {}
         return self.write_json("environment.json", {**environment(), **begun, "process": this_process()})
 
+    def take_in_hand(self) -> None:
+        """Note that it is this process that goes on with the run; see `let_go`.
+
+        Raises:
+            CheckpointError: another process has it in hand; the note cannot be written.
+        """
+        refuse_in_hand(self.path)
+        card = _object_or_nothing(self._file("environment.json"))
+        self.write_json("environment.json", {**card, "process": this_process()})
+
     def append_history(self, record: Mapping[str, Any]) -> None:
-        """Add one line to history.jsonl, on disk before this returns; a line torn by a crash before it is dropped."""
+        """Add one line to history.jsonl, on disk before this returns; a line torn by a crash before it is dropped.
+
+        Raises:
+            CheckpointError: the disk is full, or the like.
+        """
         path = self._file("history.jsonl")
-        if not self._history_checked:
-            _mend_last_line(path)
-            self._history_checked = True
-        with path.open("ab") as file:
-            file.write(to_json(record) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            if not self._history_checked:
+                _mend_last_line(path)
+                self._history_checked = True
+            with path.open("ab") as file:
+                file.write(to_json(record) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(f"Cannot write {path}: {error.strerror or error}. Make room.") from error
 
     def cut_history(self, n: int) -> list[dict[str, Any]]:
         """The first n records of history.jsonl, which then holds these alone.
@@ -164,11 +181,11 @@ class Run:
             self.path.rmdir()
 
     def let_go(self) -> None:
-        """This process makes the run no more; see `write_environment`."""
+        """This process makes the run no more; see `write_environment`. Another one's note of that stays."""
         path = self._file("environment.json")
         with suppress(OSError, CheckpointError):
             card = read_object(path)
-            if card.pop("process", None):
+            if card.pop("process", None) == this_process():
                 write_atomic(path, to_json(card, indent=1) + b"\n")
 
 
@@ -282,6 +299,38 @@ def refuse_in_hand(folder: Path) -> None:
     owner = _object_or_nothing(folder / "environment.json").get("process")
     if isinstance(owner, dict) and is_at_work(owner) and not is_complete(folder):
         raise CheckpointError(f"Run {folder}: process {owner['pid']} has it in hand. Wait for its end, or stop it.")
+
+
+def refuse_to_erase(folder: Path) -> None:
+    """A run that nothing can be gone on with is not begun anew where that would cost a model.
+
+    One that was stopped by hand before its first point, which is half a minute's work, may be: a queue repeats it.
+
+    Raises:
+        CheckpointError: it holds a model, or is scored.
+    """
+    metrics = _object_or_nothing(folder / "metrics.json")
+    has_points = any((folder / name).exists() for name in POINT_FILES)
+    stopped = bool(metrics.get("interrupted"))
+    held = [name for name in ("model.safetensors", "metrics.json") if (folder / name).exists()]
+    if not held or (stopped and not metrics.get("stages") and not has_points):
+        return
+    if metrics and not stopped and not (folder / "report.html").is_file():
+        why = "it is scored, and its report.html alone is missing"
+    else:
+        why = "the files that say where it stood are damaged" if has_points else "no file says where it stood"
+    raise CheckpointError(
+        f"Run {folder} cannot be gone on with: {why}. To begin it anew would erase its {' and '.join(held)}. Choose"
+        " another folder with --out, or pass --overwrite in place of --resume to replace it."
+    )
+
+
+def tidy_up(folder: Path) -> None:
+    """Remove what a kill at its very end left in a complete run: points, and a file that was being written."""
+    with suppress(OSError):  # in a folder that is only read it is in nobody's way
+        Run(folder, folder).forget_points()
+        for path in filter(is_torn, list(folder.iterdir())):
+            path.unlink()
 
 
 def _refuse_unless_run(folder: Path) -> None:
