@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -169,14 +170,52 @@ def test_every_stage_option_reaches_its_field() -> None:
         "warmup": "0.3", "label_smoothing": "0.15", "class_weights": "balanced", "balanced_sampling": "on",
         "early_stop": "4", "clip_norm": "1.5", "select": "accuracy", "views": "6", "on_collapse": "stop",
         "layer_decay": "0.75", "ema": "0.99", "wise": "on", "mixup": "0.2", "cutmix": "0.5",
-        "warm_start": "ridge", "checkpointing": "on",
+        "checkpointing": "on",
     }  # fmt: skip
-    assert set(given) == {option.name for option in STAGE_OPTIONS}
+    assert {*given, "warm_start"} == {option.name for option in STAGE_OPTIONS}
+    assert apply_overrides(RECIPES["head"], {"warm_start": "ridge"}).stages[0].warm_start == "ridge"
     (stage,) = apply_overrides(RECIPES["head"], given).stages
     for name, text in given.items():
         value = getattr(stage, name)
         assert value != getattr(Stage(), name)
         assert (value is True) if text == "on" else (str(value).removesuffix(".0") == text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--warm-start ridge", r"stage 'fine-tune': warm_start is 'ridge'.*'last:80%'.*--warm-start ridge,none.*--rec"),
+        ("--warm-start ,ridge", r"'last:80%'.*--warm-start ridge,none"),
+        ("--recipe head --freeze-line all --warm-start ridge", r"stage 'head'.*'all'.*freeze_line 'head'"),
+        (
+            "--warm-start ridge,none --hidden 16",
+            r"stage 'head': warm_start is 'ridge', which.*one Linear.*given hidden\.",
+        ),
+        ("--optimizer lbfgs,adamw --head-dropout 0.2", r"optimizer is 'lbfgs', which.*given dropout\."),
+        ("--recipe head --optimizer lbfgs --head-batchnorm --output sigmoid", r"given batchnorm, output\."),
+        ("--optimizer lbfgs", r"optimizer is 'lbfgs', but the freeze line.*\(--optimizer lbfgs,adamw\).*--recipe head"),
+        ("--optimizer lbfgs --batch-size 64", r"but the freeze line.*\(--optimizer lbfgs,adamw\)"),
+        ("--optimizer lbfgs --warm-start ridge", r"\(--warm-start ridge,none --optimizer lbfgs,adamw\)"),
+        (
+            "--optimizer lbfgs --freeze-line head,head",
+            r"batch_size is 32, ema is 0.9, warmup.*Take batch_size 64, ema 0.0, warmup 0.0,.*--optimizer lbfgs,adamw",
+        ),
+    ],
+)
+def test_what_is_for_a_linear_head_alone_is_refused_before_anything_is_read(
+    options: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = error_of(capsys, "fit", tmp_path / "no pictures", *options.split())
+    assert re.search(message, error)
+
+
+@pytest.mark.parametrize(
+    "options", ["--warm-start ridge,none --optimizer lbfgs,adamw", "--recipe head --optimizer lbfgs"]
+)
+def test_a_linear_head_in_a_stage_of_its_own_is_not_refused(
+    options: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no pictures" in error_of(capsys, "fit", tmp_path / "no pictures", *options.split())
 
 
 def test_recipe_and_head_options_reach_their_fields() -> None:

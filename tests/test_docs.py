@@ -76,6 +76,13 @@ def test_makefile_writes_and_checks_the_page(name: str) -> None:
     assert f"python tools/{name}.py --check\n" in makefile
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/coming-from.md", "docs/traps.md"])
+def test_a_freeze_line_for_fit_leaves_the_first_stage_to_the_head(page: str) -> None:
+    for line in (ROOT / page).read_text(encoding="utf-8").splitlines():
+        for command, where in re.findall(r"(\bsummary [^`]*)?--freeze-line ([^\s`]+)", line):
+            assert command or where.startswith("head,"), line
+
+
 # ---- the page of the library -----------------------------------------------------------------------------------
 
 

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression, Ridge
-from torch import Tensor
+from torch import Tensor, nn
 
-from headstart import Classifier, HeadSpec, HiddenLayer, RecipeError, Stage, create_classifier, make_runtime
+import headstart
+from headstart import (
+    Classifier,
+    HeadSpec,
+    HiddenLayer,
+    Recipe,
+    RecipeError,
+    Stage,
+    create_classifier,
+    fine_tune,
+    load_images,
+    make_runtime,
+    split,
+)
 from headstart.attempt import Attempt
 from headstart.errors import ModelError
 from headstart.evaluation import Score
@@ -138,6 +152,23 @@ def test_it_is_refused_where_it_cannot_be_done(stage: Stage) -> None:
     for spec in (HeadSpec(hidden=(HiddenLayer(4),)), HeadSpec(batchnorm=True), HeadSpec(dropout=0.2)):
         with pytest.raises(ModelError, match="one Linear alone"):
             fit(model_of(spec), DATA, stage, lr=0.1, runtime=CPU)
+
+
+@pytest.mark.parametrize("stage", [RIDGE, Stage(optimizer="lbfgs")])
+def test_a_head_module_of_ones_own_is_looked_at_before_any_work(stage: Stage, photos: Path, tmp_path: Path) -> None:
+    head = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
+    recipe, splits = Recipe(stages=(stage,)), split(load_images(photos))
+    (photos / "blue" / "torn.jpg").write_bytes(b"no picture")  # would be told, had pictures been read
+    with pytest.raises(ModelError, match="one Linear alone"):
+        fine_tune(photos, backbone=TinyNet(), data_spec=SPEC, head=head, recipe=recipe, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    net = TinyNet()
+    model = create_classifier(net, splits.class_names, data_spec=SPEC, head=head)
+    set_freeze_line(model, "head")
+    net.pictures = 0
+    with pytest.raises(ModelError, match="one Linear alone"):
+        headstart.fit(model, splits, stage, runtime=CPU, cache=False)
+    assert net.pictures == 0
 
 
 def test_no_schedule_is_noted_of_lbfgs_on_which_none_acts() -> None:

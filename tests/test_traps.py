@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,40 @@ def test_06_a_head_cut_short_is_told() -> None:
     (sentence,) = cautions(short, {})
     assert "Stage 'head' was still learning when the next one began" in sentence
     assert cautions(made_history(FLAT, stage="head") + made_history(FALLING, index=1), {}) == []
+
+
+def test_an_untrained_head_beside_backbone_layers_is_told() -> None:
+    def stages(first: Sequence[str]) -> list[dict[str, Any]]:
+        facts = {"best_val_accuracy": 0.5}
+        one = {"name": "head", "freeze_line": "last:2" if first else "head", "trained": list(first)}
+        return [facts | one, facts | {"name": "fine-tune", "freeze_line": "all", "trained": ["a", "b", "c"]}]
+
+    (sentence,) = cautions([], {"stages": stages(["b", "c"]), "weights": "hub", "from_run": None})
+    assert "Stage 'head' trains 2 backbone layers together with a head that is still untrained" in sentence
+    assert "--freeze-line head,all" in sentence
+    of_one_stage = {"stages": stages(["b", "c"])[:1], "weights": "hub"}
+    for meant in (of_one_stage, {"stages": stages([])}, {"stages": stages(["c"]), "weights": "none"}):
+        assert cautions([], meant) == []
+    assert cautions([], {"stages": stages(["c"]), "weights": "runs/first", "from_run": {"kept": ["a"]}}) == []
+
+
+@pytest.mark.parametrize(("line", "weights", "told"), [("block", None, 1), ("head", None, 0), ("block", "none", 0)])
+def test_a_run_tells_of_an_untrained_head_beside_backbone_layers_before_it_trains(
+    line: str, weights: str | None, told: int, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = (
+        Stage(epochs=1, batch_size=16, views=1, freeze_line=line),
+        Stage(name="top", freeze_line="all", epochs=1, batch_size=16),
+    )
+    how: dict[str, Any] = {"data_spec": SPEC, "audit": False, "cache": False, "augment": "none", "progress": True}
+    result = fine_tune(photos, backbone=TinyNet(), weights=weights, recipe=Recipe(stages=stages), **how)
+    said = capsys.readouterr().err
+    assert said.count("Stage 'head' trains 1 backbone layer together with a head that is still untrained") == told
+    assert said.find("--freeze-line head,all") < said.find("best epoch")
+    assert sum("still untrained" in sentence for sentence in cautions(result.history, result.metrics)) == told
+    if told:  # the same on a model that goes on: its head is trained
+        fine_tune(photos, from_run=result.model, recipe=Recipe(stages=stages), **(how | {"data_spec": None}))
+        assert "still untrained" not in capsys.readouterr().err
 
 
 def test_07_a_block_cut_in_two_is_named() -> None:

@@ -24,7 +24,34 @@ def cautions(history: Sequence[Record], metrics: Mapping[str, Any]) -> list[str]
         metrics: what metrics.json holds.
     """
     data = metrics.get("data") or {}
-    return [*_thin_classes(data.get("class_counts") or {}), *_cut_short(history), *_within_noise(metrics)]
+    return [
+        *_thin_classes(data.get("class_counts") or {}),
+        *_untrained_head(metrics),
+        *_cut_short(history),
+        *_within_noise(metrics),
+    ]
+
+
+def untrained_head(name: str, layers: int, lines: Sequence[str]) -> str:
+    """That the first of several stages trains backbone layers behind a new head, which costs what they have learned.
+
+    Args:
+        name: of that stage. layers: of the backbone, how many it trains. lines: the freeze lines of all stages.
+    """
+    return (
+        f"Stage {name!r} trains {layers:,} backbone {'layers' if layers > 1 else 'layer'} together with a head"
+        " that is still untrained, which can cost what they have learned. One value of --freeze-line moves the line of"
+        f" every stage; the head is trained first with --freeze-line {','.join(['head', *lines[1:]])}."
+    )
+
+
+def _untrained_head(metrics: Mapping[str, Any]) -> list[str]:
+    stages = metrics.get("stages") or []
+    is_new = metrics.get("from_run") is None and metrics.get("weights") != "none"
+    trained = stages[0].get("trained") if len(stages) > 1 and is_new else None
+    if not trained:
+        return []
+    return [untrained_head(stages[0]["name"], len(trained), [stage["freeze_line"] for stage in stages])]
 
 
 def _thin_classes(counts: Mapping[str, Mapping[str, int]]) -> list[str]:

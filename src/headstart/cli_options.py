@@ -84,7 +84,7 @@ STAGE_OPTIONS = (
         "freeze_line",
         read_word,
         "WHERE",
-        "what is trained: head, all, last:N, last:N%, or from a block on (layer4)",
+        "what is trained: head, all, last:N, last:N%, or from a block on; head,layer4: first the head, then from there",
     ),
     Option("batchnorm", read_word, "MODE", "the backbone's BatchNorm behind the line: fixed, frozen or train"),
     Option("epochs", read_whole, "N", "passes over the training pictures"),

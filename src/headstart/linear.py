@@ -82,19 +82,26 @@ def check_linear(model: Classifier, data: StageData, stage: Stage) -> None:
     Raises:
         ModelError: the backbone is not wholly frozen, or the head is more than one Linear.
     """
-    what = "warm_start='ridge'" if stage.warm_start == "ridge" else "optimizer='lbfgs'"
-    if stage.warm_start == "none" and stage.optimizer != "lbfgs":
-        return
-    if not isinstance(data.train, FeatureSource) or not isinstance(data.val, FeatureSource):
+    stored = isinstance(data.train, FeatureSource) and isinstance(data.val, FeatureSource)
+    if stage.linear_settings and not stored:
         raise ModelError(
-            f"stage {stage.name!r}: {what} works on stored features, but the freeze line stands at"
-            f" {stage.freeze_line!r}. Take it for a stage with freeze_line 'head'."
+            f"stage {stage.name!r}: {stage.linear_settings}, which works on stored features, but the freeze line stands"
+            f" at {stage.freeze_line!r}. Take it for a stage with freeze_line 'head'."
         )
-    if linear_layer(model) is None:
+    check_linear_head(model, stage)
+
+
+def check_linear_head(model: Classifier, stage: Stage) -> None:
+    """What a recipe cannot tell of a head module of the user's own; see `check_linear`.
+
+    Raises:
+        ModelError: the head is more than one Linear.
+    """
+    if stage.linear_settings and linear_layer(model) is None:
         raise ModelError(
-            f"stage {stage.name!r}: {what} is for a head of one Linear alone; this one has other layers or one sigmoid"
-            " output. Leave hidden layers, dropout and BatchNorm out of the head, or take warm_start='none' and another"
-            " optimizer."
+            f"stage {stage.name!r}: {stage.linear_settings}, which is for a head of one Linear alone; this one has"
+            " other layers or one sigmoid output. Leave hidden layers, dropout and BatchNorm out of the head, or take"
+            " warm_start 'none' and another optimizer."
         )
 
 

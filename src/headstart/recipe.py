@@ -25,6 +25,8 @@ SELECTIONS = ("loss", "accuracy", "last")
 SCHEDULES = ("constant", "cosine", "one-cycle")
 ON_COLLAPSE = ("retry", "stop", "ignore")
 HEAD_BATCH, FINE_TUNE_BATCH = 64, 32
+# What only a linear head on stored features can follow, and what other stages take in its place.
+_FOR_LINEAR = {"warm_start": ("ridge", "none"), "optimizer": ("lbfgs", "adamw")}
 
 TUNED_ON = "tuned_on"  # what a recipe in a file was found on; no part of the recipe (see the room `tuned`)
 
@@ -74,6 +76,15 @@ class HeadSpec(Spec):
             raise RecipeError(f"head: features_from is {self.features_from!r}; it takes a block's name or null.")
         hidden = as_tuple("head", "hidden", self.hidden, HiddenLayer, "HiddenLayers, such as (HiddenLayer(64),)")
         object.__setattr__(self, "hidden", hidden)
+
+    @property
+    def _besides_linear(self) -> tuple[str, ...]:
+        """The fields that make it more than one Linear behind the pooling."""
+        return tuple(
+            name
+            for name in ("hidden", "batchnorm", "dropout", "output")
+            if getattr(self, name) != HeadSpec.__dataclass_fields__[name].default
+        )
 
     @classmethod
     def _nested(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -288,6 +299,12 @@ class Stage(Spec):
         check_flag(owner, "wise", self.wise)
         check_flag(owner, "checkpointing", self.checkpointing)
         check_choice(owner, "warm_start", self.warm_start, WARM_STARTS)
+        if self.linear_settings and self.freeze_line != "head":
+            raise RecipeError(
+                f"{owner}: {self.linear_settings}, but the freeze line stands at {self.freeze_line!r}. That is for a"
+                " linear head on stored features, in a stage with freeze_line 'head'."
+                f" Give stages their own values ({self._one_stage_alone()}), or take --recipe head."
+            )
         if self.optimizer == "lbfgs":
             self._refuse_beside_lbfgs(owner)
         for name in ("early_stop", "wise"):
@@ -309,16 +326,29 @@ class Stage(Spec):
             return self.batch_size
         return (HEAD_BATCH if self.freeze_line == "head" else FINE_TUNE_BATCH) * self.accumulate
 
+    @property
+    def linear_settings(self) -> str:
+        """Those that only a linear head on stored features can follow, in words; empty where there are none."""
+        return " and ".join(f"{name} is {_FOR_LINEAR[name][0]!r}" for name in self._for_linear())
+
+    def _for_linear(self) -> list[str]:
+        return [name for name, (value, _) in _FOR_LINEAR.items() if getattr(self, name) == value]
+
+    def _one_stage_alone(self) -> str:
+        """How options give these settings to the first of two stages alone."""
+        return " ".join(f"--{name.replace('_', '-')} {','.join(_FOR_LINEAR[name])}" for name in self._for_linear())
+
     def _refuse_beside_lbfgs(self, owner: str) -> None:
         of_batches = ("batch_size", "accumulate", "balanced_sampling", "clip_norm", "mixup", "cutmix", "ema")
-        for name in (*of_batches, "schedule", "warmup"):
-            value = getattr(self, name)
-            if value != Stage.__dataclass_fields__[name].default:
-                raise RecipeError(
-                    f"{owner}: {name} is {value!r}, but optimizer 'lbfgs' sees all pictures at once and finds the"
-                    " length of its steps itself."
-                    f" Leave {name} out, or take optimizer 'adamw'."
-                )
+        defaults = {name: Stage.__dataclass_fields__[name].default for name in (*of_batches, "schedule", "warmup")}
+        idle = {name: usual for name, usual in defaults.items() if getattr(self, name) != usual}
+        if idle:  # all at once: a recipe of two stages brings several that nobody has given
+            raise RecipeError(
+                f"{owner}: {', '.join(f'{name} is {getattr(self, name)!r}' for name in idle)}, but optimizer 'lbfgs'"
+                " sees all pictures at once and finds the length of its steps itself. Take"
+                f" {', '.join(f'{name} {usual}' for name, usual in idle.items())}, or another optimizer, or give stages"
+                f" their own values ({self._one_stage_alone()})."
+            )
 
 
 HEAD_STAGE = Stage()
@@ -377,6 +407,13 @@ class Recipe(Spec):
             raise RecipeError(f"recipe: stage names repeat ({', '.join(names)}); give each its own.")
         if isinstance(self.augment, str):
             check_choice("recipe", "augment", self.augment, tuple(POLICIES))
+        for stage in self.stages:
+            if stage.linear_settings and self.head._besides_linear:
+                raise RecipeError(
+                    f"stage {stage.name!r}: {stage.linear_settings}, which is for a head of one Linear alone, but the"
+                    f" head is given {', '.join(self.head._besides_linear)}. Leave that out of the head, or take"
+                    " warm_start 'none' and another optimizer."
+                )
 
     @property
     def augment_spec(self) -> AugmentSpec:

@@ -25,6 +25,7 @@ from .fields import check_number
 from .freezing import FreezeLine, set_freeze_line
 from .groundwork import Data, find_data, make_bench, require_validation
 from .handover import change_classes
+from .linear import check_linear_head
 from .mixing import check_mixing
 from .pixels import Augment
 from .points import has_points
@@ -165,6 +166,7 @@ def fine_tune(
             model.to(runtime.device)
         for stage in plan.stages:  # a line that selects nothing is found before hours are spent in front of it
             check_mixing(stage, set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm))
+            check_linear_head(model, stage)
         with diary.phase("read pictures"):  # the check decodes them to what this backbone needs
             bench = data if isinstance(data, Bench) else make_bench(
                 found, runtime=runtime, seed=plan.seed, val=val, test=test, bad_files=bad_files, spec=model.spec,
@@ -305,6 +307,7 @@ def fit(
             f" model's stands at {line.where!r} (batchnorm {line.batchnorm}). Call set_freeze_line(model,"
             f" {stage.freeze_line!r}, batchnorm={stage.batchnorm!r}) first."
         )
+    check_linear_head(model, stage)
     model.to(runtime.device)
     bench = Bench(splits, runtime, cache=cache, progress=progress and runtime.is_main)
     try:

@@ -15,6 +15,7 @@ from . import train as training
 from .audit_sheet import finding_line
 from .auditing import for_labels, look_at_labels
 from .bench import Bench
+from .cautions import untrained_head
 from .classifier import Classifier
 from .cut import Cut
 from .diary import Diary
@@ -34,6 +35,10 @@ def run_stage(
 ) -> StageData:  # fmt: skip
     line = set_freeze_line(model, stage.freeze_line, batchnorm=stage.batchnorm)
     say(f"Stage {stage.name}: {line.describe()}", enabled=diary.show)
+    starts_trained = bool(diary.stages or diary.handover)
+    if line.trained and len(plan.stages) > 1 and not starts_trained and str(diary.earlier) != "none":
+        lines = [one.freeze_line for one in plan.stages]
+        say(f"  {untrained_head(stage.name, len(line.trained), lines)}", enabled=diary.show)
     before = keeper.begun.values["course"]["seconds"] if keeper.begun else 0.0
     if keeper.begun:
         epoch = keeper.begun.values["course"]["epoch"]
@@ -42,7 +47,7 @@ def run_stage(
     with diary.phase(f"stage {stage.name}", before=before):
         done = train_stage(
             model, trainset, valset, stage, bench=bench, show=diary.show, plan=plan,
-            starts_trained=bool(diary.stages or diary.handover), lr=plan.lr * stage.lr_scale, log=diary.log,
+            starts_trained=starts_trained, lr=plan.lr * stage.lr_scale, log=diary.log,
             following=dict(pairwise(plan.stages)).get(stage), keeper=keeper,
         )  # fmt: skip
     result, seconds = done.result, time.perf_counter() - started
