@@ -291,7 +291,7 @@ def test_the_gpu_script_runs_on_a_cpu(peers: ModuleType) -> None:
 # In one process: each script imports PyTorch.
 TABLES = (
     "peers", "step", "size", "stores", "checkpointing", "views", "head", "frozen_pass", "compare_sets", "advice",
-    "sweep_preset", "kernels", "gpu", "fine_tuning_variants", "stored_features", "profile_fit",
+    "sweep_preset", "kernels", "gpu", "unknown", "fine_tuning_variants", "stored_features", "profile_fit",
 )  # fmt: skip
 
 

@@ -19,8 +19,9 @@ from conftest import make_picture
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/guide.md", "docs/coming-from.md")
-# Set-up, tried by continuous integration itself; what has a test of its own, and does not end by itself.
-NOT_HERE = ("make ", "headstart demo", "headstart serve")
+# Set-up, tried by continuous integration itself; what has a test of its own, and does not end by itself; what takes
+# more validation pictures than there are here.
+NOT_HERE = ("make ", "headstart demo", "headstart serve", "headstart predict runs/first new-photos --unknown 0.05")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -51,6 +52,8 @@ def here(tmp_path: Path) -> Path:
     for name in ("roses", "tulips"):
         (folder / "new-photos" / name).mkdir(parents=True)
         make_picture(rng, 0, (64, 64)).save(folder / "new-photos" / name / "1.jpg")
+    (folder / "something-else").mkdir()
+    make_picture(rng, 1, (64, 64)).save(folder / "something-else" / "1.jpg")
     hub = folder / "hub" / "models--timm--mobilenetv2_100.ra_in1k"
     (hub / "refs").mkdir(parents=True)
     (hub / "refs" / "main").write_text("0123456789abcdef0123456789abcdef01234567")

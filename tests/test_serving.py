@@ -8,6 +8,7 @@ import io
 import json
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,7 +31,10 @@ from headstart import create_classifier, load, make_app, predict_files, save, se
 from headstart.cli import main
 from headstart.dataset import bad_reasons
 from headstart.errors import CheckpointError, HeadstartError, RecipeError, SetupError
+from headstart.evaluation import predict_features, unlabelled
+from headstart.familiar import FILE, Familiar
 from headstart.intake import Viewers
+from headstart.pixels import Pixels
 from headstart.transforms import load_view
 
 pytest.importorskip("starlette")
@@ -586,6 +590,38 @@ def test_a_page_of_another_port_of_its_own_address_may_not_ask(run: Path, monkey
     assert said == [200, 403, 403, 200]
 
 
+@pytest.fixture(scope="module")
+def wary(run: Path, pictures: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, to which the first pictures are familiar."""
+    folder = Path(shutil.copytree(run, tmp_path_factory.mktemp("wary") / "first"))
+    model = load(folder)
+    _, features = predict_features(model, Pixels(unlabelled(pictures[:6], model), model.spec))
+    Familiar.of(model, features, features).write(folder)
+    return folder
+
+
+def test_what_is_unknown_is_told_as_predict_tells_it(wary: Path, pictures: list[Path]) -> None:
+    noise = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(noise, "PNG")
+    files = [path.read_bytes() for path in pictures] + [noise.getvalue()]
+    with made(wary, unknown=0.5) as application:
+        assert ask(application, "GET", "/model").json["unknown"] == 0.5
+        body = form([(f"{i}", data) for i, data in enumerate(files)])
+        told = ask(application, "POST", "/predict?top=1", FORM, body=body).json["predictions"]
+    (wary / "noise.png").write_bytes(files[-1])
+    said = predict_files(wary, [*pictures, wary / "noise.png"], unknown=0.5, device="cpu")
+    assert {one["unknown"] for one in said} == {True, False}
+    kept = ("pred", "prob", "familiar", "unknown")
+    assert [{k: one[k] for k in kept} for one in told] == [{k: one[k] for k in kept} for one in said]
+    with made(wary) as application:
+        assert "unknown" not in ask(application, "POST", "/predict", body=files[0]).json["predictions"][0]
+        assert ask(application, "GET", "/model").json["unknown"] is None
+    (wary / FILE).rename(wary / "elsewhere")
+    with pytest.raises(CheckpointError, match="does not hold what its model has met"):
+        make_app(wary, unknown=0.5, **MACHINE)
+    (wary / "elsewhere").rename(wary / FILE)
+
+
 def test_who_asks_at_the_end_is_told_so(run: Path) -> None:
     async def ended() -> Answer:
         asked = asyncio.create_task(call(application, "POST", "/predict", body=jpeg()))
@@ -639,6 +675,7 @@ def test_an_error_of_ours_is_told_here_and_not_there(
         ({"host": "no such host"}, SetupError, "not known here"),
         ({"max_megabytes": 501}, RecipeError, "max_megabytes"),
         ({"allow_hosts": "pictures.example"}, RecipeError, "a list of names"),
+        ({"unknown": 1.5}, RecipeError, "a share between 0 and 1"),
         ({"host": ""}, SetupError, "0.0.0.0"),
         ({"host": "a" * 70 + ".b"}, SetupError, "not known here"),
         ({"host": "a\0b"}, SetupError, "not known here"),
@@ -791,6 +828,27 @@ def test_the_page_asks_and_shows_what_it_is_told(run: Path, pictures: list[Path]
             assert browser.run("document.documentElement.scrollWidth") <= 390
             browser.click("#clear")
             assert browser.run("document.querySelectorAll('#found > li').length") == 0
+            server.end()
+    finally:
+        browser.close()
+
+
+def test_the_page_says_what_is_unknown(wary: Path, pictures: list[Path], tmp_path: Path) -> None:
+    browser = start_browser(tmp_path / "profile")
+    try:
+        with Server(wary, "--unknown", "0.99") as server:
+            browser.open(f"http://127.0.0.1:{server.port}/", width=390)
+            browser.choose("#files", [pictures[-1]])
+            until = time.monotonic() + 20
+            while not browser.run("document.querySelectorAll('.bars').length"):
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            found = browser.run("document.querySelector('#found > li').innerText")
+            assert found.startswith("Unknown\n")
+            assert "Like none of the pictures that the model was trained on." in found
+            assert browser.run("document.querySelectorAll('.bars .name').length") == len(NAMES)
+            left = "document.querySelector('.{}').getBoundingClientRect().left"
+            assert browser.run(left.format("bars")) == browser.run(left.format("state .soft"))
             server.end()
     finally:
         browser.close()

@@ -39,7 +39,8 @@ GROUPS = {
         "Handover", "save", "load", "export", "Export",
     ),
     "Score and predict": (
-        "evaluate", "evaluate_run", "Evaluation", "predict_files", "predict_logits", "serve", "make_app",
+        "evaluate", "evaluate_run", "Evaluation", "predict_files", "learn_familiar", "predict_logits", "serve",
+        "make_app",
     ),
     "Choose a recipe, a backbone, a rate": (
         "advise", "Advice", "compare", "Budget", "Comparison", "shootout", "Entrant", "Shootout", "find_lr",

@@ -30,7 +30,7 @@ _ROOMS = {
     "sheets": ("preview_sheet", "show_batch"),
     "recipe": ("AugmentSpec", "HeadSpec", "HiddenLayer", "Recipe", "Stage", "load_recipe"),
     "closing": ("FitResult",),
-    "asking": ("evaluate_run",),
+    "asking": ("evaluate_run", "learn_familiar"),
     "recipes": ("fine_tune", "fit"),
     "report": ("write_report",),
     "serving": ("make_app", "serve"),

@@ -10,20 +10,23 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import repeat
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .classifier import Classifier
 from .dataspec import PixelArray
 from .evaluation import LogitsOf, named_probs, scoring
+from .familiar import Known
 from .fields import check_number
 from .intake import Viewers
 from .metrics import softmax
@@ -33,6 +36,8 @@ from .settings import own_settings
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")  # by which browsers call a server on their own machine
 ANSWERING = "headstart-answer"  # name of the thread that computes
 _END_SECONDS = 1.5  # for a batch that is being computed
+
+Tell = Callable[[Tensor], list[dict[str, Any]]]
 
 
 class Ended(Exception):
@@ -67,17 +72,18 @@ class Answers:
 
     Args:
         model: nobody else's: it is held ready to answer until `close`.
+        known: what is familiar to the model, where it is to be told.
     """
 
-    def __init__(self, model: Classifier, runtime: Runtime) -> None:
-        self.model, self.runtime = model, runtime
+    def __init__(self, model: Classifier, runtime: Runtime, known: Known | None = None) -> None:
+        self.model, self.runtime, self.known = model, runtime, known
         self.requests = self.pictures = 0
         self._viewers = Viewers(model.spec, runtime.workers)
         self._readers = ThreadPoolExecutor(runtime.workers, thread_name_prefix="headstart-read")
-        self._turns = _Turns(model, runtime)
+        self._turns = _Turns(model, runtime, self._told, features=known is not None)
 
     async def of(self, pictures: Sequence[bytes]) -> list[dict[str, Any]]:
-        """For each file's bytes `pred`, `prob` and `probs`, or why it cannot be read, in bare words, as `error`.
+        """For each file's bytes what `predict_files` says, or why it cannot be read, in bare words, as `error`.
 
         Raises:
             SetupError: no process for decoding can be started; memory runs out with a single picture.
@@ -85,19 +91,25 @@ class Answers:
         reading = [asyncio.wrap_future(self._readers.submit(self._viewers.view, data)) for data in pictures]
         read = await asyncio.gather(*reading)
         views = [one for one in read if not isinstance(one, str)]
-        rows: np.ndarray = await asyncio.wrap_future(self._turns.probs(views))
-        probs = iter(rows)
+        said: list[dict[str, Any]] = await asyncio.wrap_future(self._turns.told(views))
+        told = iter(said)
         self.requests += 1
         self.pictures += len(pictures)
-        names = self.model.class_names
-        return [{"error": one} if isinstance(one, str) else named_probs(next(probs), names) for one in read]
+        return [{"error": one} if isinstance(one, str) else next(told) for one in read]
+
+    def _told(self, rows: Tensor) -> list[dict[str, Any]]:
+        """What is said of pictures, from their logits, and their features behind those where these are asked for."""
+        classes = len(self.model.class_names)
+        named = [named_probs(row, self.model.class_names) for row in softmax(rows[:, :classes].numpy())]
+        more = self.known.tell(rows[:, classes:]) if self.known else repeat({}, len(named))
+        return [one | also for one, also in zip(named, more, strict=True)]
 
     def warm_up(self) -> None:
         """Start the processes, and let the model see a first picture, so that the first who asks does not wait."""
         black = io.BytesIO()
         Image.new("RGB", (8, 8)).save(black, "PNG")
         made = list(self._readers.map(self._viewers.view, [black.getvalue()] * self.runtime.workers))
-        self._turns.probs([one for one in made if not isinstance(one, str)][:1]).result()
+        self._turns.told([one for one in made if not isinstance(one, str)][:1]).result()
 
     def close(self) -> None:
         """End the processes and the thread; a batch of a slow model that is being computed is not waited for."""
@@ -112,20 +124,20 @@ class _Turns(threading.Thread):
     It makes the model ready once: for every question anew that would take several times as long as a small answer.
     """
 
-    def __init__(self, model: Classifier, runtime: Runtime) -> None:
+    def __init__(self, model: Classifier, runtime: Runtime, tell: Tell, *, features: bool) -> None:
         super().__init__(name=ANSWERING, daemon=True)
-        self._model, self._runtime = model, runtime
+        self._model, self._runtime, self._tell, self._features = model, runtime, tell, features
         self._ended = False
-        self._asked: SimpleQueue[tuple[Future[np.ndarray], Sequence[PixelArray]] | None] = SimpleQueue()
+        self._asked: SimpleQueue[tuple[Future[list[dict[str, Any]]], Sequence[PixelArray]] | None] = SimpleQueue()
         self.start()
 
-    def probs(self, views: Sequence[PixelArray]) -> Future[np.ndarray]:
-        """Probabilities [N, C] of evaluation views, uint8 [3, S, S] each, once it is their turn."""
-        future: Future[np.ndarray] = Future()
+    def told(self, views: Sequence[PixelArray]) -> Future[list[dict[str, Any]]]:
+        """What `tell` says of evaluation views, uint8 [3, S, S] each, once it is their turn."""
+        future: Future[list[dict[str, Any]]] = Future()
         if views:
             self._asked.put((future, views))
         else:
-            future.set_result(np.zeros((0, len(self._model.class_names))))
+            future.set_result([])
         return future
 
     def end(self) -> None:
@@ -137,6 +149,7 @@ class _Turns(threading.Thread):
 
     def run(self) -> None:
         with ExitStack() as stack:
+            ready = scoring(self._model, self._runtime, features=self._features)
             logits_of: LogitsOf | None = None
             while (asked := self._asked.get()) is not None:
                 future, views = asked
@@ -144,9 +157,9 @@ class _Turns(threading.Thread):
                     continue
                 try:
                     with own_settings():
-                        logits_of = logits_of or stack.enter_context(scoring(self._model, self._runtime))
+                        logits_of = logits_of or stack.enter_context(ready)
                         batches = torch.from_numpy(np.stack(views)).split(self._runtime.batch_size)
-                        future.set_result(softmax(logits_of(self._until_the_end(batches)).cpu().numpy()))
+                        future.set_result(self._tell(logits_of(self._until_the_end(batches)).cpu()))
                 except BaseException as error:  # handed over to whoever waits
                     future.set_exception(error)
 

@@ -22,6 +22,7 @@ from . import cli_advise, cli_compare, cli_shootout, cli_tuning, terminal
 from .cli_audit import AUDIT
 from .cli_cache import add_cache_options, run_cache
 from .cli_export import EXPORT
+from .cli_familiar import FAMILIAR
 from .cli_options import (
     DEFAULT_RECIPE,
     EXIT_BAD_INPUT,
@@ -272,6 +273,7 @@ COMMANDS: dict[str, Command] = {
     "sweep": cli_tuning.SWEEP,
     "evaluate": EVALUATE,
     "predict": PREDICT,
+    "familiar": FAMILIAR,
     "export": EXPORT,
     "serve": SERVE,
     "summary": Command(

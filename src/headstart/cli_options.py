@@ -267,7 +267,9 @@ def add_machine_options(
     group = parser.add_argument_group("machine")
     group.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
     group.add_argument(
-        "--precision", metavar="HOW", help="auto, fp32 or bf16 (default: auto, but fp32 in evaluate, predict and serve)"
+        "--precision",
+        metavar="HOW",
+        help="auto, fp32 or bf16 (default: auto, but fp32 in evaluate, familiar, predict, serve)",
     )
     group.add_argument("--workers", type=int, metavar="N", help=f"{workers} (default: one per core, at most 8)")
     return group
@@ -337,6 +339,17 @@ def refuse_beside_from_run(options: Mapping[str, Any]) -> None:
             f"{', '.join(given)} cannot be had: --from-run {options['from_run']} brings its own backbone,"
             " preprocessing and head. Leave it out, or give the run to --weights for a new head on its backbone."
         )
+
+
+def add_unknown_option(parser: argparse.ArgumentParser) -> None:
+    """`--unknown`: the same words in every command that predicts."""
+    parser.add_argument(
+        "--unknown",
+        type=float,
+        metavar="SHARE",
+        help="call pictures unknown that are less familiar than all but this share of those held out, such as 0.05"
+        " (needs `headstart familiar RUN`)",
+    )
 
 
 def add_tta_option(parser: argparse.ArgumentParser) -> None:

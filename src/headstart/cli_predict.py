@@ -18,6 +18,7 @@ from .cli_options import (
     add_quiet_option,
     add_root_option,
     add_tta_option,
+    add_unknown_option,
     given,
 )
 from .cli_transforms import add_transforms_option, run_transforms
@@ -64,6 +65,7 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="RUN", help="run folder written by `headstart fit`")
     parser.add_argument("paths", nargs="+", metavar="FILE|FOLDER", help="pictures, or folders of them")
     parser.add_argument("--top", type=int, metavar="K", help="name the K most probable classes of each picture")
+    add_unknown_option(parser)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--csv", metavar="OUT", help="write a CSV file instead of printing; - prints it")
     form.add_argument("--json", action="store_true", help="print JSON: a list with an object per picture")
@@ -80,21 +82,24 @@ def _predict(args: argparse.Namespace) -> int:
 
     if args.csv not in (None, "-"):
         check_target(args.csv)
-    from . import evaluation
+    from . import evaluation, familiar
     from .checkpoint import load
     from .dataset import bad_reasons, list_image_files
     from .runtime import make_runtime
 
     files, tta, show = list_image_files(args.paths), args.tta or "none", not args.quiet
     evaluation.tta_views(tta)  # what is wrong with the call is told before pictures are read
+    if args.unknown is not None:
+        familiar.check_share(args.unknown)
     runtime = make_runtime(**({"precision": "fp32"} | given(args, "device", "precision", "workers")))
     model = load(args.model, device=runtime.device)
+    known = None if args.unknown is None else familiar.known_of(args.model, model, args.unknown)
     with terminal.ProgressBar(len(files), "Reading pictures", enabled=show) as bar:
         reasons = bad_reasons(files, workers=args.workers or 0, progress=lambda done, _: bar.move_to(done))
     good = [path for path, reason in zip(files, reasons, strict=True) if reason is None]
     rows: Iterable[Mapping[str, Any]] = ()
     if good:
-        rows = evaluation.predictions(model, good, tta=tta, runtime=runtime, progress=show)
+        rows = evaluation.predictions(model, good, tta=tta, runtime=runtime, progress=show, known=known)
     for path, reason in zip(files, reasons, strict=True):
         if reason is not None:
             terminal.say(f"headstart predict: {path} cannot be read: {reason}")
@@ -106,7 +111,7 @@ def _print_predictions(rows: Iterable[Mapping[str, Any]], class_names: Sequence[
     if args.csv:
         from .files import to_csv, write_atomic
 
-        lines = to_csv(*terminal.predictions_csv(rows, class_names, top=args.top))
+        lines = to_csv(*terminal.predictions_csv(rows, class_names, top=args.top, unknown=args.unknown is not None))
         if args.csv == "-":
             sys.stdout.buffer.writelines(lines)
         else:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 
-from .cli_options import Command, add_machine_options, given
+from .cli_options import Command, add_machine_options, add_unknown_option, given
 
 
 def _serve_options(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,7 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="answer requests and pages of this name, a proxy's on this machine (repeatable)",
     )
+    add_unknown_option(parser)
     group = parser.add_argument_group("limits")
     group.add_argument("--max-megabytes", type=int, metavar="N", help="of one request (default: 32)")
     group.add_argument("--max-pictures", type=int, metavar="N", help="in one request (default: 64)")
@@ -39,7 +40,7 @@ def _serve(args: argparse.Namespace) -> int:
     limits = given(args, "max_megabytes", "max_pictures", "max_waiting")
     serving.serve(
         args.model, allow_hosts=args.allow_host or (), **limits,
-        **given(args, "host", "port", "device", "precision", "workers"),
+        **given(args, "host", "port", "device", "precision", "workers", "unknown"),
     )  # fmt: skip
     if any(thread.name == ANSWERING for thread in threading.enumerate() if thread not in before):
         # A slow model's last batch, which PyTorch would not let a program end without.

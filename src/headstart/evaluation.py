@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol, Self
@@ -21,6 +22,7 @@ from .checkpoint import load
 from .classifier import Classifier, as_classifier
 from .dataset import ImageTable
 from .errors import DataError, RecipeError
+from .familiar import Known, check_share, known_of
 from .features import Source
 from .memory import in_portions
 from .metrics import evaluate_probs, softmax
@@ -94,11 +96,38 @@ def predict_logits(
         SetupError: memory runs out with a single picture.
     """
     runtime = runtime or make_runtime(precision="fp32")
+    return _rows(model, pixels, runtime, advance=advance, view=view, mirrored=mirrored)
+
+
+@own_settings()
+def predict_features(
+    model: Classifier, pixels: Pixels, *, runtime: Runtime | None = None, advance: Advance | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits [N, C] of the plain views, and the pooled features [N, D] from which the head makes them; float32.
+
+    Args and raises: as in `predict_logits`.
+    """
+    runtime = runtime or make_runtime(precision="fp32")
+    rows = _rows(model, pixels, runtime, advance=advance, features=True)
+    logits, features = rows.split([len(model.class_names), model.num_features], dim=1)
+    return logits.contiguous(), features.contiguous()
+
+
+def _rows(
+    model: Classifier,
+    pixels: Pixels,
+    runtime: Runtime,
+    *,
+    advance: Advance | None,
+    view: int = 0,
+    mirrored: bool = False,
+    features: bool = False,
+) -> Tensor:
     mine = runtime.share(torch.arange(len(pixels)))
     batches = (pixels.batch(part.tolist(), [view] * len(part)) for part in mine.split(runtime.batch_size))
-    with scoring(model, runtime) as logits_of:
-        logits = logits_of(batches, mirrored=mirrored, advance=advance)
-    return runtime.gather(logits, len(pixels)).cpu()
+    with scoring(model, runtime, features=features) as logits_of:
+        rows = logits_of(batches, mirrored=mirrored, advance=advance)
+    return runtime.gather(rows, len(pixels)).cpu()
 
 
 class LogitsOf(Protocol):
@@ -110,8 +139,10 @@ class LogitsOf(Protocol):
 
 
 @contextmanager
-def scoring(model: Classifier, runtime: Runtime) -> Iterator[LogitsOf]:
+def scoring(model: Classifier, runtime: Runtime, *, features: bool = False) -> Iterator[LogitsOf]:
     """The model made ready to be asked, which may take longer than an answer: what is yielded answers any number.
+
+    With `features` each row goes on behind its logits: [N, C + D], with the D pooled features.
 
     In several threads one model is used by one after the other, since kernels and modes are changed in it: it is this
     thread's alone until the end.
@@ -121,8 +152,12 @@ def scoring(model: Classifier, runtime: Runtime) -> Iterator[LogitsOf]:
     def logits_of(batches: Iterable[Tensor], *, mirrored: bool = False, advance: Advance | None = None) -> Tensor:
         def compute(batch: Tensor) -> Tensor:
             batch = batch.to(runtime.device)
-            logits: Tensor = model(batch.flip(-1) if mirrored else batch)
-            return logits.float()
+            batch = batch.flip(-1) if mirrored else batch
+            if not features:
+                logits: Tensor = model(batch)
+                return logits.float()
+            pooled = model.features(batch)
+            return torch.cat([model.head(pooled).float(), pooled.float()], dim=1)
 
         rows = []
         with torch.inference_mode(), runtime.autocast():
@@ -130,7 +165,8 @@ def scoring(model: Classifier, runtime: Runtime) -> Iterator[LogitsOf]:
                 rows.append(_scored(compute, batch, runtime, fills=fills))
                 if advance:
                     advance(len(batch))
-        return torch.cat(rows) if rows else torch.zeros(0, len(model.class_names), device=runtime.device)
+        width = len(model.class_names) + (model.num_features if features else 0)
+        return torch.cat(rows) if rows else torch.zeros(0, width, device=runtime.device)
 
     with alone_with(model):
         model.to(runtime.device)
@@ -164,6 +200,7 @@ def predict_probs(
     tta: str | int = "none",
     runtime: Runtime | None = None,
     advance: Advance | None = None,
+    features: list[Tensor] | None = None,
 ) -> np.ndarray:
     """Probabilities [N, C]; with `tta` the mean over several views of each picture (test-time augmentation).
 
@@ -171,14 +208,19 @@ def predict_probs(
         tta: see `tta_views`; the views of a number are the plain one and crops and flips of policy `light`, the same
             ones for every picture, so that a prediction does not depend on what stands beside it.
         advance: called with the number of pictures done, for each view.
+        features: a list to which the pooled features [N, D] of the plain view are added.
     """
     views = tta_views(tta)
     pixels = pixels.with_views(POLICIES["light"], alike=True) if len(views) > 1 else pixels
-    sums = sum(
-        softmax(predict_logits(model, pixels, runtime=runtime, advance=advance, view=v, mirrored=m).numpy())
-        for v, m in views
-    )
-    return np.asarray(sums / len(views))
+    sums = np.zeros((len(pixels), len(model.class_names)))
+    for view, mirrored in views:
+        if features is not None and (view, mirrored) == (0, False):
+            logits, pooled = predict_features(model, pixels, runtime=runtime, advance=advance)
+            features.append(pooled)
+        else:
+            logits = predict_logits(model, pixels, runtime=runtime, advance=advance, view=view, mirrored=mirrored)
+        sums += softmax(logits.numpy())
+    return sums / len(views)
 
 
 @own_settings()
@@ -229,6 +271,7 @@ def predict_files(
     paths: str | Path | Iterable[str | Path] | Pictures,
     *,
     tta: str | int = "none",
+    unknown: float | None = None,
     device: str = "auto",
     precision: str = "fp32",
     workers: int | None = None,
@@ -240,27 +283,37 @@ def predict_files(
         run: a run folder, or a model that `load` has read once.
         paths: files, or pictures in memory as `images_from_arrays` takes them, whose `path` is then their number.
         tta: as in `evaluate`.
+        unknown: call a picture unknown that is less familiar than all but this share of the run's validation pictures,
+            such as 0.05; the run must have learnt by `learn_familiar` what is familiar.
         device, precision, workers: as in `make_runtime`.
         progress: a bar on standard error.
     Returns:
-        One dict per picture in the order given: `path`, `pred`, `prob`, and `probs` {class name: probability}.
+        One dict per picture in the order given: `path`, `pred`, `prob`, and `probs` {class name: probability}; with
+        `unknown` also `familiar`, the share of validation pictures that are no more familiar, and `unknown`, whether
+        that is at most the share asked for. What `pred` names is then the class that it would be.
     Raises:
-        DataError: a file cannot be read; there is none. RecipeError: another `tta`.
-        CheckpointError: no model in `run`.
+        DataError: a file cannot be read; there is none. RecipeError: another `tta`; a share that is none, or that so
+            few validation pictures cannot tell; `unknown` of a model in memory.
+        CheckpointError: no model in `run`, or nothing familiar.
     """
     tta_views(tta)  # a wrong one is told before the machine is looked at
+    if unknown is not None:
+        check_share(unknown)
     runtime = make_runtime(device=device, precision=precision, workers=workers)
-    return list(predictions(run, paths, tta=tta, runtime=runtime, progress=progress))
+    model = load(run, device=runtime.device) if isinstance(run, (str, os.PathLike)) else as_classifier(run)
+    known = None if unknown is None else known_of(run, model, unknown)
+    return list(predictions(model, paths, tta=tta, runtime=runtime, progress=progress, known=known))
 
 
 @own_settings()
 def predictions(
-    run: str | Path | Classifier,
+    model: Classifier,
     paths: str | Path | Iterable[str | Path] | Pictures,
     *,
     tta: str | int,
     runtime: Runtime,
     progress: bool,
+    known: Known | None = None,
 ) -> Iterator[dict[str, Any]]:
     """What `predict_files` returns, a part of the pictures at a time as they are taken: with many classes the
     probabilities [N, C] of all are large, and far larger as dictionaries.
@@ -268,7 +321,6 @@ def predictions(
     What is wrong with the arguments is told now, what is wrong with a picture when its part comes.
     """
     views = len(tta_views(tta))
-    model = load(run, device=runtime.device) if isinstance(run, (str, os.PathLike)) else as_classifier(run)
     items = _items(paths)
     if not items:
         raise DataError("There is no picture to predict: the list is empty.")
@@ -287,9 +339,11 @@ def predictions(
             for start in range(0, len(names), PREDICTED_AT_ONCE):
                 part = files[start : start + PREDICTED_AT_ONCE]
                 pixels = Pixels(unlabelled(part, model), model.spec, workers=runtime.workers, cache_bytes=0)
-                probs = predict_probs(model, pixels, tta=tta, runtime=runtime, advance=bar.advance)
-                for name, row in zip(names[start : start + PREDICTED_AT_ONCE], probs, strict=True):
-                    yield {"path": name} | named_probs(row, model.class_names)
+                met: list[Tensor] | None = None if known is None else []
+                probs = predict_probs(model, pixels, tta=tta, runtime=runtime, advance=bar.advance, features=met)
+                more = known.tell(met[0]) if known and met else repeat({}, len(part))
+                for name, row, told in zip(names[start : start + PREDICTED_AT_ONCE], probs, more, strict=True):
+                    yield {"path": name} | named_probs(row, model.class_names) | told
 
     return told()
 

@@ -35,6 +35,7 @@ RUN_FILES = (
     "metrics.json",
     "predictions.csv",
     "report.html",
+    "familiar.safetensors",
 )
 POINT_FILES = ("point-a.json", "point-a.safetensors", "point-b.json", "point-b.safetensors")  # while a run is made
 EVALUATION_FILES = ("metrics.json", "predictions.csv", "report.html")

@@ -19,6 +19,7 @@ from .answering import LOCAL_NAMES, Answers, Caps
 from .checkpoint import load, read_card
 from .classifier import Classifier, as_classifier
 from .errors import RecipeError, SetupError, in_words
+from .familiar import check_share, known_of
 from .fields import check_number
 from .run import read_object
 from .runtime import make_runtime
@@ -37,6 +38,7 @@ def make_app(
     device: str = "auto",
     precision: str = "fp32",
     workers: int | None = None,
+    unknown: float | None = None,
     max_megabytes: int = 32,
     max_pictures: int = 64,
     max_waiting: int = 32,
@@ -49,6 +51,7 @@ def make_app(
         run: a run folder, or a model that `load` has read, of which a copy answers.
         allow_hosts: as in `serve`; None takes requests that call it by any name.
         device, precision, workers: as in `make_runtime`; workers are processes here.
+        unknown: as in `predict_files`: answers say `familiar` and `unknown`, too.
         max_megabytes: of one request. max_pictures: in one request. max_waiting: requests at once; the next ones get
             status 503.
     Raises:
@@ -58,7 +61,7 @@ def make_app(
     proxies = _names(allow_hosts or ())
     caps = Caps(max_megabytes, max_pictures, max_waiting)
     _require_extra()
-    answers, facts = _loaded(run, device, precision, workers)
+    answers, facts = _loaded(run, device, precision, workers, unknown)
     from .serving_app import application
 
     return application(answers, facts, caps, None if allow_hosts is None else LOCAL_NAMES, proxies)
@@ -73,6 +76,7 @@ def serve(
     device: str = "auto",
     precision: str = "fp32",
     workers: int | None = None,
+    unknown: float | None = None,
     max_megabytes: int = 32,
     max_pictures: int = 64,
     max_waiting: int = 32,
@@ -96,6 +100,7 @@ def serve(
         allow_hosts: names by which a proxy in front is called (`pictures.example`): requests and pages of theirs are
             answered, beside those that name this machine.
         device, precision, workers: as in `make_runtime`; workers are processes here.
+        unknown: as in `predict_files`: answers say `familiar` and `unknown`, too.
         max_megabytes: of one request. max_pictures: in one request. max_waiting: requests at once; the next ones get
             status 503.
     Raises:
@@ -105,11 +110,13 @@ def serve(
     check_number("serve", "port", port, 0, 65535, whole=True)
     proxies = _names(allow_hosts)
     caps = Caps(max_megabytes, max_pictures, max_waiting)
+    if unknown is not None:
+        check_share(unknown)
     _require_extra()
     if isinstance(run, (str, os.PathLike)):
         read_card(Path(run))  # what is wrong with the call is told before the model is read
     with _listening(host, port) as listener:
-        answers, facts = _loaded(run, device, precision, workers)
+        answers, facts = _loaded(run, device, precision, workers, unknown)
         from .serving_app import application
         from .serving_http import run_server
 
@@ -143,20 +150,22 @@ def _require_extra() -> None:
 
 
 def _loaded(
-    run: str | Path | Classifier, device: str, precision: str, workers: int | None
+    run: str | Path | Classifier, device: str, precision: str, workers: int | None, unknown: float | None
 ) -> tuple[Answers, dict[str, Any]]:
     """The model, ready to be asked, and what `GET /model` tells of it."""
     runtime = make_runtime(device=device, precision=precision, workers=workers)
     folder = Path(run) if isinstance(run, (str, os.PathLike)) else None
     model = deepcopy(as_classifier(run)) if folder is None else load(folder, device=runtime.device)
+    known = None if unknown is None else known_of(run, model, unknown)
     facts = {
         "name": "" if folder is None else printable(Path(os.path.realpath(folder)).name),
         "backbone": model.backbone_name,
         "class_names": list(model.class_names),
         "preprocessing": model.spec.to_dict(),
+        "unknown": unknown,
         "test": None if folder is None else _test_score(read_object(folder / "metrics.json")),
     }
-    return Answers(model, runtime), facts
+    return Answers(model, runtime, known), facts
 
 
 def _test_score(metrics: dict[str, Any]) -> dict[str, Any] | None:

@@ -149,7 +149,8 @@ async function ask(file) {
   }
 }
 function show({ file, title, state, canvas }, found) {
-  title.replaceChildren(found.pred + " ", make("span", "n", percent(found.prob)));
+  const said = found.unknown ? "Unknown" : found.pred;
+  title.replaceChildren(said, ...(found.unknown ? [] : [" ", make("span", "n", percent(found.prob))]));
   const bars = make("ol", "bars");
   const best = Object.entries(found.probs).sort((a, b) => b[1] - a[1]).slice(0, shown);
   for (const [name, share] of best) {
@@ -160,8 +161,11 @@ function show({ file, title, state, canvas }, found) {
     item.append(make("span", "name", name), track, make("span", "n", percent(share)));
     bars.append(item);
   }
-  state.replaceWith(bars);
-  $("spoken").textContent = `${file.name}: ${found.pred}, ${percent(found.prob)}`;
+  if (found.unknown) {
+    const note = "Like none of the pictures that the model was trained on. If it had to choose:";
+    state.replaceChildren(make("p", "soft", note), bars);
+  } else state.replaceWith(bars);
+  $("spoken").textContent = `${file.name}: ${said}` + (found.unknown ? "" : `, ${percent(found.prob)}`);
 }
 function fail({ file, title, state }, words) {
   title.textContent = "No answer";

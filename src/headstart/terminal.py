@@ -274,10 +274,14 @@ def predictions_table(rows: Iterable[Mapping[str, Any]], *, top: int = 1) -> str
     Args:
         rows: what `predict_files` returns.
     """
-    ranked = [(str(row["path"]), ranking(row, top)) for row in rows]
-    places = max((len(place) for _, place in ranked), default=1)
+    ranked = [(str(row["path"]), ranking(row, top), row) for row in rows]
+    places = max((len(place) for _, place, _ in ranked), default=1)
     header = ["picture", *(name for n in range(1, places + 1) for name in (f"{n}.", "prob"))]
-    cells = [[path, *(cell for name, prob in place for cell in (name, figure(prob)))] for path, place in ranked]
+    cells = [[path, *(cell for name, prob in place for cell in (name, figure(prob)))] for path, place, _ in ranked]
+    if any("unknown" in row for *_, row in ranked):
+        header += ["familiar", ""]
+        for line, (*_, row) in zip(cells, ranked, strict=True):
+            line += [figure(row["familiar"]), "unknown" if row["unknown"] else ""]
     return format_table(header, cells, left=1 + 2 * places)
 
 
@@ -291,30 +295,36 @@ def predictions_json(rows: Iterable[Mapping[str, Any]], *, top: int | None = Non
     if top is None:
         return [dict(row) for row in rows]
     return [
-        {key: row[key] for key in ("path", "pred", "prob")}
+        {key: row[key] for key in ("path", "pred", "prob", "familiar", "unknown") if key in row}
         | {"top": [{"class": name, "prob": prob} for name, prob in ranking(row, top)]}
         for row in rows
     ]
 
 
 def predictions_csv(
-    rows: Iterable[Mapping[str, Any]], class_names: Sequence[str], *, top: int | None = None
+    rows: Iterable[Mapping[str, Any]], class_names: Sequence[str], *, top: int | None = None, unknown: bool = False
 ) -> tuple[list[str], Iterator[list[str]]]:
     """Header and rows: a column per class as in a run's predictions.csv, or with `top` the 2nd, 3rd, ... class.
 
     Args:
         class_names: of the model, in its order; the header is the same whether or not there are rows.
+        unknown: the rows say what is unknown; it is 1 or 0 here.
     """
-    header = ["path", "pred", "prob"]
+    header = ["path", "pred", "prob", *(("familiar", "unknown") if unknown else ())]
     if top is None:
         header += [f"p:{name}" for name in class_names]
-        return header, (
-            [row["path"], row["pred"], repr(row["prob"]), *map(repr, row["probs"].values())] for row in rows
-        )
-    header += [f"{word}_{n}" for n in range(2, min(top, len(class_names)) + 1) for word in ("pred", "prob")]
-    return header, (
-        [row["path"], *(cell for name, prob in ranking(row, top) for cell in (name, repr(prob)))] for row in rows
-    )
+    else:
+        header += [f"{word}_{n}" for n in range(2, min(top, len(class_names)) + 1) for word in ("pred", "prob")]
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        first = [row["path"], row["pred"], repr(row["prob"])]
+        if unknown:
+            first += [repr(row["familiar"]), str(int(row["unknown"]))]
+        if top is None:
+            return [*first, *map(repr, row["probs"].values())]
+        return [*first, *(cell for name, prob in ranking(row, top)[1:] for cell in (name, repr(prob)))]
+
+    return header, map(cells, rows)
 
 
 def comparison_tables(results: Mapping[str, Any]) -> str:
