@@ -34,6 +34,7 @@ from headstart.evaluation import source_logits
 from headstart.features import FeatureSource, PixelSource, StageData, make_source
 from headstart.gradients import Batch, Gradients
 from headstart.memory import Portion, is_out_of_memory, peak_bytes
+from headstart.numerics import keep_freed_memory
 from headstart.once import store_features
 from headstart.pixels import Pixels
 from headstart.runtime import Runtime, free_memory_bytes
@@ -190,11 +191,33 @@ def test_scoring_and_the_frozen_pass_go_on_in_smaller_parts(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
 def test_what_the_shell_allows_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = psutil.Process().memory_info().vms
-    monkeypatch.setattr("resource.getrlimit", lambda kind: (taken + 10**9, -1))
-    assert 0 < free_memory_bytes() <= 10**9
-    monkeypatch.setattr("resource.getrlimit", lambda kind: (10**6, -1))
-    assert free_memory_bytes() == 0
+    import resource
+
+    limits: dict[int, int] = {}
+    monkeypatch.setattr("resource.getrlimit", lambda of: (limits.get(of, resource.RLIM_INFINITY), -1))
+    for of, taken in ((resource.RLIMIT_AS, "vms"), (resource.RLIMIT_DATA, "data")):
+        if hasattr(psutil.Process().memory_info(), taken):
+            limits = {of: getattr(psutil.Process().memory_info(), taken) + 10**9}
+            assert 0 < free_memory_bytes() <= 10**9
+            limits = {of: 10**6}
+            assert free_memory_bytes() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_freed_memory_goes_back_where_the_shell_limits_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    asked: list[int] = []
+    libc = SimpleNamespace(mallopt=lambda option, value: asked.append(option) or 1)
+    monkeypatch.setattr("ctypes.CDLL", lambda name: libc)
+    limited: set[int] = set()
+    monkeypatch.setattr("resource.getrlimit", lambda of: (10**9 if of in limited else resource.RLIM_INFINITY, -1))
+    assert keep_freed_memory()
+    assert asked == [-4, -1]
+    for of in (resource.RLIMIT_AS, resource.RLIMIT_DATA):  # where a smaller batch could have none any more
+        limited = {of}
+        assert not keep_freed_memory()
+    assert asked == [-4, -1]
 
 
 def test_files_that_a_container_has_read_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -430,7 +430,11 @@ def test_what_is_put_aside_is_what_the_next_stage_would_make(
 ) -> None:
     model, pixels, found = ready_to_cut(cache, photos, backbone, line)
     runtime = replace(CPU, dtype=dtype)
+    said: list[str] = []
+    assert pixels.store is not None
+    monkeypatch.setattr(pixels.store, "say", said.append)
     features = store_features(model, pixels, views=2, runtime=runtime, batch_size=8, aside=lambda: found)
+    assert said == [f"  Stored on the way for the next stage: {len(pixels)} pictures x 2 views at {found.at}, {SIZE}."]
     assert len(cache.names("features")) == 2
     plain = replace_store(pixels)
     assert torch.equal(features, store_features(model, plain, views=2, runtime=runtime, batch_size=8))

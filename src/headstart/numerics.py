@@ -94,9 +94,14 @@ def keep_freed_memory() -> bool:
 
     A training step on a CPU frees and allocates the same large activations over and over; each round trip through
     the system has every page zeroed and mapped anew. The process then stays at its peak size until it ends. Does
-    nothing where the C library is not glibc.
+    nothing where the C library is not glibc, nor where the process has a limit (`ulimit -v`, `-d`): once that is
+    reached only this C library would have memory, and oneDNN none for the code of a smaller batch.
     """
     if sys.platform != "linux":
+        return False
+    import resource
+
+    if any(resource.getrlimit(of)[0] != resource.RLIM_INFINITY for of in (resource.RLIMIT_AS, resource.RLIMIT_DATA)):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

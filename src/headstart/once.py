@@ -25,6 +25,7 @@ from .pixels import Pixels
 from .rowstore import RowStore, row_stores
 from .runtime import Runtime, prefetch
 from .stock import is_stock
+from .terminal import file_size
 
 Advance = Callable[[int], None]
 Aside = Callable[[], Cut | None]
@@ -273,6 +274,10 @@ class _Pass:
         # Made outside inference mode: autograd refuses to save inference tensors for a backward pass.
         filling = Filling(self.part, self.size, self.runtime, self.disk)
         way = self.way if self.way and not quick and self.agree(self.way) else None
+        if way and way.filling.disk:
+            size = file_size(self.size * math.prod(way.filling.part.shape) * way.filling.part.dtype.itemsize)
+            of = f"{len(self.pixels):,} pictures x {self.views} view{'s' * (self.views != 1)} at {way.filling.part.at}"
+            way.filling.disk.tell(f"  Stored on the way for the next stage: {of}, {size}.")
         # A pass with another on the way needs all its batches.
         found = None if way else self._fewer()
         done = 0

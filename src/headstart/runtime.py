@@ -163,12 +163,14 @@ def prefetch(
 
 
 def free_memory_bytes() -> int:
-    """Memory this process may still take: what the system has left, or its container or `ulimit -v` where less."""
+    """Memory this process may still take: what the system has left, or its container or `ulimit` where less."""
     free = psutil.virtual_memory().available
     if sys.platform != "win32":
-        most = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if most != resource.RLIM_INFINITY:
-            free = min(free, most - psutil.Process().memory_info().vms)
+        taken = psutil.Process().memory_info()
+        for of, size in ((resource.RLIMIT_AS, taken.vms), (resource.RLIMIT_DATA, getattr(taken, "data", 0))):
+            most = resource.getrlimit(of)[0]
+            if most != resource.RLIM_INFINITY:
+                free = min(free, most - size)
     try:
         limit = int((_CGROUP / "memory.max").read_text())
         counted = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
