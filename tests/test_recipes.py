@@ -206,6 +206,31 @@ def test_an_evaluation_leaves_a_report_and_replaces_nothing_unasked(
         headstart.evaluate_run(tmp_path / "run", photos, device="cpu", overwrite=True)
 
 
+def test_a_run_is_not_written_where_it_would_be_a_class(photos: Path, tmp_path: Path) -> None:
+    plan = Recipe(stages=(Stage(epochs=1, views=1),))
+    one = (tmp_path / "split" / "train" / "run", tmp_path / "split")
+    shutil.copytree(photos, one[1] / "train")
+    for out, data in ((photos / "run", photos), (photos / "runs" / "one", str(photos)), one):
+        with pytest.raises(CheckpointError, match=r"lies in .* and would be taken for pictures"):
+            fine_tune(data, out=out, recipe=plan, audit=False, **TINY)
+        assert not out.exists()
+    # Beside the folders of splits, and in a hidden folder, it is in nobody's way.
+    for out, data in ((one[1] / "run", one[1]), (photos / ".runs" / "one", photos)):
+        fine_tune(data, out=out, recipe=plan, audit=False, test=0, **TINY)
+        assert headstart.load_images(data).class_names == ("blue", "green", "red")
+    for verb, how in ((headstart.compare, {"recipes": ["head"]}), (headstart.shootout, {"backbones": "test_resnet"})):
+        with pytest.raises(CheckpointError, match=r"lies in .* and would be taken for pictures"):
+            verb(photos, out=photos / "several", **how)
+    with pytest.raises(CheckpointError, match=r"lies in .* and would be taken for pictures"):
+        headstart.sweep(
+            one[1],
+            out=one[1] / "sweep",
+            space=headstart.Space(values={"lr": (0.01,)}),
+            backbone="test_resnet",
+            weights="none",
+        )
+
+
 def test_an_earlier_run_lends_its_backbone_to_a_new_task(
     run: headstart.FitResult, photos: Path, tmp_path: Path
 ) -> None:

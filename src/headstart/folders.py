@@ -84,6 +84,14 @@ def read_layout(root: Path, *, shown: str, val_folder: str | None = None, test_f
     return Layout(splits, ignored, root)
 
 
+def class_parents(
+    root: Path, *, shown: str, val_folder: str | None = None, test_folder: str | None = None
+) -> list[Path]:
+    """The folders whose folders are classes: those of the splits or, without any, `root` itself; see `read_layout`."""
+    found = _split_folders(_list(root), shown, {"val": val_folder, "test": test_folder})
+    return list(found.values()) or [root]
+
+
 def find_pictures(folder: Path, *, links: bool = False) -> list[Path]:
     """All candidates under a folder at any depth, naturally sorted; hidden files and folders left out.
 

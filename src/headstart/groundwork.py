@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from .dataset import ImageTable, Splits, bad_file_lines, check_images, load_imag
 from .dataspec import DataSpec
 from .errors import DataError, RecipeError
 from .findings import AuditResult
+from .folders import class_parents
 from .groups import join_groups
 from .pixelstore import PixelStore
+from .run import refuse_among_pictures
 from .runtime import Runtime
 from .splitting import split
 from .terminal import ProgressBar, say
@@ -117,6 +120,23 @@ def find_data(
     if not isinstance(data, ImageTable):
         data = load_images(data, val_folder=val_folder, test_folder=test_folder, root=root, check=False)
     return data if limit is None else data.limit(limit, seed=seed)
+
+
+def refuse_as_class(
+    out: str | Path, data: object, *, val_folder: str | None = None, test_folder: str | None = None, **_: object
+) -> None:
+    """Refuse a folder for results that the next run on this folder of pictures would take for a class.
+
+    Beside the folders of splits it is none.
+
+    Raises:
+        CheckpointError: it is one. DataError: a layout that is refused.
+    """
+    root = Path(data).expanduser().absolute() if isinstance(data, (str, os.PathLike)) else None
+    if root is None or not root.is_dir():
+        return
+    for parent in class_parents(root, shown=str(data), val_folder=val_folder, test_folder=test_folder):
+        refuse_among_pictures(Path(out).expanduser(), parent)
 
 
 def _checked(

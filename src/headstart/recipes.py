@@ -23,7 +23,7 @@ from .errors import CheckpointError, HeadstartError, Interrupted, ModelError, Re
 from .evaluation import require_classes
 from .fields import check_number
 from .freezing import FreezeLine, set_freeze_line
-from .groundwork import Data, find_data, make_bench, require_validation
+from .groundwork import Data, find_data, make_bench, refuse_as_class, require_validation
 from .handover import change_classes
 from .mixing import check_mixing
 from .pixels import Augment
@@ -136,7 +136,13 @@ def fine_tune(
     else:
         weights = weights_of(plan, weights)
     begun = find_begun(out) if resume and out is not None else None
-    _by_main(runtime, lambda: out is None or begun or check_run_path(out, overwrite=overwrite))
+
+    def check_out() -> None:
+        if out is not None and not begun:
+            check_run_path(out, overwrite=overwrite)
+            refuse_as_class(out, data, val_folder=val_folder, test_folder=test_folder)
+
+    _by_main(runtime, check_out)
     origin = weights if from_run is None else from_run
     diary = Diary(None, progress and runtime.is_main, listener=log, earlier=origin)
     try:
