@@ -523,6 +523,9 @@ def test_compare_and_shootout_say_what_a_recipe_was_found_on(
 def test_what_a_recipe_was_found_on_is_read_strictly(tmp_path: Path) -> None:
     file = tmp_path / "recipe.json"
     assert tuned_on("head") == {}
+    for missing in (tmp_path / "nope.json", "nope"):
+        with pytest.raises(RecipeError, match="neither a known recipe"):
+            tuned_on(missing)
     for wrong in ([], {"net": "resnet"}, {"backbone": 1}, {"pictures": {"size": 3}}):
         file.write_text(json.dumps({**HEAD.to_dict(), "tuned_on": wrong}))
         with pytest.raises(RecipeError, match="tuned_on is"):
