@@ -550,6 +550,24 @@ def test_processes_share_one_study(photos: Path, tmp_path: Path) -> None:
     assert set(asked) == {json.dumps(point) for point in GRID.grid()}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["lr", "--epochs", "2"],
+            "--epochs would change nothing: nothing is trained before the test. Give --after-head",
+        ),
+        (["sweep", "--values", "lr=0.001", "--lr", "0.01"], "--lr would change nothing: every trial has its own"),
+        (["sweep", "--preset", "course", "--lr", "0.01"], "--lr would change nothing: every trial has its own"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([arguments[0], str(tmp_path), *arguments[1:], *ARGUMENTS]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_the_course_preset_stands_beside_its_published_figures(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
