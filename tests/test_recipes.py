@@ -596,6 +596,7 @@ def test_many_pictures_are_predicted_in_parts(
     ("given", "error", "words"),
     [
         ({"augment": "nope"}, RecipeError, "nope"),
+        ({"recipe": {"lr": 1}}, RecipeError, r"given as a dict; it takes a name .* Recipe\.from_dict"),
         ({"spec_overrides": {"size": 96}}, RecipeError, "unknown key 'size'"),
     ],
 )
@@ -606,10 +607,23 @@ def test_wrong_options_are_told_before_pictures_are_read(
         fine_tune(tmp_path / "nowhere", **given)
 
 
-def test_evaluate_takes_tables_alone(run: headstart.FitResult, photos: Path) -> None:
+def test_what_is_of_another_kind_is_told_in_words(run: headstart.FitResult, photos: Path) -> None:
     for given in (str(photos), run.splits):
         with pytest.raises(DataError, match="evaluate takes an ImageTable"):
             headstart.evaluate(run.model, given)
+    with pytest.raises(DataError, match=r"split takes an ImageTable, such as .*; this is str"):
+        split(str(photos))
+    with pytest.raises(DataError, match=r"fit takes Splits, such as .*; this is str"):
+        fit(run.model, str(photos))
+    with pytest.raises(
+        CheckpointError, match=r"evaluate_run takes a run folder; this is Classifier\. .* evaluate\(model"
+    ):
+        headstart.evaluate_run(run.model, photos)
+    for pictures, kind in ((None, "NoneType"), (b"abc", "bytes")):
+        with pytest.raises(DataError, match=f"Pictures are given as {kind}; it takes files"):
+            predict_files(run.model, pictures)
+    with pytest.raises(headstart.SetupError, match="Device None cannot be used here"):
+        headstart.make_runtime(device=None)
 
 
 def test_test_pictures_are_known_again_through_a_link(run: headstart.FitResult, photos: Path, tmp_path: Path) -> None:

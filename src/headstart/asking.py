@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from .checkpoint import load
 from .classifier import Classifier
 from .closing import trained_on, write_evaluation
 from .dataset import ImageTable, check_images, load_images
-from .errors import RecipeError
+from .errors import CheckpointError, RecipeError
 from .evaluation import evaluate, tta_views
 from .groundwork import say_left_out
 from .harm import single_changes, transform_costs
@@ -53,6 +54,11 @@ def evaluate_run(
         DataError: pictures that cannot be read, or of classes that the model does not know.
         RecipeError: `tta` or `overwrite` cannot be used. SetupError: no such device.
     """
+    if not isinstance(run, (str, os.PathLike)):
+        raise CheckpointError(
+            f"evaluate_run takes a run folder; this is {type(run).__name__}. A model in memory is scored by"
+            " evaluate(model, load_images(folder, class_names=model.class_names))."
+        )
     views = len(tta_views(tta))
     if overwrite and out is None:
         raise RecipeError("overwrite: without effect where no folder is named; give --out, or leave it out.")

@@ -198,6 +198,8 @@ def _split(table: ImageTable, *, val: float, test: float, seed: int, show: bool)
 
 
 def require_validation(splits: Splits) -> None:
+    if not isinstance(splits, Splits):
+        raise DataError(f"fit takes Splits, such as split(load_images(folder)); this is {type(splits).__name__}.")
     if not len(splits.val):
         raise DataError("The validation split is empty, but it chooses the best state. Hold some out: --val 0.15.")
 

@@ -5,6 +5,7 @@ A recipe is a head, an augmentation and a short list of stages; a stage is a fre
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -455,7 +456,7 @@ def recipe_file(name_or_file: str | Path) -> Path:
     Raises:
         RecipeError: there is none.
     """
-    if not isinstance(name_or_file, (str, Path)):
+    if not isinstance(name_or_file, (str, os.PathLike)):
         raise RecipeError(
             f"A recipe is given as a {type(name_or_file).__name__}; it takes a name ({', '.join(RECIPES)}), a JSON"
             " file, or what Recipe(...) and Recipe.from_dict(...) make."

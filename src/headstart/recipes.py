@@ -278,7 +278,7 @@ def fit(
         starts_trained: the head was trained before; a collapse in the first steps is then caught and rolled back.
         log, cache, progress: as in `fine_tune`.
     Raises:
-        ModelError: the stage's line is not the model's.
+        ModelError: the stage's line is not the model's. DataError: no `Splits`, or no validation pictures in them.
     """
     runtime = runtime or make_runtime()
     line = model.freeze_line
