@@ -214,6 +214,9 @@ def test_a_run_is_not_written_where_it_would_be_a_class(photos: Path, tmp_path: 
         with pytest.raises(CheckpointError, match=r"lies in .* and would be taken for pictures"):
             fine_tune(data, out=out, recipe=plan, audit=False, **TINY)
         assert not out.exists()
+    shutil.copytree(photos, tmp_path / "wrapped" / "photos")
+    with pytest.raises(DataError, match=r"its only folder, 'photos'.*Pass .*photos"):  # what is wrong first
+        fine_tune(tmp_path / "wrapped", out=tmp_path / "wrapped" / "run", recipe=plan, **TINY)
     # Beside the folders of splits, and in a hidden folder, it is in nobody's way.
     for out, data in ((one[1] / "run", one[1]), (photos / ".runs" / "one", photos)):
         fine_tune(data, out=out, recipe=plan, audit=False, test=0, **TINY)
