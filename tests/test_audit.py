@@ -358,6 +358,26 @@ def test_few_uneven_and_absent_classes(trees: Path) -> None:
     assert headstart.audit(trees).of_kind("few-pictures")[0].severity == "warning"
 
 
+def test_an_audit_is_written_into_no_folder_of_something_else(
+    trees: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for inside in (trees / "look", trees / "train" / "ash" / "look", trees):
+        assert main(["audit", str(trees), "--fast", "--quiet", "--out", str(inside)]) == 2
+        assert "would be taken for pictures. Choose another with --out" in capsys.readouterr().err
+    assert {path.name for path in trees.iterdir()} == {"train", "test"}
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    assert main(["audit", str(trees), "--fast", "--quiet", "--out", str(run)]) == 0  # its audit.json is a run's, too
+    (run / "recipe.json").write_text('{"stages": [{"freeze_line": "head"}]}')
+    mine.mkdir()
+    (mine / "audit.json").write_text('{"of": "mine"}')
+    for folder, held in ((run, "audit.html, audit.json"), (mine, "audit.json")):
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        capsys.readouterr()
+        assert main(["audit", str(trees), "--fast", "--quiet", "--out", str(folder)]) == 2
+        assert f"{folder} holds {held}" in capsys.readouterr().err
+        assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_names_of_imagenet_are_a_note(trees: Path) -> None:
     (trees / "train/ash/ash_0.jpg").rename(trees / "train/ash/n02115641_6196.JPEG")
     assert headstart.audit(trees).of_kind("imagenet")[0].files == ("train/ash/n02115641_6196.JPEG",)

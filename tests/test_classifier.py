@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -265,6 +266,11 @@ def test_a_copy_keeps_its_own_modules_frozen() -> None:
     twin(pixels())
     assert not twin.backbone.norm.training
     assert twin.backbone_is_frozen
+
+
+def test_pixels_that_are_no_tensor_are_told() -> None:
+    with pytest.raises(ModelError, match=r"takes pixels as a tensor; it was given ndarray\. torch\.from_numpy"):
+        tiny()(np.zeros((1, 3, 32, 32), np.uint8))  # type: ignore[arg-type]
 
 
 def test_backbone_is_frozen() -> None:

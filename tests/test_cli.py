@@ -126,14 +126,15 @@ def test_help_states_the_defaults_that_are_used() -> None:
     assert all(text.count("(default: 0.15)") == 2 for text in holding_out)
 
 
-def test_predict_s_help_says_what_becomes_of_bad_files() -> None:
+def test_help_says_what_becomes_of_bad_files() -> None:
     parsers = cli.build_parser()[1]
-    said = {name: " ".join(parsers[name].format_help().split()) for name in ("predict", "evaluate")}
+    said = {name: " ".join(parsers[name].format_help().split()) for name in ("predict", "evaluate", "preview")}
     assert (
         "it is named, the others are predicted, and the exit code is 2, or 0 with skip (default: error)"
         in (said["predict"])
     )
     assert "cannot be read: stop, or name it and go on (default: error)" in said["evaluate"]
+    assert "stop where it is drawn (no others are opened), or open all" in said["preview"]
 
 
 def test_every_stage_field_has_its_option() -> None:

@@ -441,6 +441,7 @@ def test_summary_of_a_name_and_of_a_run(run: Path, capsys: pytest.CaptureFixture
     ("arguments", "message"),
     [
         (["test_resne"], "test_resnet"),
+        (["test_resnet", "--classes", "0"], "num_classes is 0; it takes a whole number from 2"),
         (["test_resnet", "--freeze-line", "layer9"], "layer9"),
         (["test_resnet", "--hidden", "8", "--pool", "avg"], "--hidden would change nothing, since without --classes"),
         (["{run}", "--classes", "3", "--output", "softmax"], "--output, --classes would change nothing, since a run"),

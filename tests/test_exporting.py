@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 from conftest import make_photos
@@ -40,6 +40,7 @@ from headstart import (
     save,
 )
 from headstart.cli import main
+from headstart.decode import bad_reason
 from headstart.portable import Exported, read_picture
 
 SIZE = 32
@@ -166,6 +167,25 @@ def test_the_script_beside_it_needs_nothing_of_headstart_or_torch(
     assert rows.pop()[0].endswith("\\U0001f32d.jpg")
     assert [row[0] for row in rows] == [str(path) for path in awkward]
     assert [row[1:] for row in rows] == [[o["pred"], f"{o['prob']:.4f}"] for o in predict_files(run, awkward)]
+
+
+def test_the_script_s_lines_may_be_left_unread(onnx: exporting.Export, awkward: list[Path]) -> None:
+    command = [sys.executable, onnx.path / "predict.py", onnx.file, *awkward[:2] * 4]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as asked:
+        assert asked.stdout
+        assert asked.stderr
+        asked.stdout.close()
+        assert asked.stderr.read() == b""
+    assert asked.returncode == 0
+
+
+def test_what_is_no_picture_is_told_in_the_same_words(tmp_path: Path) -> None:
+    for i, data in enumerate((b"", b"some text", b"<html>", b"\x89PNG\r\n", b"\0\0\0\x18ftypheic")):
+        file = tmp_path / f"{i}.jpg"
+        file.write_bytes(data)
+        with pytest.raises(UnidentifiedImageError) as told:
+            read_picture(file)
+        assert str(told.value) == bad_reason(file)
 
 
 def test_pictures_are_read_as_headstart_reads_them(awkward: list[Path]) -> None:

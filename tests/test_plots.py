@@ -216,6 +216,11 @@ def test_a_grey_batch_is_drawn_grey(shape: tuple[int, ...]) -> None:
 def test_what_could_be_one_picture_or_many_and_too_few_labels_are_told() -> None:
     with pytest.raises(DataError, match="1 labels for 3 pictures"):
         show_batch(np.zeros((3, 3, 8, 8), dtype=np.uint8), ["cat"])
+    for wrong in ([0, 2, 1], [0, -1, 1], [0, "cat", 1]):
+        with pytest.raises(
+            DataError, match=rf"label {wrong[1]!r} beside 2 class names. Give class numbers from 0 to 1"
+        ):
+            show_batch(np.zeros((3, 3, 8, 8), dtype=np.uint8), wrong, class_names=("cat", "dog"))
     for shape in ((8, 8, 1), (8, 8, 4), (8, 8, 3)):
         with pytest.raises(DataError, match="one picture in a list"):
             show_batch(np.zeros(shape, dtype=np.uint8), labels=range(8))

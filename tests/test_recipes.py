@@ -206,6 +206,34 @@ def test_an_evaluation_leaves_a_report_and_replaces_nothing_unasked(
         headstart.evaluate_run(tmp_path / "run", photos, device="cpu", overwrite=True)
 
 
+def test_a_run_is_not_written_where_it_would_be_a_class(photos: Path, tmp_path: Path) -> None:
+    plan = Recipe(stages=(Stage(epochs=1, views=1),))
+    one = (tmp_path / "split" / "train" / "run", tmp_path / "split")
+    shutil.copytree(photos, one[1] / "train")
+    for out, data in ((photos / "run", photos), (photos / "runs" / "one", str(photos)), one):
+        with pytest.raises(CheckpointError, match=r"lies in .* and would be taken for pictures"):
+            fine_tune(data, out=out, recipe=plan, audit=False, **TINY)
+        assert not out.exists()
+    shutil.copytree(photos, tmp_path / "wrapped" / "photos")
+    with pytest.raises(DataError, match=r"its only folder, 'photos'.*Pass .*photos"):  # what is wrong first
+        fine_tune(tmp_path / "wrapped", out=tmp_path / "wrapped" / "run", recipe=plan, **TINY)
+    # Beside the folders of splits, and in a hidden folder, it is in nobody's way.
+    for out, data in ((one[1] / "run", one[1]), (photos / ".runs" / "one", photos)):
+        fine_tune(data, out=out, recipe=plan, audit=False, test=0, **TINY)
+        assert headstart.load_images(data).class_names == ("blue", "green", "red")
+    for verb, how in ((headstart.compare, {"recipes": ["head"]}), (headstart.shootout, {"backbones": "test_resnet"})):
+        with pytest.raises(CheckpointError, match=r"lies in .* and would be taken for pictures"):
+            verb(photos, out=photos / "several", **how)
+    with pytest.raises(CheckpointError, match=r"lies in .* and would be taken for pictures"):
+        headstart.sweep(
+            one[1],
+            out=one[1] / "sweep",
+            space=headstart.Space(values={"lr": (0.01,)}),
+            backbone="test_resnet",
+            weights="none",
+        )
+
+
 def test_an_earlier_run_lends_its_backbone_to_a_new_task(
     run: headstart.FitResult, photos: Path, tmp_path: Path
 ) -> None:
@@ -571,6 +599,7 @@ def test_many_pictures_are_predicted_in_parts(
     ("given", "error", "words"),
     [
         ({"augment": "nope"}, RecipeError, "nope"),
+        ({"recipe": {"lr": 1}}, RecipeError, r"given as a dict; it takes a name .* Recipe\.from_dict"),
         ({"spec_overrides": {"size": 96}}, RecipeError, "unknown key 'size'"),
     ],
 )
@@ -581,10 +610,23 @@ def test_wrong_options_are_told_before_pictures_are_read(
         fine_tune(tmp_path / "nowhere", **given)
 
 
-def test_evaluate_takes_tables_alone(run: headstart.FitResult, photos: Path) -> None:
+def test_what_is_of_another_kind_is_told_in_words(run: headstart.FitResult, photos: Path) -> None:
     for given in (str(photos), run.splits):
         with pytest.raises(DataError, match="evaluate takes an ImageTable"):
             headstart.evaluate(run.model, given)
+    with pytest.raises(DataError, match=r"split takes an ImageTable, such as .*; this is str"):
+        split(str(photos))
+    with pytest.raises(DataError, match=r"fit takes Splits, such as .*; this is str"):
+        fit(run.model, str(photos))
+    with pytest.raises(
+        CheckpointError, match=r"evaluate_run takes a run folder; this is Classifier\. .* evaluate\(model"
+    ):
+        headstart.evaluate_run(run.model, photos)
+    for pictures, kind in ((None, "NoneType"), (b"abc", "bytes")):
+        with pytest.raises(DataError, match=f"Pictures are given as {kind}; it takes files"):
+            predict_files(run.model, pictures)
+    with pytest.raises(headstart.SetupError, match="Device None cannot be used here"):
+        headstart.make_runtime(device=None)
 
 
 def test_test_pictures_are_known_again_through_a_link(run: headstart.FitResult, photos: Path, tmp_path: Path) -> None:

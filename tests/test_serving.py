@@ -568,6 +568,12 @@ def test_rebinding_reads_nothing_and_other_names_are_a_choice(run: Path, app: An
             for origin, status in (("https://pictures.example", 200), ("https://evil.example", 403)):
                 told = ask(application, "POST", "/predict", ("Host", host), ("Origin", origin), body=jpeg())
                 assert told.status == status
+    for name in ("https://x.example", "x.example/", "x.example:80", "[::2]:80", "x.example ", "*.x.example", ""):
+        with pytest.raises(RecipeError, match="Give the host name alone"):
+            make_app(run, allow_hosts=[name])
+    for name in ("::2", "[::2]", "0:0::2"):
+        with made(run, allow_hosts=[name]) as application:
+            assert ask(application, "GET", "/health", ("Host", "[::2]:8000")).status == 200
     with made(run, allow_hosts=None) as application:
         assert ask(application, "GET", "/model", ("Host", "any.example")).status == 200
         told = ask(application, "POST", "/predict", ("Host", "a"), ("Origin", "http://b"), body=jpeg())
@@ -676,6 +682,7 @@ def test_an_error_of_ours_is_told_here_and_not_there(
         ({"max_megabytes": 501}, RecipeError, "max_megabytes"),
         ({"allow_hosts": "pictures.example"}, RecipeError, "a list of names"),
         ({"unknown": 1.5}, RecipeError, "a share between 0 and 1"),
+        ({"allow_hosts": ["ok.example", "https://x.example/"]}, RecipeError, "Give the host name alone"),
         ({"host": ""}, SetupError, "0.0.0.0"),
         ({"host": "a" * 70 + ".b"}, SetupError, "not known here"),
         ({"host": "a\0b"}, SetupError, "not known here"),

@@ -535,6 +535,9 @@ def test_compare_and_shootout_say_what_a_recipe_was_found_on(
 def test_what_a_recipe_was_found_on_is_read_strictly(tmp_path: Path) -> None:
     file = tmp_path / "recipe.json"
     assert tuned_on("head") == {}
+    for missing in (tmp_path / "nope.json", "nope"):
+        with pytest.raises(RecipeError, match="neither a known recipe"):
+            tuned_on(missing)
     for wrong in ([], {"net": "resnet"}, {"backbone": 1}, {"pictures": {"size": 3}}):
         file.write_text(json.dumps({**HEAD.to_dict(), "tuned_on": wrong}))
         with pytest.raises(RecipeError, match="tuned_on is"):
@@ -557,6 +560,24 @@ def test_processes_share_one_study(photos: Path, tmp_path: Path) -> None:
     trials = sweep(photos, space=GRID, recipe=HEAD, out=tmp_path / "out", cache=False, **NET, **MACHINE)
     asked = [json.dumps(t["values"]) for t in trials.results["trials"]]
     assert set(asked) == {json.dumps(point) for point in GRID.grid()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["lr", "--epochs", "2"],
+            "--epochs would change nothing: nothing is trained before the test. Give --after-head",
+        ),
+        (["sweep", "--values", "lr=0.001", "--lr", "0.01"], "--lr would change nothing: every trial has its own"),
+        (["sweep", "--preset", "course", "--lr", "0.01"], "--lr would change nothing: every trial has its own"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([arguments[0], str(tmp_path), *arguments[1:], *ARGUMENTS]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_the_course_preset_stands_beside_its_published_figures(

@@ -12,7 +12,7 @@ from .checkpoint import load
 from .classifier import Classifier
 from .closing import CONTENT, trained_on, write_evaluation
 from .dataset import ImageTable, check_images, list_image_files, load_images
-from .errors import DataError, RecipeError
+from .errors import CheckpointError, DataError, RecipeError
 from .evaluation import evaluate, predict_features, tta_views, unlabelled
 from .familiar import NEIGHBOURS, Familiar, Known, spread
 from .groundwork import say_left_out
@@ -64,6 +64,11 @@ def evaluate_run(
         DataError: pictures that cannot be read, or of classes that the model does not know.
         RecipeError: `tta` or `overwrite` cannot be used. SetupError: no such device.
     """
+    if not isinstance(run, (str, os.PathLike)):
+        raise CheckpointError(
+            f"evaluate_run takes a run folder; this is {type(run).__name__}. A model in memory is scored by"
+            " evaluate(model, load_images(folder, class_names=model.class_names))."
+        )
     views = len(tta_views(tta))
     if overwrite and out is None:
         raise RecipeError("overwrite: without effect where no folder is named; give --out, or leave it out.")

@@ -176,11 +176,16 @@ class Classifier(nn.Module):
         Args:
             are_ours: they are known to be on that scale, and no value is looked at, for which a GPU would be waited.
         Raises:
-            ModelError: another shape, or pixels that were normalised before.
+            ModelError: no tensor, another shape, or pixels that were normalised before.
         """
         self.keep_frozen()
         if not are_ours:  # a stage asks once for each of its epochs
             self.check_modules()
+        if not isinstance(pixels, torch.Tensor):
+            raise ModelError(
+                f"The classifier takes pixels as a tensor; it was given {type(pixels).__name__}. torch.from_numpy makes"
+                " one of an array."
+            )
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ModelError(f"The classifier takes pixels [N, 3, S, S]; it was given {tuple(pixels.shape)}.")
         if not are_ours and _looks_normalised(pixels):

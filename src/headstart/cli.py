@@ -215,7 +215,7 @@ def _preview_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", metavar="NAME", help=f"for its preparation (default: {DEFAULT_BACKBONE})")
     parser.add_argument("--seed", type=int, metavar="N", help="which pictures, and how they are changed")
     add_root_option(parser)
-    add_bad_files_option(parser)
+    add_bad_files_option(parser, "stop where it is drawn (no others are opened), or open all, name it and go on")
     add_augment_option(parser)
     add_picture_options(parser)
 

@@ -19,8 +19,9 @@ from .cli_options import (
 )
 from .cli_overrides import picture_overrides
 from .errors import DataError, RecipeError
-from .files import check_folder, check_target
+from .files import check_target
 from .recipe import DEFAULT_BACKBONE
+from .run import check_own_folder, is_run, refuse_among_pictures
 from .terminal import printable
 
 
@@ -55,7 +56,7 @@ def _run(args: argparse.Namespace) -> int:
     if out is not None and out.exists() and not out.is_dir():
         raise DataError(f"--out is {args.out}, which is a file. Name a folder.")
     if out is not None:
-        check_folder(out, f"--out is {args.out}")
+        _check_out(out, args.photos)
     overrides = picture_overrides(vars(args))
     machine = given(args, "device", "precision", "cache")
     idle = [*given(args, "backbone", "weights"), *overrides, *machine] if args.fast else []
@@ -89,6 +90,27 @@ def _run(args: argparse.Namespace) -> int:
     if clean is not None:
         print("\nclean   " + ", ".join(f"{n:,} {word}" for word, n in counts_of(rows).items()) + f": {clean}")
     return 0
+
+
+def _check_out(out: Path, photos: str) -> None:
+    """Refuse a folder among the pictures, and one that holds something else than an earlier audit.
+
+    What lies beside an earlier audit stays.
+    """
+    refuse_among_pictures(out, photos)
+    is_earlier = out.is_dir() and not is_run(out) and _is_audit(out / "audit.json")
+    files = [entry.name for entry in out.iterdir()] if is_earlier else []
+    check_own_folder(out, files, "an earlier audit", overwrite=True)
+
+
+def _is_audit(path: Path) -> bool:
+    from .findings import read_audit
+
+    try:
+        read_audit(path)
+    except Exception:  # none there, or whatever somebody has called audit.json
+        return False
+    return True
 
 
 def _clean_path(text: str | None, photos: str) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .errors import RecipeError
@@ -24,7 +25,7 @@ def follow_tuned(args: argparse.Namespace, recipes: Sequence[str] | None = None)
     if getattr(args, "from_run", None):
         return
     names = [args.recipe] if recipes is None and args.recipe else recipes or []
-    found = {name: tuned_on(name) for name in names}
+    found = {name: tuned_on(name) for name in names if Path(name).is_file()}  # `compare` takes freeze lines, too
     _refuse_unlike({name: on for name, on in found.items() if on}, args)
     for name, on in found.items():
         if on:

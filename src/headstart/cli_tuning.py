@@ -99,6 +99,11 @@ def _lr(args: argparse.Namespace) -> int:
     if idle:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         raise RecipeError(f"{flags} would change nothing: the run has its own. Leave it out.")
+    if args.epochs is not None and not args.run and not args.after_head:
+        raise RecipeError(
+            "--epochs would change nothing: nothing is trained before the test. Give --after-head, or leave it"
+            " out; --steps says how long the test is."
+        )
     planned: dict[str, Any] = {} if args.run else {"recipe": recipe_of(args, "fine-tune")}
     work = given_work(args)
     out = args.out or "lr.png"
@@ -166,6 +171,8 @@ def _sweep(args: argparse.Namespace) -> int:
         space = Space(points=tuple(map(parse_point, args.trial)))
     else:
         space = Space(values=parse_values(args.values))
+    if args.lr is not None and all("lr" in point for point in space.grid()):
+        raise RecipeError("--lr would change nothing: every trial has its own. Leave it out.")
     from .sweeps import sweep
 
     result = sweep(

@@ -24,7 +24,7 @@ from .errors import CheckpointError, HeadstartError, Interrupted, ModelError, Re
 from .fields import as_tuple
 from .files import to_json, write_atomic
 from .freezing import set_freeze_line
-from .groundwork import make_bench
+from .groundwork import make_bench, refuse_as_class
 from .metrics import judge_pairs, paired_difference, wilson_interval
 from .points import has_points
 from .recipe import DEFAULT_BACKBONE, RECIPES, Recipe, load_recipe
@@ -156,6 +156,7 @@ def compare(
     plans = _plans(recipes, budgets or {})
     overrides = {p.name: _overrides(spec_overrides or {}, (budgets or {}).get(p.name)) for p in plans}
     sizes = {plan.name: check_lines(plan, backbone, weights, overrides[plan.name]) for plan in plans}
+    refuse_as_class(out, data, val_folder=val_folder, test_folder=test_folder)
     bench = data if isinstance(data, Bench) else make_bench(
         data, runtime=make_runtime(device=device, precision=precision, workers=workers, compile=compile),
         seed=seeds[0], val=val, test=test, val_folder=val_folder, test_folder=test_folder, root=root,

@@ -32,7 +32,7 @@ from .errors import HeadstartError, ModelError, RecipeError, SetupError
 from .features import FeatureSource, make_source
 from .files import to_json, write_atomic
 from .freezing import set_freeze_line
-from .groundwork import make_bench
+from .groundwork import make_bench, refuse_as_class
 from .linear import fit_ridge
 from .metrics import judge_pairs, paired_difference, wilson_interval
 from .once import fast_kernels
@@ -142,6 +142,7 @@ def shootout(
     if not 0 < minutes < math.inf or finalists < 1 or finalists != int(finalists):
         raise RecipeError(f"minutes is {minutes:g} and finalists {finalists}; a shoot-out takes more than 0 of both.")
     overrides = dict(spec_overrides or {})
+    refuse_as_class(out, data, **data_options)
     bench = data if isinstance(data, Bench) else make_bench(
         data, runtime=make_runtime(device=device, precision=precision, workers=workers, compile=compile),
         seed=plan.seed, spec=_first_spec(entrants, overrides), progress=progress, **data_options,

@@ -19,7 +19,7 @@ from typing import BinaryIO
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 
 from .errors import DataError, SetupError
-from .portable import FORMATS, UnfitPicture, to_rgb, upright
+from .portable import FORMATS, UnfitPicture, to_rgb, upright, why_unidentified
 
 PIXELS_VARIABLE = "HEADSTART_MAX_PIXELS"
 DECODER_VARIABLE = "HEADSTART_DECODER"
@@ -51,8 +51,6 @@ DECODER = _chosen_decoder()  # of colour JPEG files; Pillow reads their headers,
 MAX_BYTES = 512 << 20  # of a file: a picture of `MAX_PIXELS` without compression at 16 bits per channel
 
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<svg")
 
 _quiet_lock = threading.Lock()
 _quiet_depth = 0
@@ -275,15 +273,6 @@ def _webp_pixels(file: BinaryIO) -> int:
 def _why(error: Exception, file: BinaryIO) -> str:
     file.seek(0)
     start = file.read(64)
-    if not start:
-        return "an empty file (0 bytes)"
-    if not isinstance(error, UnidentifiedImageError):
+    if start and not isinstance(error, UnidentifiedImageError):
         return f"damaged or cut off ({error or type(error).__name__})"
-    if start.startswith(_MAGIC):
-        return "damaged or cut off within its header"
-    known = "JPEG, PNG, WebP, BMP, GIF or TIFF"
-    if start.lstrip().lower().startswith(_MARKUP):
-        return f"a web page or SVG text, not a {known} picture (a failed download?)"
-    if start[4:8] == b"ftyp":
-        return f"a HEIC, AVIF or video file; convert it to {known}"
-    return f"not a {known} picture"
+    return why_unidentified(start)

@@ -361,6 +361,11 @@ def _items(paths: Any) -> list[Any]:
     """One path or picture as a list of one; an array [H, W, 3 or 4] is one picture."""
     one = isinstance(paths, (str, os.PathLike, Image.Image))
     one |= isinstance(paths, np.ndarray) and paths.ndim == 3 and paths.shape[2] in (3, 4)
+    if isinstance(paths, bytes) or not (one or hasattr(paths, "__iter__") or hasattr(paths, "__getitem__")):
+        raise DataError(
+            f"Pictures are given as {type(paths).__name__}; it takes files, or pictures in memory, arrays or PIL"
+            " pictures."
+        )
     return [paths] if one else list(paths)
 
 

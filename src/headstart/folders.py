@@ -84,6 +84,15 @@ def read_layout(root: Path, *, shown: str, val_folder: str | None = None, test_f
     return Layout(splits, ignored, root)
 
 
+def class_parents(
+    root: Path, *, shown: str, val_folder: str | None = None, test_folder: str | None = None
+) -> list[Path]:
+    """The folders whose folders are classes: those of the splits or `root` itself, or none; see `read_layout`."""
+    top = _list(root)
+    found = _split_folders(top, shown, {"val": val_folder, "test": test_folder})
+    return list(found.values()) or ([root] if any(_list(path).pictures for path in top.folders) else [])
+
+
 def find_pictures(folder: Path, *, links: bool = False) -> list[Path]:
     """All candidates under a folder at any depth, naturally sorted; hidden files and folders left out.
 

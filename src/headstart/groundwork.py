@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from .dataset import ImageTable, Splits, bad_file_lines, check_images, load_imag
 from .dataspec import DataSpec
 from .errors import DataError, RecipeError
 from .findings import AuditResult
+from .folders import class_parents
 from .groups import join_groups
 from .pixelstore import PixelStore
+from .run import refuse_among_pictures
 from .runtime import Runtime
 from .splitting import split
 from .terminal import ProgressBar, say
@@ -119,6 +122,23 @@ def find_data(
     return data if limit is None else data.limit(limit, seed=seed)
 
 
+def refuse_as_class(
+    out: str | Path, data: object, *, val_folder: str | None = None, test_folder: str | None = None, **_: object
+) -> None:
+    """Refuse a folder for results that the next run on this folder of pictures would take for a class.
+
+    Beside the folders of splits it is none.
+
+    Raises:
+        CheckpointError: it is one. DataError: a layout that is refused.
+    """
+    root = Path(data).expanduser().absolute() if isinstance(data, (str, os.PathLike)) else None
+    if root is None or not root.is_dir():
+        return
+    for parent in class_parents(root, shown=str(data), val_folder=val_folder, test_folder=test_folder):
+        refuse_among_pictures(Path(out).expanduser(), parent)
+
+
 def _checked(
     table: ImageTable, store: PixelStore | None, *, bad_files: str, look: bool, workers: int, show: bool
 ) -> ImageTable:
@@ -178,6 +198,8 @@ def _split(table: ImageTable, *, val: float, test: float, seed: int, show: bool)
 
 
 def require_validation(splits: Splits) -> None:
+    if not isinstance(splits, Splits):
+        raise DataError(f"fit takes Splits, such as split(load_images(folder)); this is {type(splits).__name__}.")
     if not len(splits.val):
         raise DataError("The validation split is empty, but it chooses the best state. Hold some out: --val 0.15.")
 

@@ -142,7 +142,7 @@ def _from_name(name: str, head: HeadSpec, num_classes: int | None, image_size: i
         pool = "avg" if head.features_from and head.pool == "backbone" else head.pool
         model = Classifier(net, nn.Identity(), spec, (), pool=pool, backbone_name=name)
         if num_classes is not None:
-            check_number("summary", "num_classes", num_classes, 1, 10**7, whole=True)
+            check_number("summary", "num_classes", num_classes, 2, 10**7, whole=True)
             model.head = create_head(head, model.num_features, num_classes)
         return model
 

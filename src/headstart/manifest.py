@@ -117,7 +117,7 @@ def write_manifest(rows: Iterable[ManifestRow], path: str | Path) -> Path:
     out.
 
     Raises:
-        DataError: no row, or a name that says another format.
+        DataError: no row, or a name that says another format. CheckpointError: nothing can be written there.
     """
     rows = list(rows)
     if not rows:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 if TYPE_CHECKING:  # NumPy is imported where it is needed: processes that only decode start the quicker without
     import numpy as np
@@ -38,6 +39,8 @@ DESCRIPTION = "headstart.json"  # under this name a model file holds what is nee
 
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _NO_WHITE = ("F", "LAB", "HSV")  # modes without an agreed white, or without a conversion in Pillow
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<svg")
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -60,9 +63,26 @@ class UnfitPicture(ValueError):
 def read_picture(source: Source) -> Image.Image:
     """One picture, upright, 8-bit RGB: as `headstart.open_image` reads it with Pillow, without its limits on size."""
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError(why_unidentified(data[:64])) from None
     image.load()
     return to_rgb(upright(image, like=image))
+
+
+def why_unidentified(start: bytes) -> str:
+    """What a file may be that Pillow knows no format of, by its first 64 bytes, in bare words."""
+    if not start:
+        return "an empty file (0 bytes)"
+    if start.startswith(_MAGIC):
+        return "damaged or cut off within its header"
+    known = "JPEG, PNG, WebP, BMP, GIF or TIFF"
+    if start.lstrip().lower().startswith(_MARKUP):
+        return f"a web page or SVG text, not a {known} picture (a failed download?)"
+    if start[4:8] == b"ftyp":
+        return f"a HEIC, AVIF or video file; convert it to {known}"
+    return f"not a {known} picture"
 
 
 def upright(image: Image.Image, *, like: Image.Image) -> Image.Image:
@@ -253,4 +273,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+    except BrokenPipeError:  # whoever reads the lines has seen enough: `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python would write at its end
+        code = 0
+    sys.exit(code)

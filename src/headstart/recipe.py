@@ -5,6 +5,7 @@ A recipe is a head, an augmentation and a short list of stages; a stage is a fre
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -479,13 +480,28 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
     """
     if str(name_or_file) in RECIPES:
         return RECIPES[str(name_or_file)]
+    path = recipe_file(name_or_file)
+    data = read_json_file(path, f"Recipe {path}")
+    if isinstance(data, dict):
+        data.pop(TUNED_ON, None)
+    return Recipe.from_dict(data, where=str(path))
+
+
+def recipe_file(name_or_file: str | Path) -> Path:
+    """The file of a recipe that is no named one.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if not isinstance(name_or_file, (str, os.PathLike)):
+        raise RecipeError(
+            f"A recipe is given as a {type(name_or_file).__name__}; it takes a name ({', '.join(RECIPES)}), a JSON"
+            " file, or what Recipe(...) and Recipe.from_dict(...) make."
+        )
     path = Path(name_or_file)
     if not path.is_file():
         raise RecipeError(
             f"Recipe {str(name_or_file)!r} is neither a known recipe ({', '.join(RECIPES)}) nor a file."
             f"{near_matches(str(name_or_file), tuple(RECIPES))}"
         )
-    data = read_json_file(path, f"Recipe {path}")
-    if isinstance(data, dict):
-        data.pop(TUNED_ON, None)
-    return Recipe.from_dict(data, where=str(path))
+    return path

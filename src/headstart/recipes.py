@@ -23,7 +23,7 @@ from .errors import CheckpointError, HeadstartError, Interrupted, ModelError, Re
 from .evaluation import require_classes
 from .fields import check_number
 from .freezing import FreezeLine, set_freeze_line
-from .groundwork import Data, find_data, make_bench, require_validation
+from .groundwork import Data, find_data, make_bench, refuse_as_class, require_validation
 from .handover import change_classes
 from .linear import check_linear_head
 from .mixing import check_mixing
@@ -138,7 +138,13 @@ def fine_tune(
     else:
         weights = weights_of(plan, weights)
     begun = find_begun(out) if resume and out is not None else None
-    _by_main(runtime, lambda: out is None or begun or check_run_path(out, overwrite=overwrite))
+
+    def check_out() -> None:
+        if out is not None and not begun:
+            check_run_path(out, overwrite=overwrite)
+            refuse_as_class(out, data, val_folder=val_folder, test_folder=test_folder)
+
+    _by_main(runtime, check_out)
     origin = weights if from_run is None else from_run
     diary = Diary(None, progress and runtime.is_main, listener=log, earlier=origin)
     try:
@@ -284,7 +290,7 @@ def fit(
         starts_trained: the head was trained before; a collapse in the first steps is then caught and rolled back.
         log, cache, progress: as in `fine_tune`.
     Raises:
-        ModelError: the stage's line is not the model's.
+        ModelError: the stage's line is not the model's. DataError: no `Splits`, or no validation pictures in them.
     """
     runtime = runtime or make_runtime()
     line = model.freeze_line

@@ -245,7 +245,7 @@ def find_device(name: str, *, shared: bool = False) -> torch.device:
             return device
         # With its number: which one is the current one is a matter of each thread.
         device = torch.empty(1, device=device).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise SetupError(
             f"Device {name!r} cannot be used here ({reason}). Pass --device cpu, or leave it out: auto chooses."

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ def make_app(
             status 503.
     Raises:
         SetupError: the extra `serve` is not installed; no such device. CheckpointError: no model in `run`.
-        RecipeError: a number out of its range.
+        RecipeError: a number out of its range; a host that is more than a name.
     """
     proxies = _names(allow_hosts or ())
     caps = Caps(max_megabytes, max_pictures, max_waiting)
@@ -105,7 +106,7 @@ def serve(
             status 503.
     Raises:
         SetupError: the extra `serve` is not installed; the host or the port cannot be had; no such device.
-        CheckpointError: no model in `run`. RecipeError: a number out of its range.
+        CheckpointError: no model in `run`. RecipeError: a number out of its range; a host that is more than a name.
     """
     check_number("serve", "port", port, 0, 65535, whole=True)
     proxies = _names(allow_hosts)
@@ -135,7 +136,20 @@ def serve(
 def _names(allow_hosts: Sequence[str]) -> Sequence[str]:
     if isinstance(allow_hosts, str):
         raise RecipeError(f"allow_hosts is {allow_hosts!r}; it takes a list of names, even of one.")
-    return allow_hosts
+    return [_name(one) for one in allow_hosts]
+
+
+def _name(host: object) -> str:
+    """The name as a request's Host is read: an IPv6 address without brackets."""
+    if isinstance(host, str):
+        if re.fullmatch(r"[^\s/:*?#@\[\]]+", host):
+            return host
+        with suppress(ValueError):
+            return str(IPv6Address(re.sub(r"^\[(.*)\]$", r"\1", host)))
+    raise RecipeError(
+        f"allow_hosts (--allow-host) has {host!r}, which no request is called by. Give the host name alone, such as"
+        " pictures.example: without https://, port, path or blanks."
+    )
 
 
 def _require_extra() -> None:

@@ -45,7 +45,8 @@ def show_batch(
         spec: with a table, show the pictures as a network with this preprocessing sees them.
         seed: which pictures of a table are drawn.
     Raises:
-        DataError: no picture, a picture that cannot be read, an array that is no picture, or too few labels.
+        DataError: no picture, a picture that cannot be read, an array that is no picture, too few labels, or one
+            that is no class's number.
     """
     if isinstance(images, ImageTable):
         chosen = spread_indices(images, n, seed=seed)
@@ -62,12 +63,25 @@ def show_batch(
         names = list(labels)[: len(tiles)] if labels is not None else [""] * len(tiles)
         if len(names) < len(tiles):
             raise DataError(f"show_batch: {len(names)} labels for {len(tiles)} pictures; give one for each.")
-        titles = [class_names[int(k)] if class_names is not None else str(k) for k in names]
+        titles = [str(k) if class_names is None else _class_name(k, class_names) for k in names]
     if not tiles:
         raise DataError("show_batch: no picture to draw (0 of 0). Give a table or a batch that holds some.")
     columns = math.ceil(math.sqrt(len(tiles)))
     rows = math.ceil(len(tiles) / columns)
     return _mosaic(axes_or_new(ax, 2.2 * columns, 2.4 * rows), tiles, titles, columns)
+
+
+def _class_name(label: Any, class_names: Sequence[str]) -> str:
+    try:
+        number = int(label)
+    except (TypeError, ValueError):
+        number = -1
+    if not 0 <= number < len(class_names):
+        raise DataError(
+            f"show_batch: label {label!r} beside {len(class_names)} class names. Give class numbers from 0 to"
+            f" {len(class_names) - 1}, or leave class_names out."
+        )
+    return class_names[number]
 
 
 def spread_indices(table: ImageTable, n: int, *, seed: int = 0) -> list[int]:

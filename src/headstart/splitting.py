@@ -31,8 +31,11 @@ def split(table: ImageTable, *, val: float = 0.15, test: float = 0.15, seed: int
         val, test: share of each class's pictures to hold out, in [0, 1); 0 leaves the split empty. Without effect
             for a split the folder brings.
     Raises:
-        DataError: a share or seed out of range, or a class with too few pictures (or groups) for the splits asked for.
+        DataError: no table, a share or seed out of range, or a class with too few pictures (or groups) for the splits
+            asked for.
     """
+    if not isinstance(table, ImageTable):
+        raise DataError(f"split takes an ImageTable, such as load_images(folder); this is {type(table).__name__}.")
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise DataError(f"seed is {seed!r}; it takes a whole number from 0.")
     for name, share in (("val", val), ("test", test)):

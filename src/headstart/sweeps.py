@@ -27,6 +27,7 @@ from .owners import this_process
 from .plots import plot_parallel
 from .recipe import DEFAULT_BACKBONE, Recipe, load_recipe
 from .recipes import fine_tune, weights_of
+from .run import refuse_among_pictures
 from .runtime import make_runtime
 from .settings import own_settings
 from .space import Space, describe, point_key, trial_recipe
@@ -121,6 +122,8 @@ def sweep(
     for name, line in where:
         own = _own(weights, name, backbone)
         check_lines(trial_recipe(plan, {"freeze_line": line} if line else {}), name, own, spec_overrides or {})
+    if isinstance(data, (str, Path)):
+        refuse_among_pictures(Path(out).expanduser(), data)  # parallel.png would be one
     bench = data if isinstance(data, Bench) else make_bench(
         data, runtime=make_runtime(device=device, precision=precision, workers=workers, compile=compile),
         seed=plan.seed, spec=spec_of(backbone, weights or "hub", **(spec_overrides or {})), share=share,

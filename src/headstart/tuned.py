@@ -9,7 +9,7 @@ from typing import Any
 from .errors import RecipeError
 from .fields import read_json_file
 from .files import to_json, write_atomic
-from .recipe import RECIPES, TUNED_ON, Recipe
+from .recipe import RECIPES, TUNED_ON, Recipe, recipe_file
 
 _PICTURES = ("image_size", "mean", "std", "interpolation", "crop_pct", "fit")
 _KNOWN = ("backbone", "weights", "pictures")
@@ -35,11 +35,11 @@ def tuned_on(name_or_file: str | Path) -> dict[str, Any]:
     Empty for a named recipe, and for a file that does not say it.
 
     Raises:
-        RecipeError: the file says something else there.
+        RecipeError: neither a name nor a file; the file says something else there.
     """
-    if str(name_or_file) in RECIPES or not Path(name_or_file).is_file():
+    if str(name_or_file) in RECIPES:
         return {}
-    data = read_json_file(Path(name_or_file), f"Recipe {name_or_file}")
+    data = read_json_file(recipe_file(name_or_file), f"Recipe {name_or_file}")
     found = data.get(TUNED_ON, {}) if isinstance(data, Mapping) else {}
     pictures = found.get("pictures", {}) if isinstance(found, Mapping) else None
     words = [found.get(name, "") for name in ("backbone", "weights")] if isinstance(found, Mapping) else []
