@@ -59,6 +59,10 @@ RECIPES = {
         stages=(HEAD, replace(ALL, layer_decay=0.8)), head=HeadSpec(hidden=(HiddenLayer(8),), batchnorm=True), lr=0.01
     ),
     "rolled back": Recipe(stages=(HEAD, replace(ALL, lr_scale=1.0, collapse_margin=0.0)), lr=0.5),
+    "start kept": Recipe(
+        stages=(replace(HEAD, epochs=2), replace(ALL, epochs=2, lr_scale=100.0, on_collapse="ignore", wise=True)),
+        lr=0.01,
+    ),
 }  # fmt: skip
 
 
@@ -127,6 +131,8 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(
     assert not [path for path in out.iterdir() if path.name in POINT_FILES]
     if name == "rolled back":
         assert any("Rolled back" in (record["event"] or {}).get("message", "") for record in whole["history"])
+    if name == "start kept":
+        assert (whole["history"][-1]["event"]["epoch"], whole["history"][-1]["best"]) == (0, False)
     for folder in spread(folders, 5):
         shutil.rmtree(out)
         shutil.copytree(folder, out)
@@ -339,6 +345,16 @@ def test_a_run_that_was_stopped_by_hand_goes_on(
     assert "Going on with run: 1 of 2 stages done." in told
     assert "Stage head" not in told
     assert ending(tmp_path / "run") == ending(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("compile", ["auto", "off"])
+def test_a_run_that_goes_on_otherwise_compiled_says_so(
+    compile: str, half: Path, half_done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = RECIPES["momentum"]
+    fine_tune(half_done / "photos", out=half, recipe=plan, resume=True, compile=compile, progress=True, **TINY)
+    told = "not to the same bits: it was begun with compile auto, now off." in capsys.readouterr().err
+    assert told == (compile == "off")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ModelError("no such thing")])

@@ -208,6 +208,7 @@ def _means(runtime: Runtime) -> dict[str, Any]:
     return {
         "device": runtime.device.type,
         "number format": str(runtime.dtype).removeprefix("torch."),
+        "compile": runtime.compile,
         "processes": runtime.world,
         "threads": torch.get_num_threads(),
         "processor": torch.backends.cpu.get_cpu_capability(),
