@@ -266,6 +266,7 @@ SIDEWAYS = {
     ("groundwork", "bench"),
     ("asking", "groundwork"),
     ("run", "owners"),
+    ("run", "terminal"),
     ("course", "alarm"),
     ("course", "averaging"),
     ("course", "evaluation"),

@@ -48,8 +48,7 @@ def find_begun(out: str | Path) -> Begun | None:
     """
     folder = Path(out).expanduser().absolute()
     if not is_run(folder):
-        torn = folder.is_dir() and any(folder.iterdir()) and all(map(is_torn, folder.iterdir()))
-        return Begun(folder, None) if torn else None
+        return Begun(folder, None) if _is_torn_alone(folder) else None
     if is_complete(folder):
         raise CheckpointError(
             f"Run {out} is complete: there is nothing to go on with. Choose another folder with --out."
@@ -62,12 +61,20 @@ def find_begun(out: str | Path) -> Begun | None:
 
 
 def can_go_on(folder: Path, plan: Recipe, size: int) -> bool:
-    """Whether a run of this recipe, on pictures of this side, was stopped here, and there is where to go on from."""
-    point = None if is_complete(folder) else read_point(folder)
-    if point is None:
+    """Whether a run of this recipe, on pictures of this side, was stopped here: it goes on, or starts over in place."""
+    if is_complete(folder):
         return False
+    point = read_point(folder)
+    if point is None:
+        is_same = is_run(folder) and json.loads((folder / "recipe.json").read_bytes()) == _plain(plan.to_dict())
+        return is_same or _is_torn_alone(folder)
     settings = point.values["run"]["settings"]
     return bool(settings["recipe"] == _plain(plan.to_dict()) and settings["preprocessing"]["image_size"] == size)
+
+
+def _is_torn_alone(folder: Path) -> bool:
+    """Whether the process was killed while it wrote the first file of a run."""
+    return folder.is_dir() and any(folder.iterdir()) and all(map(is_torn, folder.iterdir()))
 
 
 def open_again(begun: Begun, *, show: bool) -> Run:
