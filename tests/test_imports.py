@@ -283,6 +283,7 @@ SIDEWAYS = {
     ("lr_finder", "recipes"),
     ("lr_finder", "stage_run"),
     ("study", "owners"),
+    ("study", "run"),
     ("study", "space"),
     ("sweeps", "bench"),
     ("sweeps", "groundwork"),

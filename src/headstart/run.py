@@ -100,7 +100,7 @@ class Run:
         """Add one line to history.jsonl, on disk before this returns; a line torn by a crash before it is dropped."""
         path = self._file("history.jsonl")
         if not self._history_checked:
-            _mend_last_line(path)
+            mend_last_line(path)
             self._history_checked = True
         with path.open("ab") as file:
             file.write(to_json(record) + b"\n")
@@ -277,7 +277,7 @@ def _free_name(target: Path, word: str) -> Path:
 
 
 def _say_left(target: Path) -> None:
-    """Name what killed processes have left of runs that were to replace this one: nobody else knows what it is worth."""
+    """Name what killed processes have left of runs that were to replace this one, which may be worth something."""
     for folder in sorted(target.parent.glob(f"{glob.escape(target.name)}.new-*")):
         if is_run(folder) and not _owner_at_work(folder):
             say(
@@ -327,7 +327,7 @@ def is_torn(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == ".tmp"
 
 
-def _mend_last_line(path: Path) -> None:
+def mend_last_line(path: Path) -> None:
     """End the last line if it is whole, cut it off if a crash tore it."""
     data = path.read_bytes() if path.exists() else b""
     if not data or data.endswith(b"\n"):
