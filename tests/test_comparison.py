@@ -41,6 +41,7 @@ from headstart.comparison import named_recipe, pair_sentence, run_name
 from headstart.comparison_page import _curve_chart, _forest, render_comparison
 from headstart.groundwork import make_bench
 from headstart.metrics import holm, judge_pairs, paired_difference
+from headstart.points import read_point
 from headstart.recipe import RECIPES, load_recipe
 from headstart.report_page import duration
 from headstart.run import Run
@@ -352,6 +353,41 @@ def test_a_run_that_was_stopped_within_is_gone_on_with(
             compare(folder, out=tmp_path / "two", **call | {"budgets": {"last:3": Budget((2, 3))}})
     compare(folder, out=tmp_path / "two", **call | {"budgets": {"last:3": Budget((2, 1))}})
     assert stages[3:] == ["head", "fine-tune"] * 2  # of another recipe it is begun again
+
+
+@pytest.mark.parametrize("left", ["no point", "torn"])
+def test_a_run_that_was_killed_before_its_first_point_starts_over_in_its_place(
+    left: str, folder: Path, tmp_path: Path
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(at: int) -> None:
+        written, append = [0], Run.append_history
+
+        def note(self: Run, record: dict[str, Any]) -> None:
+            append(self, record)
+            written[0] += 1
+            if written[0] == at:
+                raise Killed
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "append_history", note)
+            with pytest.raises(Killed):
+                compare(folder, out=out, **call)
+
+    call = {"recipes": ("last:3",), "budgets": {"last:3": Budget((2, 1))}, **MACHINE}
+    out, run = tmp_path / "out", tmp_path / "out/last-3-seed0"
+    killed(1)
+    if left == "torn":
+        for path in run.iterdir():
+            path.unlink()
+        (run / ".recipe.json.0123456789ab.tmp").write_text("{")
+    killed(4)  # in its second stage
+    assert read_point(run)
+    assert [path.name for path in out.iterdir() if path.is_dir()] == [run.name]
+    compare(folder, out=out, **call)
+    assert [path.name for path in out.iterdir() if path.is_dir()] == [run.name]
 
 
 @pytest.mark.parametrize(

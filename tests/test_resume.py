@@ -60,6 +60,10 @@ RECIPES = {
         stages=(HEAD, replace(ALL, layer_decay=0.8)), head=HeadSpec(hidden=(HiddenLayer(8),), batchnorm=True), lr=0.01
     ),
     "rolled back": Recipe(stages=(HEAD, replace(ALL, lr_scale=1.0, collapse_margin=0.0)), lr=0.5),
+    "start kept": Recipe(
+        stages=(replace(HEAD, epochs=2), replace(ALL, epochs=2, lr_scale=100.0, on_collapse="ignore", wise=True)),
+        lr=0.01,
+    ),
 }  # fmt: skip
 
 
@@ -128,6 +132,8 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(
     assert not [path for path in out.iterdir() if path.name in POINT_FILES]
     if name == "rolled back":
         assert any("Rolled back" in (record["event"] or {}).get("message", "") for record in whole["history"])
+    if name == "start kept":
+        assert (whole["history"][-1]["event"]["epoch"], whole["history"][-1]["best"]) == (0, False)
     for folder in spread(folders, 5):
         shutil.rmtree(out)
         shutil.copytree(folder, out)
@@ -523,6 +529,16 @@ def test_a_complete_run_is_found_below_home_and_rid_of_what_a_kill_left(
     with pytest.raises(CheckpointError, match="is complete: there is nothing to go on with"):
         fine_tune(photos, out=run, recipe=RECIPES["momentum"], resume=True, **TINY)
     assert ending(run) == ending(half_done / "whole")
+
+
+@pytest.mark.parametrize("compile", ["auto", "off"])
+def test_a_run_that_goes_on_otherwise_compiled_says_so(
+    compile: str, half: Path, half_done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = RECIPES["momentum"]
+    fine_tune(half_done / "photos", out=half, recipe=plan, resume=True, compile=compile, progress=True, **TINY)
+    told = "not to the same bits: it was begun with compile auto, now off." in capsys.readouterr().err
+    assert told == (compile == "off")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ModelError("no such thing")])

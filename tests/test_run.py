@@ -352,11 +352,16 @@ def test_overwriting_keeps_the_older_run_until_the_new_one_is_complete(tmp_path:
     assert len(read_run(tmp_path / "r").history) == 2
 
 
-def test_overwriting_an_unfinished_run_again_and_again(tmp_path: Path) -> None:
+def test_overwriting_an_unfinished_run_again_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     complete(open_run(tmp_path / "r"), "old")
     crashed = open_run(tmp_path / "r", overwrite=True)
     complete(crashed, "crashed")
+    (tmp_path / "r.new-notes").mkdir()
+    assert not capsys.readouterr().err
     complete(open_run(tmp_path / "r", overwrite=True), "new").finish()
+    told = capsys.readouterr().err
+    assert f"{crashed.path} is left of a run that was to replace {tmp_path / 'r'}" in told
+    assert "notes" not in told
     assert read_run(tmp_path / "r").metrics == {"mark": "new"}
     assert read_run(crashed.path).metrics == {"mark": "crashed"}
 

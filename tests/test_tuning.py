@@ -44,7 +44,7 @@ from headstart.lr_finder import RateCurve, describe, option_for, range_test, smo
 from headstart.owners import is_gone, this_process
 from headstart.recipe import HeadSpec, load_recipe
 from headstart.runtime import make_runtime
-from headstart.space import COURSE, COURSE_SPACE, parse_point, parse_values, trial_recipe
+from headstart.space import COURSE, COURSE_SPACE, parse_point, parse_values, point_key, trial_recipe
 from headstart.tuned import tuned_on, write_tuned
 from tiny import SPEC, TinyNet
 
@@ -398,16 +398,48 @@ def test_a_value_out_of_range_is_found_before_any_trial(photos: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["foo://bar", "folder", "picture.jpg", "text.txt", "text.txt/journal.log"])
+@pytest.mark.parametrize("kind", ["foo://bar", "folder", "picture.jpg", "text.txt", "note.txt", "text.txt/journal.log"])
 def test_a_storage_that_is_none_is_told_and_stays_as_it_is(kind: str, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     shutil.copy(next(photos.rglob("*.jpg")), tmp_path / "picture.jpg")
     (tmp_path / "text.txt").write_text("[1]\n")
+    (tmp_path / "note.txt").write_text("one line")
     before = {path: path.read_bytes() for path in tmp_path.glob("*.*") if path.is_file()}
     storage = kind if "://" in kind else str(tmp_path / kind)
     with pytest.raises(RecipeError, match=rf"storage {re.escape(storage)} cannot be opened"):
         sweep(bench_of(photos), space=GRID, recipe=HEAD, out=tmp_path / "out", storage=storage, **NET)
     assert before == {path: path.read_bytes() for path in tmp_path.glob("*.*") if path.is_file()}
+
+
+@pytest.mark.parametrize("left", [5, 100, -20, -1])
+def test_a_study_whose_last_line_is_torn_is_gone_on_with(left: int, photos: Path, tmp_path: Path) -> None:
+    bench, call = bench_of(photos), {"recipe": HEAD, "out": tmp_path / "out", **NET}
+    sweep(bench, space=GRID, trials=2, **call)
+    journal = tmp_path / "out/journal.log"
+    killed = journal.read_bytes().replace(b'"pid":%d' % os.getpid(), b'"pid":%d' % (2**22 + 1))  # no such process
+    journal.write_bytes(killed[:left])
+    for _ in range(2):  # what was added is read again
+        done = sweep(bench, space=GRID, **call).results["trials"]
+        assert sorted(point_key(t["values"]) for t in done) == sorted(map(point_key, GRID.grid()))
+
+
+def test_a_disk_that_is_full_for_a_moment_leaves_a_study_that_goes_on(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, call = bench_of(photos), {"recipe": HEAD, "out": tmp_path / "out", **NET}
+
+    def full(self: JournalFileBackend, logs: list[Any]) -> None:
+        with (tmp_path / "out/journal.log").open("ab") as file:
+            file.write(json.dumps(logs[0]).encode()[:30])
+        raise OSError(28, "No space left on device")
+
+    sweep(bench, space=GRID, trials=2, **call)
+    with monkeypatch.context() as patch:
+        patch.setattr(JournalFileBackend, "append_logs", full)
+        with pytest.raises(headstart.CheckpointError, match=r"Cannot write .*journal\.log: No space left .* Make room"):
+            sweep(bench, space=GRID, **call)
+    done = sweep(bench, space=GRID, **call).results["trials"]
+    assert [t["values"] for t in done] == GRID.grid()
 
 
 def test_weights_made_anew_in_their_place_are_not_those_of_earlier_trials(photos: Path, tmp_path: Path) -> None:

@@ -288,9 +288,9 @@ def run_or_read(
             if same and image_size(earlier) == size and whole:
                 say("  done before; read from its folder", enabled=progress)
                 return earlier
-            resume = can_go_on(path, plan, size)
         except HeadstartError:
             pass  # torn or something else: the run below says whether it may be replaced
+        resume = can_go_on(path, plan, size)
         if is_run(path) and is_complete(path) and not overwrite:
             raise CheckpointError(
                 f"Run {path} is complete, of another recipe, budget or picture size. Choose another folder with --out,"

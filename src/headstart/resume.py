@@ -68,8 +68,7 @@ def find_begun(out: str | Path) -> Begun | None:
     """
     folder = Path(out).expanduser().absolute()
     if not is_run(folder):
-        torn = folder.is_dir() and any(folder.iterdir()) and all(map(is_torn, folder.iterdir()))
-        return Begun(folder, None, _stamp(folder)) if torn else None
+        return Begun(folder, None, _stamp(folder)) if _is_torn_alone(folder) else None
     if is_complete(folder):
         tidy_up(folder)
         raise CheckpointError(
@@ -100,12 +99,24 @@ def _is_known(point: Point) -> bool:
 
 
 def can_go_on(folder: Path, plan: Recipe, size: int) -> bool:
-    """Whether a run of this recipe, on pictures of this side, was stopped here, and there is where to go on from."""
-    point = None if is_complete(folder) else read_point(folder)
+    """Whether a run of this recipe, on pictures of this side, was stopped here: it goes on, or starts over in place."""
+    if is_complete(folder):
+        return False
+    point = read_point(folder)
+    if point is None:
+        with suppress(CheckpointError):
+            refuse_to_erase(folder)
+            is_same = is_run(folder) and json.loads((folder / "recipe.json").read_bytes()) == _plain(plan.to_dict())
+            return is_same or _is_torn_alone(folder)
     if point is None or not _is_known(point):
         return False
     settings = point.values["run"]["settings"]
     return bool(settings["recipe"] == _plain(plan.to_dict()) and settings["preprocessing"]["image_size"] == size)
+
+
+def _is_torn_alone(folder: Path) -> bool:
+    """Whether the process was killed while it wrote the first file of a run."""
+    return folder.is_dir() and any(folder.iterdir()) and all(map(is_torn, folder.iterdir()))
 
 
 def open_again(begun: Begun, plan: Recipe, pictures: Sequence[Sequence[str]], *, show: bool) -> Run:
@@ -275,6 +286,7 @@ def _means(runtime: Runtime) -> dict[str, Any]:
     return {
         "device": runtime.device.type,
         "number format": str(runtime.dtype).removeprefix("torch."),
+        "compile": runtime.compile,
         "processes": runtime.world,
         "threads": torch.get_num_threads(),
         "processor": torch.backends.cpu.get_cpu_capability(),

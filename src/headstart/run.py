@@ -6,6 +6,7 @@ A run that replaces an older one is written beside it, in `<name>.new-<number>`,
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from typing import Any
 from .errors import CheckpointError
 from .files import check_folder, read_csv, sync_folder, to_csv, to_json, write_atomic
 from .owners import is_at_work, this_process
+from .terminal import say
 
 RUN_FILES = (
     "model.safetensors",
@@ -114,7 +116,7 @@ class Run:
         path = self._file("history.jsonl")
         try:
             if not self._history_checked:
-                _mend_last_line(path)
+                mend_last_line(path)
                 self._history_checked = True
             with path.open("ab") as file:
                 file.write(to_json(record) + b"\n")
@@ -206,6 +208,7 @@ def open_run(path: str | Path, *, overwrite: bool = False) -> Run:
             target.mkdir(parents=True, exist_ok=True)
             return Run(target, target)
         staging = _free_name(target, "new")
+        _say_left(target)
         staging.mkdir()
         return Run(staging, target)
     except OSError as error:
@@ -291,14 +294,30 @@ def _free_name(target: Path, word: str) -> Path:
     return name
 
 
+def _say_left(target: Path) -> None:
+    """Name what killed processes have left of runs that were to replace this one, which may be worth something."""
+    for folder in sorted(target.parent.glob(f"{glob.escape(target.name)}.new-*")):
+        if is_run(folder) and not _owner_at_work(folder):
+            say(
+                f"{folder} is left of a run that was to replace {target} and did not come to its end. Go on with it"
+                f" (--out {folder} --resume), or remove it."
+            )
+
+
+def _owner_at_work(folder: Path) -> dict[str, Any] | None:
+    """The other process of this machine that is still making a run."""
+    owner = _object_or_nothing(folder / "environment.json").get("process")
+    return owner if isinstance(owner, dict) and is_at_work(owner) and not is_complete(folder) else None
+
+
 def refuse_in_hand(folder: Path) -> None:
     """A run that another process of this machine is still making is left to it.
 
     Raises:
         CheckpointError: there is such a process.
     """
-    owner = _object_or_nothing(folder / "environment.json").get("process")
-    if isinstance(owner, dict) and is_at_work(owner) and not is_complete(folder):
+    owner = _owner_at_work(folder)
+    if owner:
         raise CheckpointError(f"Run {folder}: process {owner['pid']} has it in hand. Wait for its end, or stop it.")
 
 
@@ -358,7 +377,7 @@ def is_torn(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == ".tmp"
 
 
-def _mend_last_line(path: Path) -> None:
+def mend_last_line(path: Path) -> None:
     """End the last line if it is whole, cut it off if a crash tore it."""
     data = path.read_bytes() if path.exists() else b""
     if not data or data.endswith(b"\n"):

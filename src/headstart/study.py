@@ -6,16 +6,19 @@ It lies in a journal file or a database that several processes, and machines, ma
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from .errors import RecipeError, SetupError, in_words
+from .errors import CheckpointError, RecipeError, SetupError, in_words
 from .owners import is_gone
+from .run import mend_last_line
 from .space import WORDS, point_key
 
 GIVEN_UP = timedelta(hours=1)
+_BEGINNING = b'{"op_code":'  # of each line of a journal
 
 
 def taken_points(optuna: Any, study: Any) -> list[str]:
@@ -70,13 +73,43 @@ def _journal(path: Path) -> Any:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
+    class Lock(JournalFileOpenLock):
+        """Who has it adds to whole lines: behind half a one, of a full disk or a kill, Optuna reads nothing again."""
+
+        def acquire(self) -> bool:
+            super().acquire()
+            try:
+                _mend(path)
+            except BaseException:
+                self.release()
+                raise
+            return True
+
+    class Backend(JournalFileBackend):
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            try:
+                super().append_logs(logs)
+            except OSError as error:
+                why = error.strerror or error
+                raise CheckpointError(f"Cannot write {path}: {why}. Make room; the same command goes on.") from error
+
     if path.exists():
         with path.open("rb") as file:
             first = file.readline(1 << 20)
-        if first and "op_code" not in json.loads(first):
+        is_torn = not first.endswith(b"\n") and first[: len(_BEGINNING)] == _BEGINNING[: len(first)]
+        if not is_torn and "op_code" not in json.loads(first):
             raise ValueError("it is no journal")
     path.parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
+    return JournalStorage(Backend(str(path), lock_obj=Lock(str(path))))
+
+
+def _mend(journal: Path) -> None:
+    """See `mend_last_line`; a journal that is whole is not read."""
+    with journal.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        is_torn = file.read(1) not in (b"", b"\n")
+    if is_torn:
+        mend_last_line(journal)
 
 
 def ask(optuna: Any, study: Any, *, seed: int) -> Any:

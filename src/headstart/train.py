@@ -306,7 +306,7 @@ def _wise(run: Attempt, entry: Candidate, best: Candidate, last: Candidate, writ
             epoch=last.epoch + 1,
             train_loss=None,
             val=kept.val,
-            best=kept is not best,
+            best=(kept.epoch, kept.share) != (best.epoch, best.share),
             seconds=seconds,
             event=event,
         )
