@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from headstart import (
+    CheckpointError,
     DataError,
     Recipe,
     RecipeError,
@@ -22,7 +23,7 @@ from headstart import (
     load_images,
     split,
 )
-from headstart.bench import Bench
+from headstart.bench import Bench, settle
 from headstart.groundwork import make_bench
 from headstart.metrics import paired_difference
 from headstart.recipe import POLICIES
@@ -155,3 +156,11 @@ def test_too_few_pictures_for_a_limit_name_it(photos: Path) -> None:
     for given, words in ((photos, "Raise the limit, 7"), (load_images(photos).select([0, 1, 12, 24]), "Add pictures")):
         with pytest.raises(DataError, match=f"has [12][;,].* {words}"):
             make_bench(given, runtime=make_runtime(device="cpu", workers=1), limit=7, cache=False, audit=False)
+
+
+def test_a_folder_of_several_runs_that_is_just_being_begun_is_begun(tmp_path: Path) -> None:
+    """By another process at this moment, or by one that was killed as it wrote the first file."""
+    (tmp_path / ".sweep.json.0123456789ab.tmp").write_text("{")
+    assert settle(tmp_path, "sweep.json", {"a": 1}) == tmp_path
+    with pytest.raises(CheckpointError, match="another a"):
+        settle(tmp_path, "sweep.json", {"a": 2})

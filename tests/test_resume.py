@@ -541,6 +541,24 @@ def test_a_run_that_goes_on_otherwise_compiled_says_so(
     assert told == (compile == "off")
 
 
+@pytest.mark.usefixtures("every_step")
+@pytest.mark.parametrize(("before", "now", "same"), [(1 << 20, 100_000, False), (100_000, 1 << 20, True)])
+def test_a_stage_goes_on_from_what_it_was_fed_with(
+    before: int, now: int, same: bool, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    plan = replace(RECIPES["activations"], stages=(replace(RECIPES["activations"].stages[0], epochs=2),))
+    out, call = tmp_path / "run", {"recipe": plan, "cache": False, "progress": True, **TINY}  # of 166 kB
+    monkeypatch.setattr("headstart.features.STORE_BYTES", before)
+    folders = killed(out, tmp_path / "killed", monkeypatch, lambda: fine_tune(photos, out=out, **call))
+    monkeypatch.setattr("headstart.features.STORE_BYTES", now)
+    capsys.readouterr()
+    fine_tune(photos, out=folders[3], resume=True, **call)
+    assert (ending(folders[3]) == ending(out)) == same
+    told = "not to the same bits: 166 kB of activations were stored, and 100 kB may be now" in capsys.readouterr().err
+    assert told != same
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ModelError("no such thing")])
 def test_what_stops_a_run_before_it_goes_on_leaves_it_as_it_was(
     error: Any, half: Path, half_done: Path, monkeypatch: pytest.MonkeyPatch

@@ -34,7 +34,7 @@ from .pixels import Augment, Pixels, is_augmented
 from .pixelstore import PixelStore
 from .recipe import AugmentSpec, Recipe, Stage
 from .rowstore import built
-from .run import check_run_path, is_run
+from .run import check_run_path, is_run, is_torn
 from .runtime import Runtime
 from .stage_result import StageResult
 from .store import Cache
@@ -239,7 +239,8 @@ def settle(out: str | Path, file: str, settings: dict[str, Any], *, overwrite: b
         CheckpointError: the folder was made with other settings (and `overwrite` is not set), or is something else.
     """
     folder = Path(out).expanduser().absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # What is only being written there, or was as its process was killed, is nothing yet.
+    if folder.exists() and not (folder.is_dir() and all(map(is_torn, folder.iterdir()))):
         try:
             earlier = json.loads((folder / file).read_bytes())["settings"]
         except (OSError, ValueError, KeyError, TypeError):

@@ -174,6 +174,7 @@ class Placement:
         cut: where the backbone is cut; None where it runs whole, or not at all in a step.
         passes: pictures that will go through the frozen part.
         nbytes: memory that their activations take.
+        budget: what they may take; where there is none to store, 0.
         why: one line for the user; empty where there is nothing to decide.
     """
 
@@ -181,6 +182,7 @@ class Placement:
     cut: Cut | None = None
     passes: int = 0
     nbytes: int = 0
+    budget: int = 0
     why: str = ""
 
 
@@ -206,7 +208,7 @@ def place_source(
     if model.backbone_is_frozen:
         nbytes = passes * model.num_features * 4
         large = f"The frozen backbone runs once ({_counts(train, val, views)}): {_size(nbytes)} of features."
-        return Placement(views, None, passes, nbytes, large if nbytes >= _LARGE else "")
+        return Placement(views, None, passes, nbytes, why=large if nbytes >= _LARGE else "")
     if model.freeze_line is None or not model.freeze_line.frozen:
         return Placement()
     # All processes must take the same way, and each holds all rows: together they may take what one of them may.
@@ -227,10 +229,10 @@ def place_source(
         taken = f"{_size(nbytes)} of activations ({_counts(train, val, views)}) exceed the {_size(budget)} allowed"
         found = smaller if isinstance(smaller, Cut) else taken
     if not isinstance(found, Cut):
-        return Placement(why=f"Frozen layers run in every step: {found}.")
+        return Placement(budget=budget, why=f"Frozen layers run in every step: {found}.")
     nbytes = math.prod(found.shape) * bytes_per_number
     why = f"Frozen layers up to {found.at} run once ({_counts(train, val, views)}), stored in {_size(nbytes)}."
-    return Placement(views, found, passes, nbytes, why)
+    return Placement(views, found, passes, nbytes, budget, why)
 
 
 def _budget(train: Pixels, model: Classifier, runtime: Runtime) -> int:

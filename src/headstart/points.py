@@ -89,12 +89,14 @@ class Keeper:
 
     about: what stands in each of them beside what the stage says: values and tensors of the run.
     begun: where the stage goes on, at its first attempt; None at its beginning. records: what its history has by then.
+    budget: what the stage's stored activations may take, which decides where it is fed from; see `Placement`.
     """
 
     points: Points
     about: Callable[[], tuple[dict[str, Any], dict[str, Tensor]]]
     begun: Point | None = None
     records: Sequence[dict[str, Any]] = ()
+    budget: int = 0
 
     @property
     def is_due(self) -> bool:
@@ -104,7 +106,7 @@ class Keeper:
     def write(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Keep where the stage stands."""
         run_values, run_tensors = self.about()
-        self.points.write({**run_values, **values}, {**run_tensors, **tensors})
+        self.points.write({**run_values, **values, "budget": self.budget}, {**run_tensors, **tensors})
 
 
 def _names(serial: int) -> tuple[str, str]:

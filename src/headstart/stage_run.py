@@ -19,14 +19,14 @@ from .cautions import untrained_head
 from .classifier import Classifier
 from .cut import Cut
 from .diary import Diary
-from .features import FeatureSource, PixelSource, StageData, place_source
+from .features import FeatureSource, PixelSource, Placement, StageData, place_source
 from .freezing import set_freeze_line
 from .metrics import paired_difference
 from .pixels import Pixels
 from .points import Keeper
 from .recipe import Recipe, Stage
 from .stage_result import Log, Progress, StageResult
-from .terminal import ProgressBar, duration, say
+from .terminal import ProgressBar, duration, file_size, say
 
 
 def run_stage(
@@ -135,7 +135,7 @@ def train_stage(
     `plan` gives the seed, and what a shared stage is told apart by. `following` is the stage that comes next.
     """
     key = bench.stage_key(model, stage, plan, trainset)
-    place = place_source(trainset, valset, model, views=stage.views, runtime=bench.runtime)
+    place = _placed(model, trainset, valset, stage, bench, keeper, show=show)
     if place.why:
         say(f"  {place.why}", enabled=show)
     aside = None
@@ -160,6 +160,28 @@ def train_stage(
     if not begun:  # its key is of the state that it began in
         bench.keep(key, model, result, seconds=result.seconds)
     return Trained(result, source, shared)
+
+
+def _placed(
+    model: Classifier, trainset: Pixels, valset: Pixels, stage: Stage, bench: Bench, keeper: Keeper | None, *,
+    show: bool,
+) -> Placement:  # fmt: skip
+    """Where a stage is fed from: one that goes on, from where it was before if that has room; its bits hang on it."""
+    find = partial(place_source, trainset, valset, model, views=stage.views, runtime=bench.runtime)
+    place = find()
+    if keeper and keeper.begun and keeper.begun.values["budget"] != place.budget:
+        before = find(budget_bytes=keeper.begun.values["budget"] * bench.runtime.world)
+        if before.nbytes <= place.budget:
+            place = before
+        else:
+            say(
+                f"Going on, but not to the same bits: {file_size(before.nbytes)} of activations were stored, and"
+                f" {file_size(place.budget)} may be now (HEADSTART_CACHE_LIMIT, free disk, free memory).",
+                enabled=show,
+            )
+    if keeper:
+        keeper.budget = place.budget
+    return place
 
 
 def source_behind(
