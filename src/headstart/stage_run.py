@@ -169,8 +169,9 @@ def _placed(
     """Where a stage is fed from: one that goes on, from where it was before if that has room; its bits hang on it."""
     find = partial(place_source, trainset, valset, model, views=stage.views, runtime=bench.runtime)
     place = find()
-    if keeper and keeper.begun and keeper.begun.values["budget"] != place.budget:
-        before = find(budget_bytes=keeper.begun.values["budget"] * bench.runtime.world)
+    budget = keeper.begun.values.get("budget", place.budget) if keeper and keeper.begun else place.budget
+    if budget != place.budget:
+        before = find(budget_bytes=budget * bench.runtime.world)
         if before.nbytes <= place.budget:
             place = before
         else:
