@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from headstart.run import environment
+from headstart.run_record import environment
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from runner_common import cpu_flags

@@ -25,7 +25,7 @@ from records import SHARED, WEIGHTS, Record, append, newest, parser, show
 import headstart
 from headstart.dataset import list_image_files
 from headstart.recipe import RECIPES
-from headstart.run import read_run
+from headstart.run_record import read_run
 
 SHARE, MOST = 0.05, 200
 SETS = ("flowers5", "dogs10", "hymenoptera")

@@ -31,7 +31,7 @@ from headstart.cli import main
 from headstart.cli_shootout import shootout_table
 from headstart.contest import _seen, estimated_seconds, pareto_front
 from headstart.recipe import HEAD_STAGE, RECIPES, Recipe, Stage
-from headstart.run import read_run
+from headstart.run_record import read_run
 from headstart.shootout_page import _names, render_shootout
 
 MACHINE: dict[str, Any] = {"device": "cpu", "precision": "fp32", "workers": 1, "spec_overrides": {"image_size": 32}}

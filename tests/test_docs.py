@@ -221,7 +221,7 @@ def test_guide_says_what_each_policy_does() -> None:
 
 
 def test_guide_says_what_a_run_folder_holds() -> None:
-    from headstart.run import RUN_FILES
+    from headstart.run_record import RUN_FILES
 
     section = GUIDE.partition("## What a run folder holds")[2].partition("\n## ")[0]
     assert [name for name in (*RUN_FILES, "advice.json") if f"`{name}`" not in section] == []

@@ -30,7 +30,7 @@ from headstart import (
 from headstart.checkpoint import read_card
 from headstart.cli import main
 from headstart.cli_options import default_run_path
-from headstart.run import read_run
+from headstart.run_record import read_run
 
 MACHINE: dict[str, Any] = {"precision": "fp32", "device": "cpu"}
 NET: dict[str, Any] = {"backbone": "test_resnet", "weights": "none", "spec_overrides": {"image_size": 32}}

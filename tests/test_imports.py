@@ -33,7 +33,7 @@ LAYERS = (
             "augment",
             "batchviews",
         ),
-        *("metrics", "modelfile", "run", "runtime", "store", "hashes", "terminal", "memory"),
+        *("metrics", "modelfile", "run", "run_record", "runtime", "store", "hashes", "terminal", "memory"),
         *(
             "autoaugment",
             "heads",
@@ -280,6 +280,7 @@ SIDEWAYS = {
     ("groundwork", "bench"),
     ("asking", "groundwork"),
     ("run", "owners"),
+    ("run", "run_record"),
     ("run", "terminal"),
     ("course", "alarm"),
     ("course", "averaging"),
@@ -298,7 +299,7 @@ SIDEWAYS = {
     ("lr_finder", "recipes"),
     ("lr_finder", "stage_run"),
     ("study", "owners"),
-    ("study", "run"),
+    ("study", "run_record"),
     ("study", "space"),
     ("sweeps", "bench"),
     ("sweeps", "groundwork"),
@@ -393,7 +394,20 @@ SIDEWAYS = {
     ("cli_tuning", "cli_recipe"),
 }
 TORCH_FREE = (
-    *("errors", "recipe", "dataset", "dataspec", "intake", "metrics", "run", "store", "hashes", "terminal", "verdicts"),
+    *(
+        "errors",
+        "recipe",
+        "dataset",
+        "dataspec",
+        "intake",
+        "metrics",
+        "run",
+        "run_record",
+        "store",
+        "hashes",
+        "terminal",
+        "verdicts",
+    ),
     *(
         "audit_quick",
         "audit_sheet",

@@ -19,7 +19,8 @@ from headstart.errors import DataError, RecipeError
 from headstart.metrics import evaluate_probs
 from headstart.plots import _column, plot_confusion, plot_history
 from headstart.recipe import AugmentSpec, Recipe
-from headstart.run import open_run, read_run
+from headstart.run import open_run
+from headstart.run_record import read_run
 from headstart.sheets import preview_sheet, show_batch, spread_indices
 
 SPEC = DataSpec(

@@ -21,7 +21,8 @@ from headstart.report import write_report
 from headstart.report_charts import curves, freeze_strip, interval_scale, log_shades, nice_ticks
 from headstart.report_page import duration, sentence
 from headstart.report_results import confusion_section
-from headstart.run import Run, environment, open_run
+from headstart.run import Run, open_run
+from headstart.run_record import environment
 from headstart.verdicts import verdicts
 
 ROLLED_BACK = "A learning rate of 0.01 wrecked the trained head. Rolled back; retrying at 0.001."

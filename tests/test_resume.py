@@ -38,7 +38,7 @@ from headstart import (
 from headstart.cli import main
 from headstart.owners import this_process
 from headstart.points import Point, read_point, write_point
-from headstart.run import POINT_FILES
+from headstart.run_record import POINT_FILES
 
 TINY: dict[str, Any] = {
     "backbone": "test_resnet", "weights": "none", "spec_overrides": {"image_size": 32}, "precision": "fp32",

@@ -20,16 +20,8 @@ from headstart import run as run_room
 from headstart.errors import CheckpointError
 from headstart.files import check_target, read_csv, replacing, to_json, write_atomic
 from headstart.recipe import Recipe
-from headstart.run import (
-    Run,
-    check_run_path,
-    environment,
-    is_run,
-    open_evaluation,
-    open_run,
-    read_history,
-    read_run,
-)
+from headstart.run import Run, check_run_path, open_evaluation, open_run
+from headstart.run_record import environment, is_run, read_history, read_run
 
 
 def complete(run: Run, mark: str = "first") -> Run:

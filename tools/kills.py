@@ -32,7 +32,8 @@ from PIL import Image
 
 import headstart
 from headstart import HeadSpec, Recipe, Stage, points
-from headstart.run import POINT_FILES, is_complete, tidy_up
+from headstart.run import tidy_up
+from headstart.run_record import POINT_FILES, is_complete
 
 LONGEST_SECONDS = 60.0  # of a fit that nobody kills: later it hangs
 PLAN = Recipe(

@@ -34,7 +34,7 @@ _ROOMS = {
     "recipes": ("fine_tune", "fit"),
     "report": ("write_report",),
     "serving": ("make_app", "serve"),
-    "run": ("read_run",),
+    "run_record": ("read_run",),
     "runtime": ("Runtime", "make_runtime"),
     "layers": ("summary",),
     "manifest": ("ManifestRow", "read_manifest", "write_manifest"),

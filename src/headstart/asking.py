@@ -21,7 +21,8 @@ from .hashes import FileHashes
 from .metrics import wilson_interval
 from .pixels import Pixels
 from .recipe import POLICIES, AugmentSpec, load_recipe
-from .run import RunRecord, open_evaluation, read_run, refuse_among_pictures
+from .run import open_evaluation, refuse_among_pictures
+from .run_record import RunRecord, read_run
 from .runtime import Runtime, make_runtime
 from .settings import own_settings
 from .store import Cache

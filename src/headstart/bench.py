@@ -34,7 +34,8 @@ from .pixels import Augment, Pixels, is_augmented
 from .pixelstore import PixelStore
 from .recipe import AugmentSpec, Recipe, Stage
 from .rowstore import built
-from .run import check_run_path, is_run, is_torn
+from .run import check_run_path
+from .run_record import is_run, is_torn
 from .runtime import Runtime
 from .stage_result import StageResult
 from .store import Cache

@@ -55,7 +55,8 @@ from .errors import HeadstartError, Interrupted, RecipeError, SetupError, in_wor
 from .fields import check_number
 from .owners import launched
 from .recipe import DEFAULT_BACKBONE, HeadSpec, load_recipe
-from .run import is_complete, read_run, tidy_up
+from .run import tidy_up
+from .run_record import is_complete, read_run
 
 EXIT_INTERRUPTED = 130
 HELP_WIDTH, LEAST_WIDTH = 100, 40

@@ -21,7 +21,8 @@ from .cli_overrides import picture_overrides
 from .errors import DataError, RecipeError
 from .files import check_target
 from .recipe import DEFAULT_BACKBONE
-from .run import check_own_folder, is_run, refuse_among_pictures
+from .run import check_own_folder, refuse_among_pictures
+from .run_record import is_run
 from .terminal import printable
 
 

@@ -30,7 +30,7 @@ from .points import has_points
 from .recipe import DEFAULT_BACKBONE, RECIPES, Recipe, load_recipe
 from .recipes import fine_tune, weights_of
 from .resume import can_go_on
-from .run import RunRecord, is_complete, is_run, read_run
+from .run_record import RunRecord, is_complete, is_run, read_run
 from .runtime import make_runtime
 from .settings import own_settings
 from .terminal import say

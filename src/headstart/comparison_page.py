@@ -12,7 +12,7 @@ from .errors import CheckpointError
 from .files import write_atomic
 from .report_charts import freeze_strip
 from .report_page import NONE, duration, esc, facts, number, page, percent, section, span, table
-from .run import read_run
+from .run_record import read_run
 from .svg import nice_ticks, svg, tag, text
 from .verdicts import Record, axis_range, drawn_epoch, figure, is_mixture, kept_record, stage_attempts
 

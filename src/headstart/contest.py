@@ -38,7 +38,7 @@ from .metrics import judge_pairs, paired_difference, wilson_interval
 from .once import fast_kernels
 from .recipe import Recipe, load_recipe
 from .recipes import weights_of
-from .run import RunRecord, is_run, read_run
+from .run_record import RunRecord, is_run, read_run
 from .runtime import Runtime, make_runtime
 from .settings import own_settings
 from .shootout_page import seen_words, write_shootout

@@ -32,7 +32,8 @@ from .evaluation import predict_logits, unlabelled
 from .files import read_csv, to_json, write_atomic
 from .metrics import softmax
 from .pixels import Pixels
-from .run import RunRecord, check_own_folder, is_run, read_run, refuse_among_pictures
+from .run import check_own_folder, refuse_among_pictures
+from .run_record import RunRecord, is_run, read_run
 from .runtime import make_runtime
 from .settings import own_settings
 from .terminal import say

@@ -30,7 +30,7 @@ from .groundwork import make_bench
 from .plots import plot_rates
 from .recipe import DEFAULT_BACKBONE, Recipe, Stage, load_recipe
 from .recipes import fine_tune, weights_of
-from .run import read_run
+from .run_record import read_run
 from .runtime import Runtime, make_runtime
 from .schedule import batches_of_epoch, class_weight_vector, make_optimizer, views_of_epoch
 from .settings import own_settings

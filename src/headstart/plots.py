@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from .drawing import axes_or_new, drawable, new_figure, picture_path, rendered
 from .errors import DataError, near_matches
 from .files import write_atomic
-from .run import RunRecord, read_run
+from .run_record import RunRecord, read_run
 from .verdicts import Record, axis_range, drawn_epoch, epoch_records, figure, kept_record, stage_attempts
 
 if TYPE_CHECKING:

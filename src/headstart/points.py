@@ -23,7 +23,7 @@ from .errors import CheckpointError, in_words
 from .files import to_json, write_atomic
 from .memory import is_out_of_memory
 from .modelfile import read_header, read_json
-from .run import POINT_FILES
+from .run_record import POINT_FILES
 from .terminal import say
 
 FORMAT, VERSION = "headstart-point", 1

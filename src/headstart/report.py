@@ -30,7 +30,7 @@ from .report_page import (
     table,
 )
 from .report_results import SPLITS, confusion_section, data_section, mistakes_section, per_class_section
-from .run import RunRecord, environment, read_run
+from .run_record import RunRecord, environment, read_run
 from .verdicts import Verdict, is_mixture, verdicts
 
 __all__ = ["Verdict", "verdicts", "write_report"]

@@ -9,7 +9,7 @@ from typing import Any
 from .findings import UNOPENED
 from .report_page import details, esc, percent, section, sentence, span, table
 from .report_results import THUMBNAIL_PX, picture_address
-from .run import RunRecord
+from .run_record import RunRecord
 
 THUMBNAILS, NAMES = 8, 200
 TITLES = {"imagenet": "ImageNet", "modes": "Colour modes", "placeholder": "Notices in place of pictures"}

@@ -14,7 +14,7 @@ import numpy as np
 from .errors import CheckpointError, DataError
 from .report_charts import confusion_map, interval_bar, shade_legend
 from .report_page import NONE, details, esc, percent, section, span, table, wide
-from .run import RunRecord
+from .run_record import RunRecord
 from .sizes import small_pictures_sentence
 
 MISTAKES = 24

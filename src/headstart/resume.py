@@ -27,19 +27,8 @@ from .files import to_csv, to_json
 from .findings import AuditResult, read_audit
 from .points import Keeper, Point, Points, has_points, put, read_point
 from .recipe import AugmentSpec, Recipe
-from .run import (
-    POINT_FILES,
-    Run,
-    environment,
-    is_complete,
-    is_run,
-    is_torn,
-    read_history,
-    read_object,
-    refuse_in_hand,
-    refuse_to_erase,
-    tidy_up,
-)
+from .run import Run, refuse_in_hand, refuse_to_erase, tidy_up
+from .run_record import POINT_FILES, environment, is_complete, is_run, is_torn, read_history, read_object
 from .runtime import Runtime
 from .terminal import say
 

@@ -1,4 +1,4 @@
-"""The run folder: its layout, its log records, and how it is read again. Torch-free.
+"""The run folder, written: its files one by one, what stands in the way of a new one, who has it in hand. Torch-free.
 
 A run that replaces an older one is written beside it, in `<name>.new-<number>`, and takes its place only in
 `Run.finish()`: until then, whatever goes wrong, the older run stands untouched under its own name.
@@ -7,56 +7,31 @@ A run that replaces an older one is written beside it, in `<name>.new-<number>`,
 from __future__ import annotations
 
 import glob
-import json
 import os
-import platform
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .files import check_folder, read_csv, sync_folder, to_csv, to_json, write_atomic
+from .files import check_folder, sync_folder, to_csv, to_json, write_atomic
 from .owners import is_at_work, this_process
+from .run_record import (
+    EVALUATION_FILES,
+    LITTER,
+    POINT_FILES,
+    RUN_FILES,
+    environment,
+    is_complete,
+    is_run,
+    is_torn,
+    mend_last_line,
+    object_or_nothing,
+    read_history,
+    read_object,
+)
 from .terminal import say
-
-RUN_FILES = (
-    "model.safetensors",
-    "model.json",
-    "recipe.json",
-    "environment.json",
-    "splits.csv",
-    "earlier_pictures.csv",
-    "audit.json",
-    "history.jsonl",
-    "metrics.json",
-    "predictions.csv",
-    "report.html",
-    "familiar.safetensors",
-)
-POINT_FILES = ("point-a.json", "point-a.safetensors", "point-b.json", "point-b.safetensors")  # while a run is made
-EVALUATION_FILES = ("metrics.json", "predictions.csv", "report.html")
-_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file browsers leave in a folder they have shown
-_PACKAGES = (
-    "headstart",
-    "torch",
-    "torchvision",
-    "timm",
-    "accelerate",
-    "safetensors",
-    "numpy",
-    "pillow",
-    "scikit-learn",
-    "matplotlib",
-)
-
-
-# ---- writing a run ---------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -93,7 +68,7 @@ class Run:
 
     def write_environment(self) -> Path:
         """Write down the machine and versions that the run is made with, and the process that makes it."""
-        before = _object_or_nothing(self._file("environment.json"))  # of an earlier process, where the run goes on
+        before = object_or_nothing(self._file("environment.json"))  # of an earlier process, where the run goes on
         begun = {"begun": before.get("begun", before["created"])} if "created" in before else {}
         return self.write_json("environment.json", {**environment(), **begun, "process": this_process()})
 
@@ -104,7 +79,7 @@ class Run:
             CheckpointError: another process has it in hand; the note cannot be written.
         """
         refuse_in_hand(self.path)
-        card = _object_or_nothing(self._file("environment.json"))
+        card = object_or_nothing(self._file("environment.json"))
         self.write_json("environment.json", {**card, "process": this_process()})
 
     def append_history(self, record: Mapping[str, Any]) -> None:
@@ -237,7 +212,7 @@ def check_own_folder(path: str | Path, files: Collection[str], what: str, *, ove
     folder = Path(path).expanduser().absolute()
     try:
         check_folder(folder, str(path))
-        there = {entry.name for entry in folder.iterdir()} - set(_LITTER) if folder.exists() else set()
+        there = {entry.name for entry in folder.iterdir()} - set(LITTER) if folder.exists() else set()
     except OSError as error:
         raise CheckpointError(f"{path}: the folder cannot be made ({error}). Choose another with --out.") from None
     there = {name for name in there if not is_torn(Path(name))}
@@ -306,7 +281,7 @@ def _say_left(target: Path) -> None:
 
 def _owner_at_work(folder: Path) -> dict[str, Any] | None:
     """The other process of this machine that is still making a run."""
-    owner = _object_or_nothing(folder / "environment.json").get("process")
+    owner = object_or_nothing(folder / "environment.json").get("process")
     return owner if isinstance(owner, dict) and is_at_work(owner) and not is_complete(folder) else None
 
 
@@ -329,7 +304,7 @@ def refuse_to_erase(folder: Path) -> None:
     Raises:
         CheckpointError: it holds a model, or is scored.
     """
-    metrics = _object_or_nothing(folder / "metrics.json")
+    metrics = object_or_nothing(folder / "metrics.json")
     has_points = any((folder / name).exists() for name in POINT_FILES)
     stopped = bool(metrics.get("interrupted"))
     held = [name for name in ("model.safetensors", "metrics.json") if (folder / name).exists()]
@@ -360,7 +335,7 @@ def _refuse_unless_run(folder: Path) -> None:
             "Choose another folder with --out."
         )
     refuse_in_hand(folder)
-    known = {*RUN_FILES, *POINT_FILES, *_LITTER}
+    known = {*RUN_FILES, *POINT_FILES, *LITTER}
     other = sorted(
         entry.name for entry in folder.iterdir() if entry.is_dir() or (entry.name not in known and not is_torn(entry))
     )
@@ -370,168 +345,3 @@ def _refuse_unless_run(folder: Path) -> None:
             + (f" and {len(other) - 5} more" if len(other) > 5 else "")
             + ". Move it elsewhere, or choose another folder with --out."
         )
-
-
-def is_torn(path: Path) -> bool:
-    """Whether it is what `write_atomic` leaves of a file where the process is killed."""
-    return path.name.startswith(".") and path.suffix == ".tmp"
-
-
-def mend_last_line(path: Path) -> None:
-    """End the last line if it is whole, cut it off if a crash tore it."""
-    data = path.read_bytes() if path.exists() else b""
-    if not data or data.endswith(b"\n"):
-        return
-    cut = data.rfind(b"\n") + 1
-    with path.open("rb+") as file:
-        try:
-            json.loads(data[cut:])
-            file.seek(0, os.SEEK_END)
-            file.write(b"\n")
-        except ValueError:
-            file.truncate(cut)
-
-
-# ---- reading a run ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """A run folder as it was read. Parts that an interrupted run did not reach are empty."""
-
-    path: Path
-    recipe: dict[str, Any]
-    environment: dict[str, Any]
-    history: list[dict[str, Any]]
-    metrics: dict[str, Any]
-    model: dict[str, Any]
-
-    @cached_property
-    def predictions(self) -> list[dict[str, str]]:
-        """Rows of predictions.csv, read on first use; all values are text."""
-        return read_csv(self.path / "predictions.csv")
-
-    @cached_property
-    def answers(self) -> list[dict[str, str]]:
-        """The same, but of the columns `p:CLASS` only that of the row's own label: with a thousand classes a fit on a
-        hundred thousand pictures writes half a gigabyte of them."""
-        return read_csv(
-            self.path / "predictions.csv",
-            columns=lambda row: ("path", "split", "label", "pred", "prob", f"p:{row.get('label')}"),
-        )
-
-    @cached_property
-    def audit(self) -> dict[str, Any]:
-        """What audit.json holds, read on first use; empty where the pictures were not looked at."""
-        return read_object(self.path / "audit.json")
-
-    @cached_property
-    def splits(self) -> list[dict[str, str]]:
-        """Rows of splits.csv (path, split, label), read on first use."""
-        return read_csv(self.path / "splits.csv")
-
-
-def is_run(path: str | Path) -> bool:
-    """Whether the folder holds a `recipe.json` of ours: an object whose stages each have a freeze line."""
-    try:
-        recipe = json.loads((Path(path) / "recipe.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    stages = recipe.get("stages") if isinstance(recipe, dict) else None
-    return isinstance(stages, list) and bool(stages) and all(isinstance(s, dict) and "freeze_line" in s for s in stages)
-
-
-def is_complete(path: str | Path) -> bool:
-    """Whether a run has come to its end: scored, not stopped by hand, with its report, and nothing to go on from."""
-    path = Path(path)
-    metrics = _object_or_nothing(path / "metrics.json")
-    is_scored = bool(metrics) and not metrics.get("interrupted") and (path / "report.html").is_file()
-    return is_scored and not any((path / name).exists() for name in POINT_FILES if name.endswith(".json"))
-
-
-def read_run(path: str | Path) -> RunRecord:
-    """Read a run folder; only recipe.json must be there, since an interrupted run may have written no more.
-
-    Returns:
-        An object with `path`, what the JSON files hold (`recipe`, `environment`, `history`, `metrics`, `model`,
-        `audit`) and the rows of the tables, all text (`splits`, `predictions`).
-    Raises:
-        CheckpointError: not a run folder, or a file in it that cannot be read.
-    """
-    path = Path(path)
-    if not is_run(path):
-        why = "it has no recipe.json of a run" if path.is_dir() else "there is no such folder"
-        raise CheckpointError(f"Run {path}: {why}. Give a folder that `headstart fit --out` has written.")
-    return RunRecord(
-        path,
-        recipe=read_object(path / "recipe.json"),
-        environment=read_object(path / "environment.json"),
-        history=read_history(path / "history.jsonl"),
-        metrics=read_object(path / "metrics.json"),
-        model=read_object(path / "model.json"),
-    )
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file of a run holds; an empty one where there is no file.
-
-    Raises:
-        CheckpointError: it cannot be read, or holds something else.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}). Restore the file or fit again.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}.")
-    return value
-
-
-def _object_or_nothing(path: Path) -> dict[str, Any]:
-    """The same, but what cannot be read says nothing: a damaged run may be replaced, or gone on with."""
-    try:
-        return read_object(path)
-    except CheckpointError:
-        return {}
-
-
-def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """Records of a history.jsonl, none where there is no file; a last line torn by a crash is left out.
-
-    Raises:
-        CheckpointError: a line other than the last is no JSON object.
-    """
-    path = Path(path)
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    lines = [line for line in lines if line.strip()]
-    records: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("not an object")
-            records.append(record)
-        except ValueError as error:
-            if number < len(lines):
-                raise CheckpointError(f"{path}, line {number} of {len(lines)}: not a JSON record ({error}).") from None
-    return records
-
-
-def environment() -> dict[str, Any]:
-    """Time, machine and the versions of everything that can change a result, as plain JSON values."""
-    versions: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "versions": versions,
-    }

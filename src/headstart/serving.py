@@ -22,7 +22,7 @@ from .classifier import Classifier, as_classifier
 from .errors import RecipeError, SetupError, in_words
 from .familiar import check_share, known_of
 from .fields import check_number
-from .run import read_object
+from .run_record import read_object
 from .runtime import make_runtime
 from .terminal import printable, say
 

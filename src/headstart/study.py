@@ -14,7 +14,7 @@ from typing import Any
 
 from .errors import CheckpointError, RecipeError, SetupError, in_words
 from .owners import is_gone
-from .run import mend_last_line
+from .run_record import mend_last_line
 from .space import WORDS, point_key
 
 GIVEN_UP = timedelta(hours=1)
