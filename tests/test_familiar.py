@@ -85,7 +85,10 @@ def test_a_share_counts_the_held_out_pictures_that_are_no_nearer() -> None:
     assert np.mean(np.abs(told - expected) < 1e-9) > 0.998  # but where two are as near within rounding
     assert (told.min(), told.max(), familiar.least) == (0.1, 1.0, 0.1)
     assert familiar.shares(torch.from_numpy(held_out)).min() == 0.2  # of itself and none nearer
-    assert familiar.shares(torch.zeros(1, 7)).tolist() == [0.1]  # a picture without features is like none
+    odd = torch.stack([torch.zeros(7), torch.full((7,), float("nan")), torch.full((7,), float("inf"))])
+    assert familiar.shares(odd).tolist() == [0.1, 0.1, 0.1]  # a picture without features is like none
+    last_bits = torch.from_numpy(held_out) * (1 + 3e-7 * torch.from_numpy(rng.normal(size=held_out.shape)).float())
+    assert (familiar.shares(last_bits) >= familiar.shares(torch.from_numpy(held_out))).all()
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2])
@@ -119,6 +122,7 @@ def test_odd_pictures_are_unknown_and_the_runs_own_are_not(run: Path, odd: Path)
     assert all(one["unknown"] == (one["familiar"] <= SHARE) for one in told)
     least = read_familiar(run, load(run)).least  # that of a picture which is farther than all that were held out
     assert all(one["unknown"] for one in predict_files(run, sorted(odd.iterdir()), unknown=least))
+    assert predict_files(run, odd / "0.png", unknown=np.float32(0.0455))[0]["unknown"]  # as the message has it
 
 
 def test_the_answers_are_the_same_bits_beside_what_is_familiar(run: Path, odd: Path) -> None:
@@ -178,8 +182,59 @@ def test_pictures_that_have_changed_or_gone_are_left_out_and_told(
     found = learn_familiar(run, root=moved)
     assert (found["n_met"], found["missing"]) == (before["n_met"] - 2, 2)
     assert capsys.readouterr().err == "2 pictures of the run are gone or have changed, and are left out.\n"
-    with pytest.raises(DataError, match=r"Of the train pictures of .* 0 are as they were in .*nowhere.* --root FOLDER"):
+    before = (run / FILE).read_bytes()
+    with pytest.raises(DataError, match=r"Most train pictures of .* are not in .*nowhere as they were.* --root FOLDER"):
         learn_familiar(run, root=tmp_path / "nowhere")
+    shutil.rmtree(moved / "red")
+    with pytest.raises(DataError, match=r"No train picture of 'red' is in .*moved any more"):
+        learn_familiar(run, root=moved)
+    assert (run / FILE).read_bytes() == before
+
+
+def test_of_what_is_there_enough_is_taken(trained: Path, photos: Path, tmp_path: Path) -> None:
+    """Pictures that are gone are replaced by others of their class, where only some are taken."""
+    run, moved = copied(trained, tmp_path), Path(shutil.copytree(photos, tmp_path / "moved"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headstart.asking.MOST_MET", 9)
+        patch.setattr("headstart.asking.FEWEST_MET", 1)
+        for path in own(run, "train")[:3]:
+            (moved / path.relative_to(photos)).unlink()
+        found = learn_familiar(run, root=moved)
+    assert (found["n_met"], found["missing"], found["n_held_out"]) == (9, 3, 9)
+
+
+def test_pictures_of_other_things_are_never_those_of_the_run(
+    trained: Path, odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copied(trained, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "val", "test"):
+        shutil.copytree(odd, tmp_path / name)
+    (tmp_path / "val" / "broken.jpg").write_text("no picture")
+    found = learn_familiar("run", against=["train", "val", "test"])
+    assert (found["n_met"], found["n_held_out"], found["test"]["n"]) == (39, 21, 12)
+    assert {name: of["n"] for name, of in found["against"].items()} == {"train": 6, "val": 6, "test": 6}
+    whole = learn_familiar(run)
+    assert (whole["n_met"], whole["test"]) == (39, found["test"])
+
+
+def test_copies_say_nothing_of_what_is_near(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Copies in another split would make the pictures of the run's own kind look nearer than new ones are."""
+    table = [(path, ("train", "val", "test")[i % 3]) for i, path in enumerate(sorted(photos.rglob("*.jpg")))]
+    folder = tmp_path / "split"
+    for path, split in table:
+        (folder / split / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / split / path.parent.name)
+    one = next((folder / "train" / "red").iterdir())
+    for split in ("val", "test"):
+        shutil.copy(one, folder / split / "red" / "copy.jpg")
+    fine_tune(
+        folder, out=tmp_path / "run", recipe=PLAN, backbone="test_resnet", weights="none",
+        spec_overrides={"image_size": SIZE},
+    )  # fmt: skip
+    found = learn_familiar(tmp_path / "run")
+    assert (found["copies"], found["n_met"], found["n_held_out"], found["test"]["n"]) == (2, 24, 24, 24)
+    assert "2 validation and test pictures are copies, and are left out.\n" in capsys.readouterr().err
 
 
 def test_a_run_that_knows_what_is_familiar_is_replaced_like_any(run: Path, photos: Path, tmp_path: Path) -> None:
@@ -227,7 +282,7 @@ def test_the_commands_tell_what_is_unknown(
         assert [one["unknown"] for one in json.loads(capsys.readouterr().out)] == [True, False]
 
 
-@pytest.mark.parametrize(("share", "words"), [("0.01", "21 validation pictures can tell no less than 0.045"),
+@pytest.mark.parametrize(("share", "words"), [("0.01", "21 validation pictures can tell no less than 0.0455"),
                                               ("5", "it takes a share between 0 and 1"),
                                               ("nan", "it takes a share between 0 and 1")])  # fmt: skip
 def test_a_share_that_cannot_be_is_told_in_a_line(
@@ -248,6 +303,8 @@ def test_a_run_that_has_not_learnt_it_says_how(trained: Path, odd: Path, tmp_pat
     (run / FILE).unlink(missing_ok=True)
     with pytest.raises(CheckpointError, match=r"does not hold what its model has met .*headstart familiar "):
         predict_files(run, odd / "0.png", unknown=SHARE)
+    with pytest.raises(CheckpointError, match="learn_familiar takes a run folder; this is Classifier"):
+        learn_familiar(load(run))
     with pytest.raises(RecipeError, match="without effect on a model in memory"):
         predict_files(load(run), odd / "0.png", unknown=SHARE)
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .checkpoint import load
 from .classifier import Classifier
 from .closing import CONTENT, trained_on, write_evaluation
-from .dataset import ImageTable, check_images, list_image_files, load_images
+from .dataset import ImageTable, bad_reasons, check_images, list_image_files, load_images
 from .errors import CheckpointError, DataError, RecipeError
-from .evaluation import evaluate, predict_features, tta_views, unlabelled
+from .evaluation import PREDICTED_AT_ONCE, evaluate, predict_features, tta_views, unlabelled
 from .familiar import NEIGHBOURS, Familiar, Known, spread
 from .groundwork import say_left_out
 from .harm import single_changes, transform_costs
@@ -65,11 +68,10 @@ def evaluate_run(
         DataError: pictures that cannot be read, or of classes that the model does not know.
         RecipeError: `tta` or `overwrite` cannot be used. SetupError: no such device.
     """
-    if not isinstance(run, (str, os.PathLike)):
-        raise CheckpointError(
-            f"evaluate_run takes a run folder; this is {type(run).__name__}. A model in memory is scored by"
-            " evaluate(model, load_images(folder, class_names=model.class_names))."
-        )
+    _require_folder(
+        "evaluate_run", run, " A model in memory is scored by evaluate(model, load_images(folder,"
+        " class_names=model.class_names))."
+    )  # fmt: skip
     views = len(tta_views(tta))
     if overwrite and out is None:
         raise RecipeError("overwrite: without effect where no folder is named; give --out, or leave it out.")
@@ -133,79 +135,140 @@ def learn_familiar(
 ) -> dict[str, Any]:
     """Learn what pictures are familiar to a run's model, so that `predict_files(..., unknown=0.05)` can tell others.
 
-    Features of the run's training pictures (2,000 or so, evenly over all of each class) and of its validation
-    pictures are kept in the run folder, in `familiar.safetensors`.
+    Features of training pictures of the run (2,000 or so, and at least 20 of each class where there are so many), and
+    how near its validation pictures are to them, are kept in the run folder, in `familiar.safetensors`. Validation
+    pictures that are copies of training pictures are left out, and test pictures that are copies of either.
 
     Args:
-        run: a run folder whose pictures are still there.
+        run: a run folder whose pictures are still there; of a model that needs no module of the user's.
         root: the folder of the pictures, where they were moved since.
-        against: files or folders of pictures of other things, to see how many of them are told.
+        against: files or folders of pictures of other things, to see how many of them are told. Those that cannot be
+            read are named and left out.
         device, precision, workers: as in `make_runtime`.
     Returns:
         path; n_met, n_held_out: how many training and validation pictures were taken; missing: how many of the run's
-        are not there any more, or have changed; test (None without test pictures), and of each of `against` by its
-        name: n, and unknown (how many are) and unknown_ci95 at the share `share`, 0.05 or the least one above.
+        are gone, or have changed as far as was looked; copies: how many were left out as such; test (None without test
+        pictures), and against, of each name given: n, and unknown (how many are) and unknown_ci95 at the share
+        `share`, 0.05 or the least one above.
     Raises:
-        CheckpointError: no run there. DataError: none of its training or validation pictures are there; `against`
-            cannot be read. SetupError: no such device.
+        CheckpointError: no run there. DataError: less than half of its training or validation pictures are there, or
+            none of a class; they are too few; nothing in `against` can be read. SetupError: no such device.
     """
+    _require_folder("learn_familiar", run)
     record, runtime = read_run(run), make_runtime(device=device, precision=precision, workers=workers)
     model = load(run, device=runtime.device)
     given = [against] if isinstance(against, (str, os.PathLike)) else against
-    others = {str(one): list_image_files([one]) for one in given}
-    own, missing = _own_pictures(record, root)
-    for split in ("train", "val"):
-        if len(own[split]) < (NEIGHBOURS if split == "train" else 1):
-            raise DataError(
-                f"Of the {split} pictures of {run} {len(own[split])} are as they were in"
-                f" {_root_of(record, root) or 'a folder'}. Name the folder where they are now: --root FOLDER."
-            )
-    say(f"{missing:,} pictures of the run are gone or have changed, and are left out.", enabled=missing > 0)
-    asked = own | others
-    features = {}
-    with ProgressBar(sum(map(len, asked.values())), "Looking", enabled=progress) as bar:
-        for name, files in asked.items():
-            pixels = Pixels(unlabelled(files, model), model.spec, workers=runtime.workers, cache_bytes=0)
-            features[name] = predict_features(model, pixels, runtime=runtime, advance=bar.advance)[1]
-    familiar = Familiar.of(model, features["train"], features["val"])
-    share = max(0.05, familiar.least)
+    others = {str(one): _readable(list_image_files([one]), runtime) for one in given}
+    own = _own_pictures(record, root)
+    say(f"{own.missing:,} pictures of the run are gone or have changed, and are left out.", enabled=own.missing > 0)
+    say(f"{own.copies:,} validation and test pictures are copies, and are left out.", enabled=own.copies > 0)
+    every = [*own.files.values(), *others.values()]
+    with ProgressBar(sum(map(len, every)), "Looking", enabled=progress) as bar:
 
-    def told(name: str) -> dict[str, Any]:
-        n, unknown = len(features[name]), sum(one["unknown"] for one in Known(familiar, share).tell(features[name]))
-        return {"n": n, "unknown": unknown, "unknown_ci95": list(wilson_interval(unknown, n)), "share": share}
+        def features(files: Sequence[Path]) -> Tensor:
+            parts = []
+            for start in range(
+                0, len(files), PREDICTED_AT_ONCE
+            ):  # beside the features each has a number for each class
+                table = unlabelled(files[start : start + PREDICTED_AT_ONCE], model)
+                pixels = Pixels(table, model.spec, workers=runtime.workers, cache_bytes=0)
+                parts.append(predict_features(model, pixels, runtime=runtime, advance=bar.advance)[1])
+            return torch.cat(parts)
 
+        familiar = Familiar.of(model, features(own.files["train"]), features(own.files["val"]))
+        known = Known(familiar, max(0.05, familiar.least))
+
+        def told(files: Sequence[Path]) -> dict[str, Any]:
+            unknown = sum(one["unknown"] for one in known.tell(features(files)))
+            interval = list(wilson_interval(unknown, len(files)))
+            return {"n": len(files), "unknown": unknown, "unknown_ci95": interval, "share": known.share}
+
+        counts = {
+            "test": told(own.files["test"]) if own.files["test"] else None,
+            "against": {name: told(files) for name, files in others.items()},
+        }
     return {
-        "path": familiar.write(Path(run)), "n_met": len(own["train"]), "n_held_out": len(own["val"]),
-        "missing": missing, "test": told("test") if own["test"] else None, "against": {n: told(n) for n in others},
+        "path": familiar.write(Path(run)), "n_met": len(own.files["train"]), "n_held_out": len(own.files["val"]),
+        "missing": own.missing, "copies": own.copies, **counts,
     }  # fmt: skip
 
 
-def _root_of(record: RunRecord, root: str | Path | None) -> str | Path | None:
-    return root or (record.metrics.get("data") or {}).get("root")
+def _require_folder(who: str, run: object, else_where: str = "") -> None:
+    """Raises: CheckpointError: a model in memory, or something else that is no path."""
+    if not isinstance(run, (str, os.PathLike)):
+        raise CheckpointError(f"{who} takes a run folder; this is {type(run).__name__}.{else_where}")
 
 
-def _own_pictures(record: RunRecord, root: str | Path | None) -> tuple[dict[str, list[Path]], int]:
-    """Pictures of a run by split, some of each class, those that are as they were; and how many others there are."""
-    where, places = Path(_root_of(record, root) or "."), defaultdict[tuple[str, str], list[tuple[Path, str]]](list)
-    for row in record.splits:
-        places[row["split"], row["label"]].append((where / row["path"], row.get(CONTENT, "")))
-    most = max(FEWEST_MET, MOST_MET // len({label for _, label in places}))
-    chosen = [(split, of[i]) for (split, _), of in places.items() for i in spread(len(of), most)]
+def _readable(files: Sequence[Path], runtime: Runtime) -> list[Path]:
+    reasons = bad_reasons(files, workers=runtime.workers)
+    for path, reason in zip(files, reasons, strict=True):
+        say(f"{path} cannot be read: {reason}", enabled=reason is not None)
+    good = [path for path, reason in zip(files, reasons, strict=True) if reason is None]
+    if not good:
+        raise DataError(f"Of {len(files):,} files, {files[0]} the first, none can be read.")
+    return good
+
+
+@dataclass(frozen=True)
+class _Own:
+    """Pictures of a run, by split, and how many are left out: gone or changed (`missing`), and `copies`."""
+
+    files: dict[str, list[Path]]
+    missing: int
+    copies: int
+
+
+def _own_pictures(record: RunRecord, root: str | Path | None) -> _Own:
+    """Of a run's training pictures some of each class, of the others as they come, as new pictures would.
+
+    Raises:
+        DataError: too few of them are there.
+    """
+    where = Path(root or (record.metrics.get("data") or {}).get("root") or ".")
+    rows = {split: [row for row in record.splits if row["split"] == split] for split in ("train", "val", "test")}
+    met: set[str] = set()
+    leaked, copies = set((record.metrics.get("data") or {}).get("leaked") or ()), 0
+    for split, of in rows.items():
+        seen = {row.get(CONTENT, "") for row in of} - {""}
+        if split != "train":
+            rows[split] = [row for row in of if row.get(CONTENT) not in met and row["path"] not in leaked]
+            copies += len(of) - len(rows[split])
+        met |= seen
+    there = {split: _there(where, of) for split, of in rows.items()}
+    missing = sum(map(len, rows.values())) - sum(map(len, there.values()))
+    classes: dict[str, list[dict[str, str]]] = {row["label"]: [] for row in rows["train"]}
+    for row in there["train"]:
+        classes[row["label"]].append(row)
+    most = max(FEWEST_MET, MOST_MET // max(1, len(classes)))
+    chosen = {"train": [of[i] for of in classes.values() for i in spread(len(of), most)]}
+    chosen |= {split: [there[split][i] for i in spread(len(there[split]), MOST_MET)] for split in ("val", "test")}
     hashes = FileHashes(Cache(limit_bytes=0), where)
 
-    def is_as_it_was(place: int) -> bool:
-        path, content = chosen[place][1]
+    def is_as_it_was(row: dict[str, str]) -> bool:
         try:
-            return path.is_file() if not content else hashes.of(path).startswith(content)
+            return not row.get(CONTENT) or hashes.of(where / row["path"]).startswith(row[CONTENT])
         except OSError:
             return False
 
-    there = map_threads(is_as_it_was, range(len(chosen)))
-    own: dict[str, list[Path]] = {"train": [], "val": [], "test": []}
-    for (split, (path, _)), is_there in zip(chosen, there, strict=True):
-        if is_there:
-            own[split].append(path)
-    return own, there.count(False)
+    files: dict[str, list[Path]] = {}
+    for split, of in chosen.items():
+        same = map_threads(is_as_it_was, of)
+        files[split] = [where / row["path"] for row, is_same in zip(of, same, strict=True) if is_same]
+        missing += same.count(False)
+    back = "Bring them back as they were, or name the folder where they are now: --root FOLDER."
+    for split, least in (("train", NEIGHBOURS), ("val", 1)):
+        if 2 * len(files[split]) < len(chosen[split]) or 2 * len(there[split]) < len(rows[split]):
+            raise DataError(f"Most {split} pictures of {record.path} are not in {where} as they were. {back}")
+        if len(files[split]) < least:
+            raise DataError(f"{record.path} has {len(files[split])} {split} pictures of its own; {least} are needed.")
+    if gone := [name for name, of in classes.items() if not of]:
+        raise DataError(f"No train picture of {gone[0]!r} is in {where} any more; it would be unknown. {back}")
+    return _Own(files, missing, copies)
+
+
+def _there(where: Path, rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    is_there = map_threads(lambda row: (where / row["path"]).is_file(), rows)
+    return [row for row, found in zip(rows, is_there, strict=True) if found]
 
 
 def _asked_about(

@@ -9,10 +9,14 @@ model is (split conformal prediction: Vovk et al. 2005, "Algorithmic learning in
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from numbers import Real
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -32,6 +36,7 @@ from .modelfile import read_header
 FILE = "familiar.safetensors"
 NEIGHBOURS = 5
 _AT_ONCE = 1024  # pictures whose distances to all are computed at once
+_ROUNDING = 1e-5  # of a cosine
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,20 @@ class Familiar:
     def of(cls, model: Classifier, trained: Tensor, held_out: Tensor) -> Familiar:
         """From features of training pictures [M, D] and of held-out ones [V, D]."""
         met = normalize(trained.float(), dim=1).half()
-        return cls(met, _nearness(held_out, met).sort().values, _name_of(model))
+        return cls(met, _nearness(held_out, met.float()).sort().values, _name_of(model))
 
     def shares(self, features: Tensor) -> NDArray[np.float64]:
-        """Of each picture, from its features [N, D], how familiar it is: [N], from 1 / (V + 1) to 1."""
-        no_nearer = torch.searchsorted(self.held_out, _nearness(features, self.met), right=True)
-        return (1 + no_nearer.numpy()) / (len(self.held_out) + 1)
+        """Of each picture, from its features [N, D], how familiar it is: [N], from 1 / (V + 1) to 1.
+
+        A held-out picture that is nearer by no more than rounding counts as no nearer: in another batch the same
+        picture has features of other last bits.
+        """
+        near = _nearness(features, self._met).nan_to_num(nan=-1.0) + _ROUNDING
+        return (1 + torch.searchsorted(self.held_out, near, right=True).numpy()) / (len(self.held_out) + 1)
+
+    @cached_property
+    def _met(self) -> Tensor:
+        return self.met.float()
 
     @property
     def least(self) -> float:
@@ -76,7 +89,7 @@ def read_familiar(folder: Path, model: Classifier) -> Familiar:
     Raises:
         CheckpointError: there is none, it is damaged, or it was made with another model.
     """
-    path, again = folder / FILE, f"Make it: headstart familiar {folder}"
+    path, again = folder / FILE, f"Make it: headstart familiar {quote(str(folder))}"
     if not path.is_file():
         raise CheckpointError(f"{folder} does not hold what its model has met ({FILE}). {again}")
     try:
@@ -111,7 +124,7 @@ class Known:
 
 def check_share(share: object) -> None:
     """Raises: RecipeError: it is no share."""
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) < 1:
         raise RecipeError(
             f"unknown is {share!r}; it takes a share between 0 and 1, such as 0.05: one in twenty pictures of the kind"
             " that the model was trained on is called unknown then, and more of others."
@@ -132,7 +145,7 @@ def known_of(run: object, model: Classifier, share: float) -> Known:
     if share < familiar.least:
         raise RecipeError(
             f"unknown is {share:g}, and {len(familiar.held_out):,} validation pictures can tell no less than"
-            f" {familiar.least:.2g}. Give that or more, or train with more of them: --val."
+            f" {math.ceil(familiar.least * 1e4) / 1e4:g}. Give that or more, or train with more of them: --val."
         )
     return Known(familiar, share)
 
@@ -143,8 +156,8 @@ def spread(n: int, most: int) -> Sequence[int]:
 
 
 def _nearness(features: Tensor, met: Tensor) -> Tensor:
-    """Mean cosine to the five nearest, float32 [N]."""
-    others = met.float().T
+    """Mean cosine to the five nearest of those met, float32 [M, D]: float32 [N]."""
+    others = met.T
     parts = normalize(features.float(), dim=1).split(_AT_ONCE)
     return torch.cat([(part @ others).topk(NEIGHBOURS, dim=1).values.mean(1) for part in parts])
 
