@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -626,6 +626,29 @@ def test_what_is_unknown_is_told_as_predict_tells_it(wary: Path, pictures: list[
     with pytest.raises(CheckpointError, match="does not hold what its model has met"):
         make_app(wary, unknown=0.5, **MACHINE)
     (wary / "elsewhere").rename(wary / FILE)
+
+
+def test_a_model_that_could_not_be_made_ready_is_made_ready_for_the_next(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headstart import answering
+
+    real, asked = answering.scoring, list[dict[str, Any]]()
+
+    @contextmanager
+    def full_at_first(*given: Any, **named: Any) -> Iterator[Any]:
+        asked.append(named)
+        if len(asked) == 1:
+            raise SetupError("Out of memory.")
+        with real(*given, **named) as logits_of:
+            yield logits_of
+
+    monkeypatch.setattr(answering, "scoring", full_at_first)
+    with made(run) as application:
+        with pytest.raises(SetupError, match="Out of memory"):  # which Starlette hands on behind its answer
+            ask(application, "POST", "/predict", body=jpeg())
+        assert [ask(application, "POST", "/predict", body=jpeg()).status for _ in range(2)] == [200, 200]
+    assert len(asked) == 2
 
 
 def test_who_asks_at_the_end_is_told_so(run: Path) -> None:

@@ -149,7 +149,6 @@ class _Turns(threading.Thread):
 
     def run(self) -> None:
         with ExitStack() as stack:
-            ready = scoring(self._model, self._runtime, features=self._features)
             logits_of: LogitsOf | None = None
             while (asked := self._asked.get()) is not None:
                 future, views = asked
@@ -157,7 +156,9 @@ class _Turns(threading.Thread):
                     continue
                 try:
                     with own_settings():
-                        logits_of = logits_of or stack.enter_context(ready)
+                        if logits_of is None:  # nor where it could not be made ready for the question before
+                            ready = scoring(self._model, self._runtime, features=self._features)
+                            logits_of = stack.enter_context(ready)
                         batches = torch.from_numpy(np.stack(views)).split(self._runtime.batch_size)
                         future.set_result(self._tell(logits_of(self._until_the_end(batches)).cpu()))
                 except BaseException as error:  # handed over to whoever waits

@@ -166,10 +166,8 @@ def learn_familiar(
     with ProgressBar(sum(map(len, every)), "Looking", enabled=progress) as bar:
 
         def features(files: Sequence[Path]) -> Tensor:
-            parts = []
-            for start in range(
-                0, len(files), PREDICTED_AT_ONCE
-            ):  # beside the features each has a number for each class
+            parts = []  # a part at a time: beside its features each picture has a number for each class
+            for start in range(0, len(files), PREDICTED_AT_ONCE):
                 table = unlabelled(files[start : start + PREDICTED_AT_ONCE], model)
                 pixels = Pixels(table, model.spec, workers=runtime.workers, cache_bytes=0)
                 parts.append(predict_features(model, pixels, runtime=runtime, advance=bar.advance)[1])
